@@ -1,0 +1,113 @@
+"""The DALI backend: decoding, crop, antialiased resize, normalisation and layout in one DALI pipeline.
+
+The order of the images, the batches and the shards are decided by `ImageLoader`; DALI is fed through
+`external_source` in batch mode, whose last short batch is kept (in sample mode it would be dropped).
+A pipeline lives for one epoch: building one takes milliseconds, and an abandoned epoch leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from pipelines.dataset import ArrayDataset, ImageDataset
+from pipelines.errors import BadImage
+from pipelines.torch_loader import is_range
+
+PREFETCH = 2
+"""Batches that are prepared ahead of the one in use."""
+
+
+def run(
+    dataset: ImageDataset,
+    batches: list[np.ndarray],
+    device: torch.device,
+    workers: int | None,
+    bad_images: dict[int, BadImage],
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Yield (images, indices) for every batch of indices; `bad_images` collects what is skipped, by picture."""
+    if isinstance(dataset, ArrayDataset):
+        yield from _run_arrays(dataset, batches, device, workers)
+        return
+    raise NotImplementedError(type(dataset).__name__)
+
+
+def pipeline_arguments(device: torch.device, batch_size: int, workers: int | None) -> dict[str, Any]:
+    """Arguments of a pipeline for this device; without a driver, only `device_id=None` can be built."""
+    device_id = None
+    if device.type == "cuda":
+        device_id = torch.cuda.current_device() if device.index is None else device.index
+    threads = workers or len(os.sched_getaffinity(0))
+    return {"batch_size": batch_size, "num_threads": threads, "device_id": device_id, "prefetch_queue_depth": PREFETCH}
+
+
+def normalise(images: Any, mirrored: Any, **crop: Any) -> Any:
+    """DALI nodes: uint8 HWC → float32 CHW in [-1, 1], mirrored where int32 `mirrored` is 1."""
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=mirrored,
+        mean=[127.5] * 3,
+        std=[127.5] * 3,
+        output_layout="CHW",
+        dtype=types.DALIDataType.FLOAT,
+        **crop,
+    )
+
+
+@pipeline_def
+def array_pipeline(source: Callable[[], tuple[np.ndarray, np.ndarray]], on_gpu: bool) -> Any:
+    """uint8 [n, H, W, 3] and int32 [n] → float32 [n, 3, H, W]; the arrays are read where they lie."""
+    images, mirrored = fn.external_source(source=source, num_outputs=2, batch=True, no_copy=True, layout=["HWC", ""])
+    return normalise(images.gpu() if on_gpu else images, mirrored)
+
+
+def _run_arrays(
+    dataset: ArrayDataset, batches: list[np.ndarray], device: torch.device, workers: int | None
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    feed = map(lambda indices: _array_batch(dataset, indices), batches)
+    arguments = pipeline_arguments(device, max(map(len, batches)), workers)
+    pipeline = array_pipeline(lambda: next(feed), device.type == "cuda", **arguments)
+    collect = Collector(device)
+    for indices in batches:
+        (output,) = pipeline.run()
+        yield collect(output), indices
+
+
+def _array_batch(dataset: ArrayDataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    pictures, mirrored = dataset.pictures(indices)
+    if is_range(pictures):
+        images = dataset.images[pictures[0] : pictures[-1] + 1]
+    else:
+        images = dataset.images[pictures]
+    return images, mirrored.astype(np.int32)
+
+
+class Collector:
+    """Turns DALI's outputs into tensors that stay valid for as long as the caller keeps them.
+
+    On a CPU the tensor shares (and owns) DALI's memory. On CUDA it is copied on the current stream, and DALI's buffer
+    is held until that copy is known to be over, so nothing waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: deque[tuple[torch.cuda.Event, Any]] = deque()
+
+    def __call__(self, output: Any) -> torch.Tensor:
+        """TensorList of n images → float32 [n, 3, H, W] on the device."""
+        shared = torch.from_dlpack(output.as_tensor())
+        if self.device.type != "cuda":
+            return shared
+        images = shared.clone()
+        event = torch.cuda.Event()
+        event.record()
+        self._held.append((event, output))
+        while len(self._held) > PREFETCH:
+            self._held.popleft()[0].synchronize()
+        return images

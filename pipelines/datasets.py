@@ -1,0 +1,55 @@
+"""`open_dataset`: every dataset of the engine by its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipelines.arrays import open_array_file, open_digits
+from pipelines.dataset import ImageDataset
+from pipelines.errors import DataError
+from pipelines.preprocessing import Preprocessing
+
+DATASETS = ("digits", "cifar10", "stl10", "celeba", "lsun", "images")
+ARRAY_SUFFIXES = (".npy", ".npz")
+
+
+def open_dataset(
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    image_size: int = 32,
+    center_crop: int | None = None,
+    horizontal_flip: bool = False,
+    skip_bad_images: bool = False,
+) -> ImageDataset:
+    """Open a dataset of images, image_size × image_size pixels.
+
+    Args:
+        name: one of `DATASETS`.
+        path: the folder or file; `digits` needs none.
+        image_size: height and width of the images, in pixels.
+        center_crop: side of the centre square that is cut out before the resize, in pixels.
+        horizontal_flip: also show every picture mirrored, which doubles the length.
+        skip_bad_images: leave out files that cannot be used and list them, instead of stopping at the first one.
+
+    Raises:
+        DataError: the dataset is missing, damaged or empty, or an option does not fit it.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    preprocessing = Preprocessing(image_size=image_size, center_crop=center_crop, horizontal_flip=bool(horizontal_flip))
+    if name == "digits":
+        if path is not None:
+            raise DataError(f"dataset 'digits' is built in and reads nothing from {path}; use the dataset 'images'")
+        return open_digits(name, preprocessing)
+    if path is None:
+        raise DataError(f"dataset {name!r} needs a path (--data PATH)")
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; check the path of dataset {name!r}")
+    if name == "images" and path.is_file():
+        if path.suffix.lower() not in ARRAY_SUFFIXES:
+            raise DataError(f"{path}: not a folder of images and not a .npy or .npz file")
+        return open_array_file(name, path, preprocessing)
+    raise DataError(f"dataset {name!r} has no reader yet")

@@ -1,0 +1,34 @@
+"""What the readers and loaders say when a file, a folder or an option cannot be used."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class DataError(ValueError):
+    """Input that cannot be used, told in one line: which file, folder or option, and what to do about it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+
+class BadImage(NamedTuple):
+    """One file (or class folder) that could not be used: where it is, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+    def error(self) -> DataError:
+        """The error that stops a pass; the way out is part of the line."""
+        return DataError(f"{self.path}: {self.reason}; replace or remove it, or skip bad images (--skip-bad-images)")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's error on one line of at most 200 characters, without its stack."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

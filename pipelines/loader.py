@@ -1,0 +1,149 @@
+"""`ImageLoader`: the images of a dataset in batches, each exactly once per epoch over all shards together."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipelines import torch_loader
+from pipelines.dataset import EncodedDataset, Fingerprint, ImageDataset
+from pipelines.errors import BadImage, DataError
+
+BACKENDS = ("auto", "dali", "torch")
+log = logging.getLogger("gfmn")
+
+
+class Batch(NamedTuple):
+    """images float32 [n, 3, H, W] in [-1, 1] on the loader's device; indices int64 [n] on the CPU, into the dataset."""
+
+    images: torch.Tensor
+    indices: torch.Tensor
+
+
+class ImageLoader:
+    """Streams a dataset in batches.
+
+    Args:
+        dataset: from `open_dataset`.
+        batch_size: images per batch; the last batch of an epoch may be shorter, and is never empty.
+        device: where the images go. On CUDA the DALI backend decodes there too.
+        backend: "dali", "torch", or "auto": DALI where it can be imported, else torch with one warning.
+        shuffle: a new permutation in every epoch, decided by `seed` and the epoch's number alone.
+        shard, num_shards: this loader yields part `shard` of `num_shards` nearly equal parts of the same order.
+        workers: decoding threads (DALI: one per CPU) or processes (torch: 2). The images do not depend on it.
+
+    Raises:
+        DataError: an argument out of range, or a backend or device that is not there. While iterating, the first
+            file that cannot be used, unless the dataset skips bad images: then they are counted in `bad_images`.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+        shuffle: bool = False,
+        seed: int = 0,
+        shard: int = 0,
+        num_shards: int = 1,
+        workers: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, not {batch_size}")
+        if not 0 <= shard < num_shards:
+            raise DataError(f"shard must be from 0 to num_shards - 1 = {num_shards - 1}, not {shard}")
+        if seed < 0:
+            raise DataError(f"seed must not be negative, not {seed}")
+        if workers is not None and workers < 0:
+            raise DataError(f"workers must not be negative, not {workers}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise DataError(f"device {str(device)!r} is not available: torch sees no CUDA device; use device 'cpu'")
+        self.backend = _resolve_backend(backend)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.shard = shard
+        self.num_shards = num_shards
+        self.workers = workers
+        self.epoch = 0
+        """Number of the next epoch; set it to repeat or to continue an interrupted sequence of epochs."""
+        self._bad_images: dict[int, BadImage] = {}
+
+    @property
+    def bad_images(self) -> list[BadImage]:
+        """What was left out so far, each file once, in dataset order (empty unless the dataset skips bad images)."""
+        return [*self.dataset.bad_images, *(bad for _, bad in sorted(self._bad_images.items()))]
+
+    def __len__(self) -> int:
+        return -(-len(self._part(np.arange(len(self.dataset)))) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The batches of the next epoch from batch number `first` on, for a pass that continues."""
+        order = np.arange(len(self.dataset))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset))
+        self.epoch += 1
+        part = self._part(order)
+        starts = range(first * self.batch_size, len(part), self.batch_size)
+        return self._run([part[start : start + self.batch_size] for start in starts])
+
+    def fingerprint(self) -> Fingerprint:
+        """The dataset's, and who decodes: JPEG decoders and resizers differ in the last bits between backends."""
+        decoder = "none"
+        if isinstance(self.dataset, EncodedDataset):
+            decoder = "pil" if self.backend == "torch" else f"dali-{self.device.type}"
+        return self.dataset.fingerprint() | {"decoder": decoder}
+
+    def _part(self, order: np.ndarray) -> np.ndarray:
+        count = len(order)
+        return order[self.shard * count // self.num_shards : (self.shard + 1) * count // self.num_shards]
+
+    def _run(self, batches: list[np.ndarray]) -> Iterator[Batch]:
+        if not batches:
+            return
+        if self.backend == "dali":
+            from pipelines import dali_loader
+
+            run = dali_loader.run
+        else:
+            run = torch_loader.run
+        for images, indices in run(self.dataset, batches, self.device, self.workers, self._bad_images):
+            if len(indices):
+                yield Batch(images, torch.from_numpy(indices))
+
+
+def dali_is_importable() -> bool:
+    """Whether NVIDIA DALI is installed for this Python."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _resolve_backend(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise DataError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "torch" or dali_is_importable():
+        return "torch" if backend == "torch" else "dali"
+    if backend == "dali":
+        raise DataError("backend 'dali' needs NVIDIA DALI, which is not installed; install it or use backend 'torch'")
+    _say_torch_once()
+    return "torch"
+
+
+@functools.cache
+def _say_torch_once() -> None:
+    log.warning("NVIDIA DALI is not installed: images come through the torch loader")

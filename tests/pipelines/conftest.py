@@ -1,0 +1,50 @@
+"""Small real data sets for the readers, made from photographs that dependencies ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pipelines.loader
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[np.ndarray]:
+    """Three photographs, uint8 [H, W, 3]: a temple and a flower (427×640), and a portrait (600×512)."""
+    import matplotlib.cbook
+    from sklearn.datasets import load_sample_images
+
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        portrait = np.asarray(Image.open(file).convert("RGB"))
+    return [*load_sample_images().images, portrait]
+
+
+@pytest.fixture(scope="session")
+def tiles(photos: list[np.ndarray]) -> np.ndarray:
+    """97 pieces of the photographs (a prime number), uint8 [97, 32, 32, 3]."""
+    pieces = [
+        photo[top : top + 32, left : left + 32]
+        for photo in photos
+        for top in range(0, photo.shape[0] - 32, 64)
+        for left in range(0, photo.shape[1] - 32, 80)
+    ]
+    return np.stack(pieces[:97])
+
+
+@pytest.fixture(params=["torch", "dali"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each of the two backends; the DALI one is skipped where DALI is not installed."""
+    if request.param == "dali" and not pipelines.loader.dali_is_importable():
+        pytest.skip("NVIDIA DALI is not installed")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test reads or writes the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("GFMN_CACHE", str(folder))
+    return folder
