@@ -1,0 +1,1 @@
+"""Benchmarks: every number that the project states comes from one of these."""

@@ -1,0 +1,174 @@
+"""The pass over the features: chunks, precision and memory. It knows nothing of moments.
+
+What to do at each tap is a `Criterion`'s business: moment matching is the first one (`engine.matching`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.extractors import Extractor
+from kernels.layout import is_channels_last
+
+
+class Criterion(Protocol):
+    """Turns features into a loss and per-feature gradients, for one minibatch.
+
+    The pass calls `collect` for every tap of every chunk, then `finish` once, and in backward `scale` once and then
+    `gradient` for every tap of every chunk, chunks in order, taps from last to first. If a chunk has to be computed
+    again for its backward, `activate` takes the place of `collect`.
+    """
+
+    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
+        """In place: y [n, C, H, W] arrives before the shortcut and the activation and leaves after them."""
+
+    def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
+        """The same activation in place, without collecting anything."""
+
+    def finish(self) -> Tensor:
+        """The loss, a scalar on the device, once all chunks have been collected."""
+        ...
+
+    def scale(self, grad_loss: Tensor) -> None:
+        """The gradient with respect to the loss, before the first `gradient`."""
+
+    def gradient(self, tap: int, grad: Tensor, y: Tensor) -> None:
+        """In place: grad [n, C, H, W] arrives with respect to y and leaves with respect to the activation's input,
+        the criterion's own gradient included."""
+
+
+class FeaturePass:
+    """Runs an extractor over a minibatch in chunks, forward once and backward once per chunk.
+
+    With one chunk the graph of the forward pass is kept for backward. With several, the first pass keeps nothing and
+    backward computes each chunk again, so that extractor memory is that of one chunk (DESIGN, identity 3).
+
+    Args:
+        extractor: any; a copy in `dtype` is made if its own dtype is another.
+        dtype: of the extractor's arithmetic, None for the extractor's own.
+        chunk_size: images in a chunk, None for the whole minibatch.
+    """
+
+    def __init__(self, extractor: Extractor, *, dtype: torch.dtype | None = None, chunk_size: int | None = None):
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
+        if chunk_size is not None and extractor.batch_statistics:
+            raise ValueError("chunk_size: batch statistics (--extractor-bn batch) need the whole minibatch at once")
+        self.dtype = dtype or extractor.dtype
+        self.chunk_size = chunk_size
+        self.extractor = extractor if self.dtype == extractor.dtype else copy.deepcopy(extractor).to(self.dtype)
+
+    def loss(self, images: Tensor, criterion: Criterion) -> Tensor:
+        """The criterion's loss of `images` [N, 3, H, W], differentiable with respect to the images."""
+        return _MinibatchPass.apply(images, self, criterion, torch.is_grad_enabled() and images.requires_grad)
+
+    def collect(self, images: Tensor, criterion: Criterion) -> None:
+        """The first half alone: `criterion.collect` at every tap of every chunk; nothing is kept."""
+        with torch.no_grad():
+            for chunk in self.chunks(images):
+                self.run(chunk, criterion.collect, criterion)
+
+    def chunks(self, images: Tensor) -> tuple[Tensor, ...]:
+        return images.split(self.chunk_size or max(len(images), 1))
+
+    def run(
+        self, chunk: Tensor, at_tap: Callable[[int, Tensor, Tensor | None], None], criterion: Criterion
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from."""
+        sites = self.extractor.sites
+        tokens: list[Tensor] = []
+
+        def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
+            if not is_channels_last(x):
+                x = x.contiguous(memory_format=torch.channels_last)
+            elif not sites[index].owns_input:
+                x = x.clone(memory_format=torch.channels_last)
+            if residual is not None:
+                residual = residual.contiguous(memory_format=torch.channels_last)
+            if not torch.is_grad_enabled():
+                at_tap(index, x, residual)
+                return x
+            y, token = _Tap.apply(x, residual, index, at_tap, criterion, sites[index].owns_gradient)
+            tokens.append(token)
+            return y
+
+        leaf = chunk.detach().to(self.dtype, memory_format=torch.channels_last)
+        if leaf.data_ptr() == chunk.data_ptr():
+            leaf = leaf.detach()
+        leaf.requires_grad_(torch.is_grad_enabled())
+        with torch.autocast(leaf.device.type, enabled=False):
+            self.extractor(leaf, visit)
+        return leaf, tokens
+
+
+class _Tap(torch.autograd.Function):
+    """One tap inside a chunk: the activation in place, and in backward the criterion's gradient.
+
+    Returns (y, token). Nothing is computed from the token: it is the criterion's own way out of the graph, so that
+    backward can start at every tap, the last one included, without a tensor of zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor | None, index: int, at_tap, criterion: Criterion, owns_gradient: bool):
+        at_tap(index, x, residual)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        ctx.index, ctx.criterion, ctx.owns_gradient = index, criterion, owns_gradient
+        ctx.has_residual = residual is not None
+        return x, x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, token: Tensor | None):
+        (y,) = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(y)
+        elif not ctx.owns_gradient or grad.stride() != y.stride():
+            grad = torch.empty_like(y).copy_(grad)
+        ctx.criterion.gradient(ctx.index, grad, y)
+        return grad, grad if ctx.has_residual else None, None, None, None, None
+
+
+class _MinibatchPass(torch.autograd.Function):
+    """The whole minibatch as one node: forward collects and finishes, backward runs the chunks' own graphs."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, feature_pass: FeaturePass, criterion: Criterion, differentiable: bool):
+        ctx.feature_pass, ctx.criterion, ctx.kept = feature_pass, criterion, None
+        chunks = feature_pass.chunks(images)
+        if differentiable and len(chunks) == 1:
+            with torch.enable_grad():
+                ctx.kept = feature_pass.run(chunks[0], criterion.collect, criterion)
+        else:
+            feature_pass.collect(images, criterion)
+        if differentiable:
+            ctx.save_for_backward(images)
+        return criterion.finish()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        (images,) = ctx.saved_tensors
+        feature_pass, criterion = ctx.feature_pass, ctx.criterion
+        criterion.scale(grad_loss)
+        if ctx.kept is not None:
+            kept, ctx.kept = ctx.kept, ()
+            if not kept:
+                raise RuntimeError("loss: backward a second time; the pass over the features keeps nothing after one")
+            return _image_gradient(*kept).to(images.dtype), None, None, None
+        gradient = torch.empty_like(images)
+        for chunk, into in zip(feature_pass.chunks(images), feature_pass.chunks(gradient), strict=True):
+            with torch.enable_grad():
+                leaf, tokens = feature_pass.run(chunk, criterion.activate, criterion)
+            into.copy_(_image_gradient(leaf, tokens))
+        return gradient, None, None, None
+
+
+def _image_gradient(leaf: Tensor, tokens: list[Tensor]) -> Tensor:
+    (gradient,) = torch.autograd.grad(tokens, leaf, [torch.zeros_like(token) for token in tokens])
+    return gradient

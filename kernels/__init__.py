@@ -1,0 +1,83 @@
+"""The three fused operations of moment matching, and the one place that chooses who computes them.
+
+A backend is a module with three functions of the same names and signatures:
+
+`relu_moments(x, mean, m2, count, bias=None, residual=None, activation="relu")`
+    In place, `x ← activation(x + bias + residual)` for a convolution's output x [N, C, H, W] (dense, contiguous or
+    channels_last); then merges the N new images into the moments of the `count` images seen before. With
+    `mean, m2` [F] in the memory order of x and `count = 0`, the buffers are overwritten and need no initial value:
+
+        mean_d = 1/N Σ_n x_nd      m2_d = Σ_n (x_nd − mean_d)²      (Chan et al. 1979 for count > 0)
+
+`relu_moments_backward(grad, y, a, b, activation="relu")`
+    In place, `grad ← (grad + a + b·y) · mask`, where y is what `relu_moments` left behind, `grad` [N, C, H, W] the
+    gradient with respect to y that came from later layers, and the mask is activation'(y): y > 0 for "relu",
+    0 < y < 6 for "relu6", 1 for "none". The result is the gradient with respect to x (DESIGN's identity 1).
+
+`averager_step(mean, m2, count, target_mean, target_variance, v, m, u, step, *, rule, rate, beta1, beta2, eps,
+correction, advance, weight=None) -> (a, b, sums)`
+    One pass over all D features: difference Δ = target − batch, the averager's new direction v (`rule` "ama", "ma",
+    "ma_moments" or "none"; state v, m, u [2, D] and the 0-d int64 `step` change in place, only when `advance`), the
+    coefficients a, b [D] of the gradient, and sums [4] = (loss over means, loss over variances, Σ(Δ^μ)², Σ(Δ^σ)²).
+    With `weight` w [D] the averager sees w·Δ^μ and w²·Δ^σ, and a and b carry w·v^μ and w²·v^σ.
+
+`reference` is plain PyTorch (the oracle), `compiled` goes through torch.compile (CPU), `triton` runs on CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from types import ModuleType
+
+import torch
+
+from kernels import compiled, reference
+
+BACKENDS = ("auto", "reference", "compiled", "triton")
+log = logging.getLogger("gfmn")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _triton_ops() -> ModuleType:
+    if importlib.util.find_spec("kernels.triton_ops") is None:
+        raise ValueError("kernels: the triton backend is not there yet; use auto, compiled or reference")
+    return importlib.import_module("kernels.triton_ops")
+
+
+@functools.cache
+def _compiled_or_reference(dtype: torch.dtype) -> ModuleType:
+    reason = compiled.works(dtype)
+    if reason is None:
+        return compiled
+    _warn_once(f"torch.compile is not usable here: {reason}; using the plain PyTorch kernels, which are slower")
+    return reference
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend module for activations of `dtype` on `device`.
+
+    "auto" is Triton on CUDA, `compiled` on a CPU, and `reference` wherever those cannot run (said once, in a warning).
+    Raises ValueError for an unknown name, or for a backend that cannot run here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"kernels: {name!r} is not one of {', '.join(BACKENDS)}")
+    if name == "reference":
+        return reference
+    if name == "triton":
+        return _triton_ops()
+    if name == "compiled":
+        if device.type == "cpu" and (reason := compiled.works(dtype)) is not None:
+            raise ValueError(f"kernels: the compiled backend cannot run: {reason}")
+        return compiled
+    if device.type == "cuda" and importlib.util.find_spec("kernels.triton_ops") is not None:
+        return _triton_ops()
+    if device.type == "cpu":
+        return _compiled_or_reference(dtype)
+    return reference
