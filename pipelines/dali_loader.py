@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipelines.dataset import ArrayDataset, ImageDataset
+from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
 from pipelines.errors import BadImage
 from pipelines.torch_loader import is_range
 
@@ -33,9 +33,13 @@ def run(
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
     """Yield (images, indices) for every batch of indices; `bad_images` collects what is skipped, by picture."""
     if isinstance(dataset, ArrayDataset):
-        yield from _run_arrays(dataset, batches, device, workers)
-        return
-    raise NotImplementedError(type(dataset).__name__)
+        yield from _arrays(dataset, batches, device, workers)
+    elif isinstance(dataset, EncodedDataset):
+        from pipelines.dali_files import FileDecoder
+
+        yield from FileDecoder(dataset, device, workers, bad_images).run(batches)
+    else:
+        raise TypeError(f"unknown kind of dataset: {type(dataset).__name__}")
 
 
 def pipeline_arguments(device: torch.device, batch_size: int, workers: int | None) -> dict[str, Any]:
@@ -43,21 +47,23 @@ def pipeline_arguments(device: torch.device, batch_size: int, workers: int | Non
     device_id = None
     if device.type == "cuda":
         device_id = torch.cuda.current_device() if device.index is None else device.index
-    threads = workers or len(os.sched_getaffinity(0))
-    return {"batch_size": batch_size, "num_threads": threads, "device_id": device_id, "prefetch_queue_depth": PREFETCH}
+    return {
+        "batch_size": batch_size,
+        "num_threads": num_threads(workers),
+        "device_id": device_id,
+        "prefetch_queue_depth": PREFETCH,
+    }
+
+
+def num_threads(workers: int | None) -> int:
+    """Decoding threads: what the caller asks for, or one per CPU that this process may use."""
+    return workers or len(os.sched_getaffinity(0))
 
 
 def normalise(images: Any, mirrored: Any, **crop: Any) -> Any:
     """DALI nodes: uint8 HWC → float32 CHW in [-1, 1], mirrored where int32 `mirrored` is 1."""
-    return fn.crop_mirror_normalize(
-        images,
-        mirror=mirrored,
-        mean=[127.5] * 3,
-        std=[127.5] * 3,
-        output_layout="CHW",
-        dtype=types.DALIDataType.FLOAT,
-        **crop,
-    )
+    scale: Any = {"mean": [127.5] * 3, "std": [127.5] * 3, "dtype": types.DALIDataType.FLOAT}
+    return fn.crop_mirror_normalize(images, mirror=mirrored, output_layout="CHW", **scale, **crop)
 
 
 @pipeline_def
@@ -67,10 +73,10 @@ def array_pipeline(source: Callable[[], tuple[np.ndarray, np.ndarray]], on_gpu: 
     return normalise(images.gpu() if on_gpu else images, mirrored)
 
 
-def _run_arrays(
+def _arrays(
     dataset: ArrayDataset, batches: list[np.ndarray], device: torch.device, workers: int | None
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    feed = map(lambda indices: _array_batch(dataset, indices), batches)
+    feed = (_array_batch(dataset, indices) for indices in batches)
     arguments = pipeline_arguments(device, max(map(len, batches)), workers)
     pipeline = array_pipeline(lambda: next(feed), device.type == "cuda", **arguments)
     collect = Collector(device)
@@ -81,11 +87,8 @@ def _run_arrays(
 
 def _array_batch(dataset: ArrayDataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pictures, mirrored = dataset.pictures(indices)
-    if is_range(pictures):
-        images = dataset.images[pictures[0] : pictures[-1] + 1]
-    else:
-        images = dataset.images[pictures]
-    return images, mirrored.astype(np.int32)
+    chosen = slice(pictures[0], pictures[-1] + 1) if is_range(pictures) else pictures
+    return dataset.images[chosen], mirrored.astype(np.int32)
 
 
 class Collector:

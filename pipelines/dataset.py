@@ -23,7 +23,9 @@ class EncodedImages(Protocol):
         """The file (or the database and key) as a person would look for it."""
         ...
 
-    def read(self, picture: int) -> bytes: ...
+    def read(self, picture: int) -> bytes:
+        """The encoded bytes; may raise `OSError`."""
+        ...
 
     def digest(self, *, skip_unreadable: bool) -> str:
         """SHA-256 over everything that `read` returns, and the names. Raises `DataError`."""
@@ -169,6 +171,7 @@ class EncodedDataset(ImageDataset):
         self.files = files
 
     def fingerprint(self) -> Fingerprint:
+        """As for every dataset, and what decoding adds."""
         decoding: Fingerprint = {
             "orientation": "exif",
             "alpha": "over white",

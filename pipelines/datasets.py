@@ -7,7 +7,9 @@ from pathlib import Path
 
 from pipelines.arrays import open_array_file, open_digits
 from pipelines.dataset import ImageDataset
+from pipelines.digests import printable
 from pipelines.errors import DataError
+from pipelines.folders import open_folder
 from pipelines.preprocessing import Preprocessing
 
 DATASETS = ("digits", "cifar10", "stl10", "celeba", "lsun", "images")
@@ -47,9 +49,11 @@ def open_dataset(
         raise DataError(f"dataset {name!r} needs a path (--data PATH)")
     path = Path(path).expanduser()
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder; check the path of dataset {name!r}")
+        raise DataError(f"{printable(path)}: no such file or folder; check the path of dataset {name!r}")
     if name == "images" and path.is_file():
         if path.suffix.lower() not in ARRAY_SUFFIXES:
-            raise DataError(f"{path}: not a folder of images and not a .npy or .npz file")
+            raise DataError(f"{printable(path)}: not a folder of images and not a .npy or .npz file")
         return open_array_file(name, path, preprocessing)
+    if name == "images":
+        return open_folder(name, path, preprocessing, skip_bad_images=skip_bad_images)
     raise DataError(f"dataset {name!r} has no reader yet")

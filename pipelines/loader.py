@@ -84,7 +84,7 @@ class ImageLoader:
         return [*self.dataset.bad_images, *(bad for _, bad in sorted(self._bad_images.items()))]
 
     def __len__(self) -> int:
-        return -(-len(self._part(np.arange(len(self.dataset)))) // self.batch_size)
+        return (len(self._part(np.arange(len(self.dataset)))) + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()

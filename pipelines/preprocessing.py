@@ -69,10 +69,8 @@ class Preprocessing:
             top, left = _middle(height, self.center_crop), _middle(width, self.center_crop)
             height = width = self.center_crop
         size = self.image_size
-        if height <= width:
-            resized = (size, size * width // height)
-        else:
-            resized = (size * height // width, size)
+        short = min(height, width)
+        resized = (size * height // short, size * width // short)
         if resized[0] * resized[1] > MAX_PIXELS:
             raise DataError(f"{width}×{height} pixels are too elongated to be resized to a shorter side of {size}")
         return Geometry((top, left, height, width), resized, (_middle(resized[0], size), _middle(resized[1], size)))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from pipelines.dataset import ArrayDataset, ImageDataset
+from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
+from pipelines.decoding import load
 from pipelines.errors import BadImage
 
 SCALE = float(np.float32(1 / 127.5))
 """float32 reciprocal, because DALI multiplies by it too: both backends give the same bits, and exactly -1 and 1."""
+
+WORKERS = 2
+"""Decoding processes, unless the caller says otherwise."""
 
 
 def run(
@@ -24,21 +30,10 @@ def run(
     """Yield (images, indices) for every batch of indices; `bad_images` collects what is skipped, by picture."""
     if isinstance(dataset, ArrayDataset):
         yield from _slices(dataset, batches, device)
-        return
-    raise NotImplementedError(type(dataset).__name__)
-
-
-def _slices(
-    dataset: ArrayDataset, batches: list[np.ndarray], device: torch.device
-) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    pictures_on_device = torch.from_numpy(dataset.images).to(device)
-    for indices in batches:
-        pictures, mirrored = dataset.pictures(indices)
-        if is_range(pictures):
-            images = pictures_on_device[pictures[0] : pictures[-1] + 1]
-        else:
-            images = pictures_on_device[torch.from_numpy(pictures).to(device)]
-        yield normalise(images, mirrored), indices
+    elif isinstance(dataset, EncodedDataset):
+        yield from _decoded(dataset, batches, device, workers, bad_images)
+    else:
+        raise TypeError(f"unknown kind of dataset: {type(dataset).__name__}")
 
 
 def is_range(pictures: np.ndarray) -> bool:
@@ -55,3 +50,71 @@ def normalise(pictures: torch.Tensor, mirrored: np.ndarray) -> torch.Tensor:
         chosen = torch.from_numpy(np.flatnonzero(mirrored)).to(images.device)
         images[chosen] = images[chosen].flip(3)
     return images.sub_(127.5).mul_(SCALE)
+
+
+def _slices(
+    dataset: ArrayDataset, batches: list[np.ndarray], device: torch.device
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    pictures_on_device = torch.from_numpy(dataset.images).to(device)
+    for indices in batches:
+        pictures, mirrored = dataset.pictures(indices)
+        if is_range(pictures):
+            images = pictures_on_device[pictures[0] : pictures[-1] + 1]
+        else:
+            images = pictures_on_device[torch.from_numpy(pictures).to(device)]
+        yield normalise(images, mirrored), indices
+
+
+class _Decoder(Dataset[np.ndarray]):
+    """What a worker process does: whole batches of pictures, each decoded or found bad."""
+
+    def __init__(self, dataset: EncodedDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, pictures: list[int]) -> tuple[np.ndarray, dict[int, BadImage]]:
+        """Pictures → (uint8 [good, H, W, 3], what is wrong with the others, by picture).
+
+        Arrays travel through a pipe: tensors would need shared memory, of which containers often have little. Errors
+        travel as values, because an exception would arrive wrapped in the worker's stack.
+        """
+        good: list[np.ndarray] = []
+        bad: dict[int, BadImage] = {}
+        for picture in pictures:
+            loaded = load(self.dataset, picture)
+            if isinstance(loaded, BadImage):
+                bad[picture] = loaded
+                if not self.dataset.skip_bad_images:
+                    break
+            else:
+                good.append(loaded)
+        size = self.dataset.image_size
+        return np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), bad
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _decoded(
+    dataset: EncodedDataset,
+    batches: list[np.ndarray],
+    device: torch.device,
+    workers: int | None,
+    bad_images: dict[int, BadImage],
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    wanted = [dataset.pictures(indices)[0].tolist() for indices in batches]
+    workers = WORKERS if workers is None else workers
+    dataset.files.close()  # a forked worker opens its own
+    loader = DataLoader(
+        _Decoder(dataset),
+        batch_sampler=wanted,
+        num_workers=0 if len(batches) == 1 else min(workers, len(batches)),
+        collate_fn=_unchanged,
+    )
+    for indices, (pictures, bad) in zip(batches, loader, strict=True):
+        if bad and not dataset.skip_bad_images:
+            raise next(iter(bad.values())).error()
+        bad_images.update(bad)
+        kept = indices[~np.isin(indices % dataset.num_pictures, list(bad))] if bad else indices
+        _, mirrored = dataset.pictures(kept)
+        yield normalise(torch.from_numpy(pictures).to(device), mirrored), kept

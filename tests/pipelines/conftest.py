@@ -48,3 +48,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("GFMN_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def photo_folder(photos: list[np.ndarray], tmp_path: Path) -> Path:
+    """Files of every format and kind, cut from the photographs: 3 × 11 files of odd sizes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, photo in enumerate(photos):
+        picture = Image.fromarray(photo)
+        cut = picture.crop((3, 5, 3 + 301, 5 + 367))
+        picture.save(folder / f"{number} photo.jpg", quality=92)
+        cut.save(folder / f"{number} progressive.JPEG", quality=95, subsampling=0, progressive=True)
+        picture.crop((11, 13, 11 + 178, 13 + 218)).save(folder / f"{number} aligned.jpg")
+        cut.convert("L").save(folder / f"{number} grey.jpg")
+        cut.convert("CMYK").save(folder / f"{number} inks.jpg")
+        cut.save(folder / f"{number} colour.png")
+        cut.convert("RGBA").save(folder / f"{number} alpha.png")
+        Image.fromarray(np.asarray(cut.convert("L")).astype(np.uint16) * 257).save(folder / f"{number} deep.png")
+        picture.save(folder / f"{number} web.webp", quality=90)
+        picture.save(folder / f"{number} bitmap.bmp")
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        cut.save(folder / f"{number} turned.jpg", exif=exif)
+    return folder

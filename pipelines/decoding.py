@@ -1,0 +1,169 @@
+"""Encoded pictures → RGB, by PIL: the reference that the other decoders agree with.
+
+Orientation tags of cameras are applied, alpha is composited over white, 16-bit grey is scaled to 8 bits (PIL's own
+conversion would clip it), CMYK is converted by PIL. Of an animation, the first frame is used.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from zlib import crc32
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipelines.dataset import EncodedDataset
+from pipelines.errors import BadImage, DataError, one_line
+from pipelines.preprocessing import MAX_PIXELS
+
+# PIL warns of what `decode` refuses or repairs. `warnings.catch_warnings` is of no use in threads.
+for _category in (UserWarning, Image.DecompressionBombWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
+
+_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman-coded
+_JPEG_STANDALONE = (0x01, *range(0xD0, 0xD9))
+
+
+def load(dataset: EncodedDataset, picture: int, data: bytes | None = None) -> np.ndarray | BadImage:
+    """One picture as uint8 [image_size, image_size, 3], or what is wrong with it.
+
+    Args:
+        dataset: whose files are read and whose preprocessing is applied.
+        picture: which one.
+        data: the encoded bytes, where they were read before.
+    """
+    try:
+        encoded = dataset.files.read(picture) if data is None else data
+        return np.asarray(dataset.preprocessing.fit(decode(encoded)))
+    except (DataError, OSError) as error:
+        return BadImage(dataset.files.where(picture), one_line(error))
+
+
+def decode(data: bytes) -> Image.Image:
+    """Encoded bytes → RGB picture, upright.
+
+    Raises:
+        DataError: not a picture, cut short, too large, or of a kind that has no 8-bit meaning. The message says why.
+    """
+    if not data:
+        raise DataError("the file is empty")
+    try:
+        picture = Image.open(io.BytesIO(data))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        picture.load()
+        return _to_rgb(_upright(picture))
+    except Image.DecompressionBombError:
+        raise DataError(f"refused as a decompression bomb (limit {MAX_PIXELS:,} pixels)") from None
+    except Image.UnidentifiedImageError:
+        raise DataError("not an image that can be read") from None
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # PIL's plugins raise whatever a damaged file makes them stumble over
+        raise DataError(f"damaged image ({one_line(error)})") from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged tag says nothing about the pixels
+        return picture
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode of PIL → RGB."""
+    if picture.mode in _DEEP_GREY or (picture.mode == "I" and picture.format == "PNG"):
+        deep = np.asarray(picture).astype(np.uint32).clip(0, 65535)
+        return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise DataError(f"32-bit pixels (mode {picture.mode}) have no defined range; convert it to 8 or 16 bits")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def size_if_plain(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a complete, plain 8-bit picture, which every decoder reads as PIL does; None for all others.
+
+    Plain are JPEG (grey or colour, upright), PNG (8-bit grey or RGB, not interlaced) and WebP (without alpha). Only
+    headers, the end of the file and the checksums of a PNG are looked at, which costs microseconds; what passes may
+    still be damaged inside.
+    """
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            return _plain_jpeg(data)
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            return _plain_png(data)
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return _plain_webp(data)
+    except (IndexError, struct.error):
+        pass
+    return None
+
+
+def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    if data[-2:] != b"\xff\xd9":
+        return None
+    position = 2
+    while data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF or marker in _JPEG_STANDALONE:
+            position += 1 if marker == 0xFF else 2
+            continue
+        if marker in _JPEG_FRAMES:
+            precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
+            return (height, width) if precision == 8 and components in (1, 3) else None
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xCC)) or marker == 0xDA:
+            return None
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        segment = data[position + 4 : position + 2 + length]
+        if marker == 0xE1 and segment[:6] == b"Exif\0\0" and _is_turned(segment):
+            return None
+        position += 2 + length
+    return None
+
+
+def _is_turned(exif: bytes) -> bool:
+    """Whether an orientation tag (0x0112, one SHORT) asks for anything but upright."""
+    for tag, low_byte in ((b"\x01\x12\x00\x03\x00\x00\x00\x01", 9), (b"\x12\x01\x03\x00\x01\x00\x00\x00", 8)):
+        start = exif.find(tag)
+        if start >= 0 and exif[start + low_byte] != 1:
+            return True
+    return False
+
+
+def _plain_png(data: bytes) -> tuple[int, int] | None:
+    if data[-8:-4] != b"IEND":
+        return None
+    width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
+    if depth != 8 or colour not in (0, 2) or interlace:
+        return None
+    position, kind = 8, b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if kind in (b"tRNS", b"eXIf", b"acTL") or struct.unpack_from(">I", data, end)[0] != crc32(
+            data[position + 4 : end]
+        ):
+            return None
+        position = end + 4
+    return height, width
+
+
+def _plain_webp(data: bytes) -> tuple[int, int] | None:
+    (size,) = struct.unpack_from("<I", data, 4)
+    if size + 8 != len(data):
+        return None
+    if data[12:16] == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return height & 0x3FFF, width & 0x3FFF
+    if data[12:16] == b"VP8L" and data[20] == 0x2F:
+        (bits,) = struct.unpack_from("<I", data, 21)
+        if not bits >> 28 & 1:
+            return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    return None

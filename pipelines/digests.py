@@ -1,0 +1,128 @@
+"""Content digests of files, remembered for as long as nothing touched the files.
+
+A digest is remembered under the names, sizes, inodes and both time stamps (modification and status change, in
+nanoseconds) of all files, as version control systems do: rewriting a file changes its status-change time, which no
+program can set back. Files that changed in the last two seconds are never remembered, because a clock tick may hide
+a second change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipelines.errors import BadImage, one_line
+
+_FRESH = 2.0
+_MAX_FILE = 2**30
+_BLOCK = 2**20
+
+
+def cache_folder() -> Path:
+    """Where digests and downloads are kept: `GFMN_CACHE`, or `gfmn` in the user's cache folder."""
+    if folder := os.environ.get("GFMN_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gfmn"
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for messages: bytes that are no text become question marks instead of breaking the terminal."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file of at most 1 GiB. A pipe or a device raises `OSError` instead of blocking."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if status.st_size > _MAX_FILE:
+            raise OSError(f"{status.st_size / 2**30:.1f} GiB is too large for a picture")
+        data = os.read(descriptor, status.st_size + 1)
+        while len(data) < status.st_size and (more := os.read(descriptor, status.st_size - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def digest_files(root: Path, names: Sequence[str], *, skip_unreadable: bool) -> str:
+    """SHA-256 over the names (relative to `root`), sizes and contents of files, in the given order, in hexadecimal.
+
+    Raises:
+        DataError: a file cannot be read, unless `skip_unreadable`: then it counts as unreadable.
+    """
+    paths = [os.path.join(root, name) for name in names]
+    key, newest = _key(root, names, paths)
+    remembered = cache_folder() / "digests" / key
+    if (digest := _recall(remembered)) is not None:
+        return digest
+    start = time.time()
+    total = hashlib.sha256()
+    complete = True
+    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)) + 1)) as pool:
+        for name, path, content in zip(names, paths, pool.map(_digest_file, paths), strict=True):
+            if isinstance(content, OSError):
+                complete = False
+                if not skip_unreadable:
+                    raise BadImage(printable(path), one_line(content)).error()
+                content = "unreadable"
+            total.update(os.fsencode(name) + b"\0" + content.encode() + b"\0")
+    if complete and newest < start - _FRESH and _key(root, names, paths)[0] == key:
+        _remember(remembered, total.hexdigest())
+    return total.hexdigest()
+
+
+def _digest_file(path: str) -> str | OSError:
+    """Size and SHA-256 of one file's content."""
+    try:
+        digest, size = hashlib.sha256(), 0
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("not a regular file")
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+        return f"{size} {digest.hexdigest()}"
+    except OSError as error:
+        return error
+
+
+def _key(root: Path, names: Sequence[str], paths: Sequence[str]) -> tuple[str, float]:
+    """What identifies the state of the files, and when the newest of them changed (seconds since the epoch)."""
+    key = hashlib.sha256(os.fsencode(os.path.realpath(root)))
+    newest = 0
+    for name, path in zip(names, paths, strict=True):
+        try:
+            status = os.stat(path)
+        except OSError:
+            key.update(os.fsencode(name) + b"\0missing\0")
+            continue
+        facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        key.update(os.fsencode(name) + b"\0" + repr(facts).encode() + b"\0")
+        newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
+    return key.hexdigest(), newest / 1e9
+
+
+def _recall(remembered: Path) -> str | None:
+    try:
+        digest = remembered.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    return digest if len(digest) == 64 and set(digest) <= set("0123456789abcdef") else None
+
+
+def _remember(remembered: Path, digest: str) -> None:
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        draft = remembered.with_suffix(f".{os.getpid()}")
+        draft.write_text(digest, encoding="ascii")
+        draft.replace(remembered)
+    except OSError:
+        pass  # the next run computes it again
