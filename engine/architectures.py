@@ -1,15 +1,19 @@
-"""The classifiers whose frozen features are matched, as plain modules that can be trained.
+"""The networks whose frozen features are matched, as plain modules that can be trained.
 
-Each maps images `[N, 3, H, W]` to class scores `[N, K]`; `build_extractor` taps their activations and drops the rest.
+Each maps images `[N, 3, H, W]` to K outputs `[N, K]`: class scores, or an autoencoder's latent code before its tanh.
+`build_extractor` taps their activations and drops the rest.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.errors import InputError
 
 _VGG19 = (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M")
 _VGG_SMALL = (32, 32, "M", 64, 64, "M", 128, 128, "M")
@@ -75,27 +79,71 @@ class ResNet18(nn.Module):
         return self.classifier(x.mean(dim=(2, 3)))
 
 
+class DCGANEncoder(nn.Module):
+    """The encoder of the paper's DCGAN-like autoencoder (section 5.1 and supplement): convolution, BatchNorm, ReLU.
+
+    4×4 stride 2 to 64 channels, two extra 3×3 of 64, 4×4 stride 2 to 128, 256 (and 512 from 64 pixels on) down to 4×4,
+    and a 4×4 valid convolution to the latent code. At 32×32 that is 3·16,384 + 8,192 + 4,096 = 61,440 features.
+    """
+
+    def __init__(self, num_outputs: int, image_size: int):
+        super().__init__()
+        halvings = (image_size // 4).bit_length() - 1
+        widths = [min(64 << stage, 512) for stage in range(halvings)]
+        layers = [*self._layer(3, 64, 4, 2), *self._layer(64, 64, 3, 1), *self._layer(64, 64, 3, 1)]
+        for channels, width in itertools.pairwise(widths):
+            layers += self._layer(channels, width, 4, 2)
+        self.features = nn.Sequential(*layers)
+        self.latent = nn.Conv2d(widths[-1], num_outputs, 4)
+
+    @staticmethod
+    def _layer(channels: int, width: int, side: int, stride: int) -> list[nn.Module]:
+        conv = nn.Conv2d(channels, width, side, stride, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(width), nn.ReLU()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.latent(self.features(x)).flatten(1)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How a named network is made.
 
     Attributes:
-        make: from a number of classes to the module.
-        head: prefix of the parameters that only classify; weights may have another number of classes or none.
+        make: from a number of outputs and the images' side to the module.
+        head: prefix of the parameters after the last tap; weights may have another number of outputs or none.
         multiple_of: image sides must be a multiple of this.
+        sizes: the only image sides that it takes; None for any.
         mean, std: normalisation `(x − mean)/std` of images in [0, 1] that its weights were trained with; None for
             networks that take images in [-1, 1] as they are.
     """
 
-    make: Callable[[int], nn.Module]
+    make: Callable[[int, int], nn.Module]
     head: str = "classifier."
     multiple_of: int = 1
+    sizes: tuple[int, ...] | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "vgg-small": Architecture(lambda classes: VGG(_VGG_SMALL, classes), multiple_of=8),
-    "vgg19": Architecture(lambda classes: VGG(_VGG19, classes), multiple_of=32),
-    "resnet18": Architecture(lambda classes: ResNet18(classes), multiple_of=8),
+    "vgg-small": Architecture(lambda outputs, _: VGG(_VGG_SMALL, outputs), multiple_of=8),
+    "vgg19": Architecture(lambda outputs, _: VGG(_VGG19, outputs), multiple_of=32),
+    "resnet18": Architecture(lambda outputs, _: ResNet18(outputs), multiple_of=8),
+    "dcgan-encoder": Architecture(DCGANEncoder, head="latent.", sizes=(32, 64, 128)),
 }
+
+
+def find_architecture(name: str, image_size: int, flag: str = "--extractor") -> Architecture:
+    """The architecture `name`; InputError that names `flag` if it is unknown or cannot take images of this size."""
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        raise InputError(f"{flag}: {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
+    if architecture.sizes is not None and image_size not in architecture.sizes:
+        sizes = ", ".join(map(str, architecture.sizes))
+        raise InputError(f"{flag}: {name} takes images of {sizes} pixels, not {image_size}")
+    if image_size < architecture.multiple_of or image_size % architecture.multiple_of:
+        raise InputError(
+            f"{flag}: {name} needs images whose side is a multiple of {architecture.multiple_of}, got {image_size}"
+        )
+    return architecture

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engine.architectures import ARCHITECTURES, Architecture
+from engine.architectures import ARCHITECTURES, Architecture, find_architecture
 from engine.errors import InputError
 from engine.tapping import TapSite, Visitor, tap_network
 
@@ -41,6 +41,9 @@ class Tap:
 
 class Normalisation(nn.Module):
     """Images in [-1, 1] to what a network was trained on: `((x + 1)/2 − mean)/std`, per channel."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -175,9 +178,9 @@ def build_extractor(
     sites: list[TapSite] = []
     digests = []
     for part, path in zip(names, paths, strict=True):
-        architecture = _architecture(part, image_size)
-        network = _load(part, architecture, path)
-        digests.append(state_digest(network))
+        architecture = find_architecture(part, image_size)
+        network = _load(part, architecture, image_size, path)
+        digests.append(state_digest(network, architecture.head))
         network.eval().requires_grad_(False)
         if bn == "batch":
             _use_batch_statistics(network)
@@ -218,32 +221,19 @@ class _Normalised(nn.Module):
         return self.network(self.normalisation(images), visit)
 
 
-def state_digest(network: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 over the network's parameters and buffers that its features depend on."""
+def state_digest(network: nn.Module, head: str) -> str:
+    """First 16 hex digits of the SHA-256 over the network's parameters and buffers, those under `head` left out."""
     digest = hashlib.sha256()
     for key, tensor in sorted(network.state_dict().items()):
-        if key.startswith("classifier.") or key.endswith("num_batches_tracked"):
+        if key.startswith(head) or key.endswith("num_batches_tracked"):
             continue
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _architecture(name: str, image_size: int) -> Architecture:
-    architecture = ARCHITECTURES.get(name)
-    if architecture is None:
-        raise InputError(
-            f"--extractor: {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}, or join with +"
-        )
-    if image_size < architecture.multiple_of or image_size % architecture.multiple_of:
-        raise InputError(
-            f"--extractor: {name} needs images whose side is a multiple of {architecture.multiple_of}, got {image_size}"
-        )
-    return architecture
-
-
-def _load(name: str, architecture: Architecture, path: str | Path | None) -> nn.Module:
-    network = architecture.make(10)
+def _load(name: str, architecture: Architecture, image_size: int, path: str | Path | None) -> nn.Module:
+    network = architecture.make(10, image_size)
     if path is None:
         return network
     state = read_state_dict(path)

@@ -12,6 +12,7 @@ from engine.errors import InputError
 _BASE_WIDTH = 64
 _MAX_WIDTH = 512
 _FIRST_SIDE = 4
+GENERATOR_SIZES = (32, 64, 128)
 
 
 class FirstLayer(nn.Module):
@@ -121,8 +122,9 @@ def build_generator(name: str, *, image_size: int, nz: int = 100) -> nn.Module:
     """
     if name not in GENERATORS:
         raise InputError(f"--generator: {name!r} is not known; choose one of {', '.join(GENERATORS)}")
-    if image_size not in (32, 64, 128):
-        raise InputError(f"--generator: {name} makes images of 32, 64 or 128 pixels, not {image_size}")
+    if image_size not in GENERATOR_SIZES:
+        sizes = ", ".join(map(str, GENERATOR_SIZES))
+        raise InputError(f"--generator: {name} makes images of {sizes} pixels, not {image_size}")
     if nz < 1:
         raise InputError(f"--nz: must be at least 1, got {nz}")
     return GENERATORS[name](image_size, nz).to(memory_format=torch.channels_last)

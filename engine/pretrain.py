@@ -1,0 +1,142 @@
+"""Pretrain an extractor: python -m engine.pretrain --preset digits --out extractor.safetensors
+
+The file that it writes is what `--weights` of engine.train takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.architectures import ARCHITECTURES
+from engine.cli import Parser, run_command
+from engine.config import PRESETS, Config, add_flags, given_flags
+from engine.errors import InputError
+from engine.pretraining import TASKS, PretrainResult, pretrain
+from pipelines import open_dataset
+
+__all__ = ["PretrainResult", "main", "pretrain"]
+
+# The paper's classifiers for CIFAR10 and STL10 see random crops and mirrored images (supplement). Digits are not
+# mirrored: that would be other symbols.
+_PHOTOS = {"arch": "vgg19", "batch_size": 128, "horizontal_flip": True}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"arch": "vgg-small"},
+    "cifar10": {**_PHOTOS, "epochs": 60},
+    "stl10": {**_PHOTOS, "epochs": 200},
+    "celeba64": {**_PHOTOS, "task": "autoencode", "arch": "dcgan-encoder", "epochs": 20},
+    "celeba128": {**_PHOTOS, "task": "autoencode", "arch": "dcgan-encoder", "epochs": 20},
+    "lsun64": {**_PHOTOS, "task": "autoencode", "arch": "dcgan-encoder", "epochs": 5},
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m engine.pretrain", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS), default="digits", help="data set and settings (default: digits)")
+    add("--out", type=Path, required=True, metavar="FILE", help="the weights, safetensors")
+    add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    section = parser.add_argument_group("pretraining", "Defaults are the preset's.")
+    add = section.add_argument
+    unset = argparse.SUPPRESS
+    add("--task", choices=tuple(TASKS), default=unset, help="rotate and autoencode need no labels (default: classify)")
+    add("--arch", default=unset, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
+    add("--epochs", type=int, default=unset, metavar="N", help="passes over the training images")
+    add("--steps", type=int, default=unset, metavar="N", help="training steps, instead of --epochs")
+    add("--batch-size", type=int, default=unset, metavar="N", help="images in a batch (default: 64, photos 128)")
+    add("--lr", type=float, default=unset, metavar="X", help="peak rate (default: 0.1; autoencode: 0.001 with Adam)")
+    add("--momentum", type=float, default=unset, metavar="X", help="of SGD (default: 0.9)")
+    add("--weight-decay", type=float, default=unset, metavar="X", help="(default: 5e-4; autoencode: 0)")
+    add("--crop-padding", type=int, default=unset, metavar="PIXELS", help="of the random crops (default: 4)")
+    add("--amp", action="store_true", default=unset, help="mixed precision, bfloat16")
+    add("--seed", type=int, default=unset, metavar="N", help="(default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    add_flags(parser, "data")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, pretrain, save."""
+    arguments = _parser().parse_args(argv)
+    given = given_flags(arguments)
+    data = Config.build(arguments.preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
+    of_preset = data.dataset == Config.build(arguments.preset, {}).data.dataset
+    # Another data set than the preset's takes nothing from it but the image size and crop.
+    values: dict[str, Any] = {**_PRESETS[arguments.preset]} if of_preset else {"arch": "vgg19"}
+    values |= {name: value for name, value in vars(arguments).items() if name in _PRETRAIN_FLAGS}
+    if "steps" in vars(arguments):
+        values.pop("epochs", None)
+    values["flip"] = given.get("horizontal_flip", values.pop("horizontal_flip", False))
+    checkpoint = _check_out(arguments.out, arguments.resume)
+    if checkpoint is None:
+        print(f"{arguments.out}: is complete, nothing to resume")
+        return
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise InputError(f"--threads: must be at least 1, got {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    dataset = open_dataset(
+        data.dataset,
+        data.data,
+        image_size=data.image_size,
+        center_crop=data.center_crop,
+        skip_bad_images=data.skip_bad_images,
+    )
+    result = pretrain(
+        values.pop("arch"),
+        dataset,
+        **values,
+        loader=data.loader,
+        device=_device(arguments.device),
+        checkpoint=checkpoint,
+        resume=arguments.resume,
+    )
+    result.save(arguments.out)
+    checkpoint.unlink(missing_ok=True)
+    print(f"{result.metric.replace('_', ' ')} on held-out images: {result.validation:.4f}")
+    print(f"weights of {result.metadata['architecture']}: {arguments.out}")
+
+
+_PRETRAIN_FLAGS = (
+    "task", "arch", "epochs", "steps", "batch_size", "lr", "momentum", "weight_decay", "crop_padding", "amp", "seed",
+)  # fmt: skip
+
+
+def _check_out(out: Path, resume: bool) -> Path | None:
+    """Where the checkpoint goes, or None if the run is complete; InputError if something would be overwritten."""
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    if out.is_dir():
+        raise InputError(f"--out: {out} is a folder; name a file, such as {out / 'extractor.safetensors'}")
+    if resume and out.exists() and not checkpoint.exists():
+        return None
+    if not resume:
+        for file in (out, checkpoint):
+            if file.exists():
+                raise InputError(
+                    f"--out: {file} exists; resume that run with --resume, delete it, or name another file"
+                )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: {out.parent} cannot be made ({error.strerror})") from None
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"--out: {out.parent} cannot be written to")
+    return checkpoint
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: cuda is not available here (no GPU, or no driver); use --device cpu")
+    return name
+
+
+if __name__ == "__main__":
+    run_command(main)
