@@ -147,9 +147,8 @@ def _plain_png(data: bytes) -> tuple[int, int] | None:
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 8 + length
-        if kind in (b"tRNS", b"eXIf", b"acTL") or struct.unpack_from(">I", data, end)[0] != crc32(
-            data[position + 4 : end]
-        ):
+        (checksum,) = struct.unpack_from(">I", data, end)
+        if kind in (b"tRNS", b"eXIf", b"acTL") or checksum != crc32(memoryview(data)[position + 4 : end]):
             return None
         position = end + 4
     return height, width

@@ -58,7 +58,7 @@ def spoil(folder: Path, kind: str) -> Path:
         picture.crop((0, 0, 79, 96)).convert("RGBA").save(png)
         return png
     elif kind == "bomb":
-        Image.new("L", (12_000, 12_000)).save(png)
+        Image.new("1", (12_000, 12_000)).save(png)
         return png
     elif kind == "broken link":
         jpg.symlink_to("gone.jpg")
@@ -87,10 +87,12 @@ def test_a_bad_image_stops_the_pass_with_one_line(folder: Path, backend: str, ki
     dataset = open_dataset("images", folder, center_crop=80)
     assert len(dataset) == 13
     seen: list[int] = []
-    with pytest.raises(DataError) as error:
+    message = "nothing was raised"
+    try:
         for batch in ImageLoader(dataset, 2, backend=backend):
             seen += batch.indices.tolist()
-    message = str(error.value)
+    except DataError as error:
+        message = str(error)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     assert len(message) < len(str(path)) + 250

@@ -143,6 +143,12 @@ def test_a_header_cut_anywhere_is_survived(photo: np.ndarray) -> None:
             assert "0x" not in str(error.value)
 
 
+def test_a_png_with_a_wrong_checksum_is_not_plain(photo: np.ndarray) -> None:
+    data = encoded(Image.fromarray(photo), "PNG")
+    for position in range(33, len(data) - 12, len(data) // 50):
+        assert size_if_plain(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]) is None
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_pixels_without_a_range_are_refused(photo: np.ndarray, mode: str) -> None:
     with pytest.raises(DataError, match="no defined range"):
@@ -151,12 +157,12 @@ def test_pixels_without_a_range_are_refused(photo: np.ndarray, mode: str) -> Non
 
 @pytest.mark.parametrize("side", [10_000, 16_000])
 def test_decompression_bombs_are_refused_before_they_are_unpacked(side: int) -> None:
-    data = encoded(Image.new("L", (side, side)), "PNG")
-    assert len(data) < 10**6
+    data = encoded(Image.new("1", (side, side)), "PNG")
+    assert len(data) < 10**5
     with pytest.raises(DataError, match="decompression bomb"):
         decode(data)
     with pytest.raises(DataError, match="decompression bomb"):
-        Preprocessing().geometry(*size_if_plain(data))
+        Preprocessing().geometry(side, side)
 
 
 def test_a_line_that_would_become_huge_is_refused() -> None:
