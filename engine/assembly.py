@@ -1,0 +1,131 @@
+"""From a configuration to the parts of a run: device, dataset, extractor, target, objective."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from engine.averagers import AMA, Averager, MovingAverage, NoAverage
+from engine.cli import cache_folder
+from engine.config import Config
+from engine.errors import InputError
+from engine.extractors import Extractor, build_extractor
+from engine.matching import MomentMatching
+from engine.moments import Moments
+from engine.pretraining import pretrain
+from engine.target import cached_target, fingerprint
+from pipelines import ImageDataset, ImageLoader, open_dataset
+
+log = logging.getLogger("gfmn")
+
+
+def choose_device(config: Config) -> torch.device:
+    """The configured device, with the configured number of threads; InputError if it is not there."""
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    name = config.training.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: cuda is not available here (no GPU, or no driver); use --device cpu")
+    return torch.device(name)
+
+
+def open_data(config: Config) -> ImageDataset:
+    """The real images."""
+    data = config.data
+    return open_dataset(
+        data.dataset,
+        data.data,
+        image_size=data.image_size,
+        center_crop=data.center_crop,
+        horizontal_flip=data.horizontal_flip,
+        skip_bad_images=data.skip_bad_images,
+    )
+
+
+def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) -> Extractor:
+    """The frozen extractor on its device, pretrained on the dataset first if its weights say so."""
+    networks = config.networks
+    weights: list[Path] | list[str] | str | None
+    if not networks.weights:
+        raise InputError(
+            f"--weights: the preset {config.preset} needs weights for {networks.extractor}: files from python -m "
+            "engine.pretrain, 'imagenet', 'pretrain', or 'random' if you mean it"
+        )
+    if networks.weights == ("random",):
+        torch.manual_seed(config.training.seed)
+        weights = None
+    elif networks.weights == ("pretrain",):
+        weights = [
+            _pretrained(name, dataset, device, config.training.seed) for name in networks.extractor.split("+")
+        ]
+    else:
+        weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
+    extractor = build_extractor(
+        networks.extractor,
+        image_size=config.data.image_size,
+        weights=weights,
+        layers=networks.layers,
+        layers_from=networks.layers_from,
+        bn=networks.extractor_bn,
+    )
+    return extractor.to(device)
+
+
+def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, seed: int) -> Path:
+    """Weights of `architecture` trained on `dataset`, from the cache if it was done before."""
+    task = "classify" if dataset.num_classes >= 2 else "rotate"
+    recipe = {**dataset.fingerprint(), "architecture": architecture, "task": task, "seed": seed, "recipe": 1}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    path = cache_folder() / "extractors" / f"{architecture}-{digest}.safetensors"
+    if path.exists():
+        log.info("extractor %s: pretrained before, cached in %s", architecture, path)
+        return path
+    result = pretrain(architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device))
+    result.save(path)
+    return path
+
+
+def make_target(config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None) -> Moments:
+    """The target: the file of `--target`, or computed once and cached."""
+    settings = {"batch_size": config.training.batch_size, "seed": config.training.seed, "loader": config.data.loader}
+    if config.output.target is not None:
+        backend = ImageLoader(dataset, 1, device=str(extractor.device), backend=config.data.loader).backend
+        expected = fingerprint(extractor, dataset, dtype, **{**settings, "loader": backend})
+        return Moments.load(config.output.target, expected)
+    return cached_target(
+        extractor, dataset, cache_folder(), amp_dtype=dtype, kernels=config.matching.backend, **settings
+    )
+
+
+def make_averager(config: Config) -> Averager:
+    """The configured averager, before its first step."""
+    matching = config.matching
+    if matching.averager == "ama":
+        return AMA(lr=matching.ama_lr, variant=matching.ama_variant, seed=config.training.seed)
+    if matching.averager == "ma":
+        return MovingAverage(alpha=matching.ma_alpha, variant=matching.ma_variant)
+    return NoAverage()
+
+
+def make_objective(config: Config, extractor: Extractor, target: Moments, dtype: torch.dtype | None) -> MomentMatching:
+    """The matching objective of a run."""
+    try:
+        return MomentMatching(
+            extractor,
+            target,
+            make_averager(config),
+            chunk_size=config.matching.chunk_size,
+            kernels=config.matching.backend,
+            correction=config.matching.correction,
+            amp_dtype=dtype,
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
