@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import math
 import resource
-import signal
 import sys
 import time
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from engine.errors import InputError
 from engine.images import grid, save_png
 from engine.matching import MomentMatching
 from engine.run_folder import RunFolder
+from engine.stopping import StopRequest
 
 log = logging.getLogger("gfmn")
 
@@ -74,7 +74,6 @@ class Trainer:
         self.fixed_z = torch.randn(GRID, config.networks.nz, generator=fixed).to(self.device)
         self.step = 0
         self.first_bad_step = torch.tensor(_NEVER, device=self.device)
-        self.stop_requested = False
 
     def train_step(self) -> Tensor:
         """One step; returns the loss on the device, and never waits for it."""
@@ -103,13 +102,12 @@ class Trainer:
         """
         total = self.config.training.steps
         output = self.config.output
-        handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.step + 1)
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=None, dynamic_ncols=True)
         plain = _PlainProgress(total, self.step) if bar.disable else None
         clock, clock_step = time.perf_counter(), self.step
-        try:
-            while self.step < total and not self.stop_requested:
+        with StopRequest() as stop, contextlib.closing(writer), bar:
+            while self.step < total and not stop.requested:
                 loss = self.train_step()
                 bar.update()
                 last = self.step == total
@@ -128,18 +126,10 @@ class Trainer:
                     self._sample(writer)
                 if self.step % output.checkpoint_every == 0 or last:
                     self.save()
-            if self.stop_requested:
-                self.check_finite()
+            if self.step < total:
                 self.save()
-        finally:
-            bar.close()
-            writer.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        if self.stop_requested:
-            raise Interrupted(
-                f"stopped at step {self.step} of {total}; go on with: python -m engine.train --resume --out {self.run.path}"
-            )
+                command = f"python -m engine.train --resume --out {self.run.path}"
+                raise Interrupted(f"stopped at step {self.step} of {total}; go on with: {command}")
 
     def sampling_generator(self) -> nn.Module:
         """The module whose weights are sampled from: the moving average if there is one."""
@@ -213,12 +203,6 @@ class Trainer:
         paths = self.run.checkpoint_paths()
         kept = f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
         return InputError(f"{what} became NaN or infinite at step {step}; {kept}; try a lower --lr or --ama-lr")
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
-            raise KeyboardInterrupt
-        self.stop_requested = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     def _log(self, loss: Tensor, rate: float, writer: SummaryWriter) -> dict[str, Any]:
         loss_mean, loss_variance, mean_norm, variance_norm = self.objective.sums.tolist()

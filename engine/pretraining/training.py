@@ -19,7 +19,7 @@ from engine.errors import InputError
 from engine.files import save_safetensors
 from engine.pretraining.images import Augmentation, TrainingImages, open_images
 from engine.pretraining.result import PretrainResult
-from engine.pretraining.stopping import StopRequest
+from engine.stopping import StopRequest
 from engine.pretraining.tasks import Task, make_task, one_cycle
 from pipelines import ImageDataset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import TracebackType
 from typing import Any
@@ -32,3 +33,4 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
