@@ -37,6 +37,7 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to outputs [N, K]."""
         return self.classifier(self.features(x).mean(dim=(2, 3)))
 
 
@@ -54,6 +55,7 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, H, W] to [N, width, H/stride, W/stride]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + shortcut)
@@ -75,6 +77,7 @@ class ResNet18(nn.Module):
         self.classifier = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to outputs [N, K]."""
         x = self.blocks(F.relu(self.bn1(self.conv1(x))))
         return self.classifier(x.mean(dim=(2, 3)))
 
@@ -102,6 +105,7 @@ class DCGANEncoder(nn.Module):
         return [conv, nn.BatchNorm2d(width), nn.ReLU()]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to outputs [N, K]."""
         return self.latent(self.features(x)).flatten(1)
 
 

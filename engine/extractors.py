@@ -53,6 +53,7 @@ class Normalisation(nn.Module):
         self.register_buffer("shift", shift.view(1, 3, 1, 1).float())
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W], in x's dtype."""
         return x * self.scale + self.shift
 
 
@@ -81,14 +82,17 @@ class Extractor(nn.Module):
 
     @property
     def num_features(self) -> int:
+        """D = Σ d_j."""
         return sum(tap.num_features for tap in self.taps)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
+        """Of the weights."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Extractor:

@@ -27,6 +27,7 @@ class FirstLayer(nn.Module):
         self.linear = nn.Linear(nz, _FIRST_SIDE * _FIRST_SIDE * width, bias=bias)
 
     def forward(self, z: Tensor) -> Tensor:
+        """ValueError unless z is [N, nz]."""
         if z.dim() != 2 or z.shape[1] != self.nz:
             raise ValueError(f"z: expected [N, {self.nz}], got {list(z.shape)}")
         return self.linear(z).view(len(z), _FIRST_SIDE, _FIRST_SIDE, self.width).permute(0, 3, 1, 2)
@@ -57,6 +58,7 @@ class DCGANGenerator(nn.Module):
         self.apply(_initialise_normal)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
         return self.last(self.layers(self.first(z))).tanh()
 
 
@@ -77,6 +79,7 @@ class UpsamplingBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, H, W] to [N, width, 2H, 2W]."""
         out = self.conv1(self.upsample(self.bn1(x).relu()))
         return self.conv2(self.bn2(out).relu()) + self.upsample(self.shortcut(x))
 
@@ -101,6 +104,7 @@ class ResNetGenerator(nn.Module):
         self.apply(_initialise_xavier)
 
     def forward(self, z: Tensor) -> Tensor:
+        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
         return self.last(self.bn(self.blocks(self.first(z))).relu()).tanh()
 
 

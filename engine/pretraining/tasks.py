@@ -57,6 +57,7 @@ class _Scores:
         raise NotImplementedError
 
     def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Cross entropy."""
         images, classes = self.posed(images, labels)
         return F.cross_entropy(self.module(images).float(), classes)
 
@@ -78,6 +79,7 @@ class Classify(_Scores):
         return images, labels
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """How many are right."""
         return (self.module(images).argmax(1) == labels).sum()
 
 
@@ -88,7 +90,7 @@ class Rotate(_Scores):
         super().__init__(architecture, dataset.image_size, 4)
 
     def posed(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        # Batches are random already, so each quarter of a batch gets one turn.
+        """One quarter of the batch for each turn: the batches are random already."""
         quarters = images.tensor_split(4)
         turned = torch.cat([quarter.rot90(turns, (2, 3)) for turns, quarter in enumerate(quarters)])
         counts = torch.tensor([len(quarter) for quarter in quarters])
@@ -96,6 +98,7 @@ class Rotate(_Scores):
         return turned.contiguous(memory_format=torch.channels_last), classes
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """How many are right, each turned all four ways."""
         right = [(self.module(images.rot90(turns, (2, 3))).argmax(1) == turns).sum() for turns in range(4)]
         return torch.stack(right).sum() / 4
 
@@ -109,6 +112,7 @@ class Autoencoder(nn.Module):
         self.decoder = build_generator("dcgan", image_size=image_size, nz=latent)
 
     def forward(self, images: Tensor) -> Tensor:
+        """The reconstruction, [N, 3, H, W]."""
         return self.decoder(self.encoder(images).tanh())
 
 
@@ -131,9 +135,11 @@ class Autoencode:
         self.module: nn.Module = Autoencoder(self.network, size, latent)
 
     def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Mean squared error of the pixels."""
         return F.mse_loss(self.module(images).float(), images)
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Mean squared error of each image, summed over the images."""
         return (self.module(images).float() - images).square().mean(dim=(1, 2, 3)).sum()
 
 
