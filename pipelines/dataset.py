@@ -31,10 +31,6 @@ class EncodedImages(Protocol):
         """SHA-256 over everything that `read` returns, and the names. Raises `DataError`."""
         ...
 
-    def close(self) -> None:
-        """Give back what reading holds open; the next `read` opens it again."""
-        ...
-
 
 class ImageDataset(ABC):
     """N pictures, seen as images of one size. With `horizontal_flip`, index i + N is the mirror image of index i.

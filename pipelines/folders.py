@@ -40,9 +40,6 @@ class ImageFiles:
         """SHA-256 over names, sizes and contents."""
         return digest_files(self.root, self.names, skip_unreadable=skip_unreadable)
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
 
 def open_folder(
     name: str, root: Path, preprocessing: Preprocessing, *, labelled: bool = True, skip_bad_images: bool = False

@@ -104,7 +104,6 @@ def _decoded(
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
     wanted = [dataset.pictures(indices)[0].tolist() for indices in batches]
     workers = WORKERS if workers is None else workers
-    dataset.files.close()  # a forked worker opens its own
     loader = DataLoader(
         _Decoder(dataset),
         batch_sampler=wanted,
