@@ -19,8 +19,8 @@ from engine.errors import InputError
 from engine.files import save_safetensors
 from engine.pretraining.images import Augmentation, TrainingImages, open_images
 from engine.pretraining.result import PretrainResult
-from engine.stopping import StopRequest
 from engine.pretraining.tasks import Task, make_task, one_cycle
+from engine.stopping import StopRequest
 from pipelines import ImageDataset
 
 _CHECKPOINT = "gfmn-pretraining-1"
