@@ -68,9 +68,9 @@ def open_folder(
         log.warning("%s: holds images beside its class folders, so none of the images has a label", printable(root))
         return EncodedDataset(name, preprocessing, files, skip_bad_images=skip_bad_images, bad_images=unread)
 
-    folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")}
+    folders = {folder for folder in os.listdir(root) if os.path.isdir(root / folder) and not folder.startswith(".")}
     missing = sorted(folders - set(classes) - {Path(bad.path).name for bad in unread})
-    empty = tuple(BadImage(printable(root / folder), "class folder without images") for folder in missing)
+    empty = tuple(BadImage(printable(root / folder), "class folder without images of its own") for folder in missing)
     if empty and not skip_bad_images:
         raise empty[0].error()
     number = {folder: label for label, folder in enumerate(classes)}
@@ -113,7 +113,7 @@ def find_images(root: Path) -> tuple[list[str], tuple[BadImage, ...]]:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
                 real.append(name)
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):  # a link; unlike entry.is_dir(), no error if it leads to itself
                 linked.append(name)
             elif entry.name.lower().endswith(SUFFIXES):
                 names.append(name)

@@ -128,7 +128,7 @@ def dali_is_importable() -> bool:
     """Whether NVIDIA DALI is installed for this Python."""
     try:
         import nvidia.dali  # noqa: F401
-    except ImportError:
+    except (ImportError, OSError):  # OSError: one of its libraries cannot be loaded
         return False
     return True
 

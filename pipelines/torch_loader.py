@@ -91,6 +91,20 @@ class _Decoder(Dataset[np.ndarray]):
         return np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), bad
 
 
+class _Wanted:
+    """The pictures of each batch, as lists, one batch at a time."""
+
+    def __init__(self, dataset: EncodedDataset, batches: list[np.ndarray]) -> None:
+        self.dataset = dataset
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self.dataset.pictures(indices)[0].tolist() for indices in self.batches)
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
 
@@ -102,11 +116,10 @@ def _decoded(
     workers: int | None,
     bad_images: dict[int, BadImage],
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    wanted = [dataset.pictures(indices)[0].tolist() for indices in batches]
     workers = WORKERS if workers is None else workers
     loader = DataLoader(
         _Decoder(dataset),
-        batch_sampler=wanted,
+        batch_sampler=_Wanted(dataset, batches),
         num_workers=0 if len(batches) == 1 else min(workers, len(batches)),
         collate_fn=_unchanged,
     )

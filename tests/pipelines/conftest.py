@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,16 +52,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def photo_folder(photos: list[np.ndarray], tmp_path: Path) -> Path:
-    """Files of every format and kind, cut from the photographs: 3 × 11 files of odd sizes."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
+def photo_folder(photo_files: Path, tmp_path: Path) -> Path:
+    """A copy of the files that a test may change."""
+    return shutil.copytree(photo_files, tmp_path / "photos")
+
+
+@pytest.fixture(scope="session")
+def photo_files(photos: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of every format and kind, cut from the photographs: 3 × 12 files of odd sizes."""
+    folder = tmp_path_factory.mktemp("photos")
     for number, photo in enumerate(photos):
         picture = Image.fromarray(photo)
         cut = picture.crop((3, 5, 3 + 301, 5 + 367))
         picture.save(folder / f"{number} photo.jpg", quality=92)
         cut.save(folder / f"{number} progressive.JPEG", quality=95, subsampling=0, progressive=True)
         picture.crop((11, 13, 11 + 178, 13 + 218)).save(folder / f"{number} aligned.jpg")
+        cut.save(folder / f"{number} without YCbCr.jpg", keep_rgb=True, quality=90)
         cut.convert("L").save(folder / f"{number} grey.jpg")
         cut.convert("CMYK").save(folder / f"{number} inks.jpg")
         cut.save(folder / f"{number} colour.png")

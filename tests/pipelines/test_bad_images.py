@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 from pathlib import Path
 
@@ -14,6 +16,17 @@ import pipelines.folders
 from pipelines import BadImage, DataError, ImageLoader, open_dataset
 
 NAME = "05 bad"
+
+# pytest puts its own warning filters above those of the code under test
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+
+
+@functools.cache
+def bomb() -> bytes:
+    """144 million pixels in a PNG of 18 kB."""
+    file = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -58,10 +71,12 @@ def spoil(folder: Path, kind: str) -> Path:
         picture.crop((0, 0, 79, 96)).convert("RGBA").save(png)
         return png
     elif kind == "bomb":
-        Image.new("1", (12_000, 12_000)).save(png)
+        png.write_bytes(bomb())
         return png
     elif kind == "broken link":
         jpg.symlink_to("gone.jpg")
+    elif kind == "link to itself":
+        jpg.symlink_to(jpg)
     elif kind == "pipe":
         os.mkfifo(jpg)
     return jpg
@@ -77,12 +92,15 @@ KINDS = [
     "smaller than the crop, PNG with alpha",
     "bomb",
     "broken link",
+    "link to itself",
     "pipe",
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_image_stops_the_pass_with_one_line(folder: Path, backend: str, kind: str) -> None:
+def test_a_bad_image_stops_the_pass_with_one_line(
+    folder: Path, backend: str, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = spoil(folder, kind)
     dataset = open_dataset("images", folder, center_crop=80)
     assert len(dataset) == 13
@@ -98,6 +116,7 @@ def test_a_bad_image_stops_the_pass_with_one_line(folder: Path, backend: str, ki
     assert len(message) < len(str(path)) + 250
     assert "--skip-bad-images" in message
     assert seen == [0, 1, 2, 3], "what came before the bad file is delivered"
+    assert capfd.readouterr() == ("", ""), "DALI's own account is dozens of lines, some of them written by C++"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,19 +226,8 @@ def test_an_empty_class_folder(photos: list[np.ndarray], tmp_path: Path) -> None
     (tmp_path / "empty" / "readme.txt").write_text("soon")
     with pytest.raises(DataError) as error:
         open_dataset("images", tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / 'empty'}: class folder without images")
+    assert str(error.value).startswith(f"{tmp_path / 'empty'}: class folder without images of its own")
     dataset = open_dataset("images", tmp_path, skip_bad_images=True)
     assert dataset.labels.tolist() == [0, 1]
     assert dataset.num_classes == 2
     assert [bad.path for bad in ImageLoader(dataset, 2).bad_images] == [str(tmp_path / "empty")]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_else_reaches_the_terminal(
-    folder: Path, backend: str, kind: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """DALI's own account of a bad image is dozens of lines, some of them written by C++."""
-    spoil(folder, kind)
-    with pytest.raises(DataError):
-        list(ImageLoader(open_dataset("images", folder, center_crop=80), 4, backend=backend))
-    assert capfd.readouterr() == ("", "")

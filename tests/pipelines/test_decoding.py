@@ -155,7 +155,7 @@ def test_pixels_without_a_range_are_refused(photo: np.ndarray, mode: str) -> Non
         decode(encoded(Image.fromarray(photo).convert("L").convert(mode), "TIFF"))
 
 
-@pytest.mark.parametrize("side", [10_000, 16_000])
+@pytest.mark.parametrize("side", [9_500, 14_000])  # PIL itself would warn of the first and refuse the second
 def test_decompression_bombs_are_refused_before_they_are_unpacked(side: int) -> None:
     data = encoded(Image.new("1", (side, side)), "PNG")
     assert len(data) < 10**5
