@@ -63,7 +63,9 @@ class Averager:
         self.v = self.m = self.u = torch.empty(2, 0)
         self.steps = torch.zeros((), dtype=torch.int64)
 
-    def reset(self, num_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def reset(
+        self, num_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         """State before the first step, for D = `num_features`, in the public feature order."""
         for name in ("v", "m", "u"):
             size = num_features if name in self.state_names else 0
@@ -117,8 +119,8 @@ class AMA(Averager):
         lr: α.
         beta1: None means 0.9 for the paper's variant and 0.5 for the authors' code.
         beta2, eps: Adam's.
-        variant: "paper" sums the inner loss over features and starts at v = 0; "authors" is the authors' code: the inner
-            loss is a mean, whose gradients scaled by 2/D act as ε·D/2, and v starts uniform in ±1/√D.
+        variant: "paper" sums the inner loss over features and starts at v = 0; "authors" is the authors' code: the
+            inner loss is a mean, whose gradients scaled by 2/D act as ε·D/2, and v starts uniform in ±1/√D.
         seed: of that start; used by the authors' variant only.
     """
 
@@ -149,7 +151,10 @@ class AMA(Averager):
         self.rate, self.beta1, self.beta2, self.eps = lr, beta1, beta2, eps
         self.variant, self.seed = variant, seed
 
-    def reset(self, num_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def reset(
+        self, num_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        """As for every averager, with the authors' random v."""
         super().reset(num_features, dtype=dtype, device=device)
         if self.variant == "authors":
             generator = torch.Generator().manual_seed(self.seed)
@@ -157,6 +162,7 @@ class AMA(Averager):
             self.v.copy_(uniform / math.sqrt(num_features))
 
     def eps_for(self, num_features: int) -> float:
+        """ε, or what the authors' mean over features makes of it."""
         return self.eps * num_features / 2 if self.variant == "authors" else self.eps
 
 

@@ -16,16 +16,20 @@ from engine.extractors import Extractor
 from kernels.layout import is_channels_last
 
 
-class Criterion(Protocol):
+class Collector(Protocol):
+    """Sees every feature once: all that a pass without gradients needs."""
+
+    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
+        """In place: y [n, C, H, W] arrives before the shortcut and the activation and leaves after them."""
+
+
+class Criterion(Collector, Protocol):
     """Turns features into a loss and per-feature gradients, for one minibatch.
 
     The pass calls `collect` for every tap of every chunk, then `finish` once, and in backward `scale` once and then
     `gradient` for every tap of every chunk, chunks in order, taps from last to first. If a chunk has to be computed
     again for its backward, `activate` takes the place of `collect`.
     """
-
-    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """In place: y [n, C, H, W] arrives before the shortcut and the activation and leaves after them."""
 
     def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
         """The same activation in place, without collecting anything."""
@@ -67,19 +71,26 @@ class FeaturePass:
         """The criterion's loss of `images` [N, 3, H, W], differentiable with respect to the images."""
         return _MinibatchPass.apply(images, self, criterion, torch.is_grad_enabled() and images.requires_grad)
 
-    def collect(self, images: Tensor, criterion: Criterion) -> None:
-        """The first half alone: `criterion.collect` at every tap of every chunk; nothing is kept."""
+    def collect(self, images: Tensor, collector: Collector) -> None:
+        """The first half alone: `collector.collect` at every tap of every chunk; nothing is kept."""
         with torch.no_grad():
             for chunk in self.chunks(images):
-                self.run(chunk, criterion.collect, criterion)
+                self.run(chunk, collector.collect)
 
     def chunks(self, images: Tensor) -> tuple[Tensor, ...]:
-        return images.split(self.chunk_size or max(len(images), 1))
+        """Views of `images`, `chunk_size` at a time; none of no images."""
+        return images.split(self.chunk_size or len(images)) if len(images) else ()
 
     def run(
-        self, chunk: Tensor, at_tap: Callable[[int, Tensor, Tensor | None], None], criterion: Criterion
+        self,
+        chunk: Tensor,
+        at_tap: Callable[[int, Tensor, Tensor | None], None],
+        criterion: Criterion | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from."""
+        """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from.
+
+        `criterion` is needed for that backward, which is recorded where grad is enabled.
+        """
         sites = self.extractor.sites
         tokens: list[Tensor] = []
 
@@ -93,13 +104,12 @@ class FeaturePass:
             if not torch.is_grad_enabled():
                 at_tap(index, x, residual)
                 return x
+            assert criterion is not None
             y, token = _Tap.apply(x, residual, index, at_tap, criterion, sites[index].owns_gradient)
             tokens.append(token)
             return y
 
         leaf = chunk.detach().to(self.dtype, memory_format=torch.channels_last)
-        if leaf.data_ptr() == chunk.data_ptr():
-            leaf = leaf.detach()
         leaf.requires_grad_(torch.is_grad_enabled())
         with torch.autocast(leaf.device.type, enabled=False):
             self.extractor(leaf, visit)

@@ -63,6 +63,7 @@ class MomentCollector:
         self.counts = [0] * len(self.activations)
 
     def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
+        """See `engine.feature_pass.Collector`."""
         self.kernels.relu_moments(
             y, self.means[tap], self.m2s[tap], self.counts[tap], None, residual, self.activations[tap]
         )
@@ -70,6 +71,7 @@ class MomentCollector:
 
     @property
     def count(self) -> int:
+        """Images seen by every tap."""
         return self.counts[0]
 
 
@@ -98,6 +100,8 @@ class _Matching(MomentCollector):
             correction=objective.correction,
             advance=self.advance,
         )
+        # Backward needs the coefficients alone, which `step` made afresh.
+        del self.mean, self.m2, self.means, self.m2s
         objective.sums = self.direction.sums
         return self.direction.sums[:2].sum().to(objective.accumulation_dtype)
 
@@ -120,6 +124,7 @@ class MomentMatching(nn.Module):
         L = Σ_d v^μ_d (μ_d − m_d) + v^σ_d (σ_d − s_d)            (for `NoAverage`: L = Σ_d Δ_d², paper's equation 1)
 
     The gradient with respect to the images is exact and needs two coefficients per feature (DESIGN, identity 1).
+    Everything lives on the extractor's device; `.to()` moves nothing.
 
     Args:
         extractor: from `build_extractor`; float64 after `extractor.double()`.
@@ -157,23 +162,27 @@ class MomentMatching(nn.Module):
             raise ValueError("process_group: training over several ranks is not there yet")
         if target.fingerprint is not None:
             check_fingerprint(target_fingerprint(extractor, amp_dtype), target.fingerprint, "target")
-        self.extractor = extractor
         self.averager = averager
         self.correction = correction
         self.feature_pass = FeaturePass(extractor, dtype=amp_dtype, chunk_size=chunk_size)
         self.kernels = kernel_backends.select(kernels, extractor.device, self.feature_pass.dtype)
         self.order = FeatureOrder(extractor.taps)
         self.accumulation_dtype = accumulation_dtype(self.feature_pass.dtype)
-        buffers = {"dtype": self.accumulation_dtype, "device": extractor.device}
+        dtype, device = self.accumulation_dtype, extractor.device
         self.target = TargetMoments(
-            self.order.to_memory(target.mean).to(**buffers),
-            self.order.to_memory(target.variance(correction)).to(**buffers),
+            self.order.to_memory(target.mean).to(device, dtype),
+            self.order.to_memory(target.variance(correction)).to(device, dtype),
         )
-        averager.reset(extractor.num_features, **buffers)
+        averager.reset(extractor.num_features, dtype=dtype, device=device)
         for name in averager.state_names:
             setattr(averager, name, self.order.to_memory(getattr(averager, name)))
         # (loss over means, loss over variances, ‖Δ^μ‖², ‖Δ^σ‖²) of the last call, on the device.
         self.sums = torch.zeros(4, dtype=torch.float64)
+
+    @property
+    def extractor(self) -> Extractor:
+        """The one that runs, in the arithmetic's dtype. Not a submodule: a run's state does not hold frozen weights."""
+        return self.feature_pass.extractor
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of `images` [N, 3, H, W] in [-1, 1], a scalar.
@@ -188,15 +197,11 @@ class MomentMatching(nn.Module):
         advance = self.training and torch.is_grad_enabled()
         return self.feature_pass.loss(images, _Matching(self, advance))
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:  # type: ignore[override]
-        """The averager's state in public order: `averager.v` (and m, u) [2, D], `averager.steps`. Copies."""
-        state = {
-            f"averager.{name}": self.order.to_public(getattr(self.averager, name)) for name in self.averager.state_names
-        }
-        return {**state, "averager.steps": self.averager.steps.clone()}
-
     def load_state_dict(self, state: Mapping[str, Tensor], *args, **kwargs) -> None:  # type: ignore[override]
-        """Restore what `state_dict` returned; ValueError if it is another averager's or another extractor's."""
+        """Restore what `state_dict` returned; ValueError if it is another averager's or another extractor's.
+
+        That is a copy of the averager's state in public order: `averager.v` (and m, u) [2, D], `averager.steps`.
+        """
         expected = {f"averager.{name}" for name in (*self.averager.state_names, "steps")}
         if set(state) != expected:
             raise ValueError(f"state: has {', '.join(sorted(state))}; this averager has {', '.join(sorted(expected))}")
@@ -204,8 +209,32 @@ class MomentMatching(nn.Module):
             own, given = getattr(self.averager, name), state[f"averager.{name}"]
             if given.shape != own.shape:
                 raise ValueError(f"state: averager.{name} is {list(given.shape)}, expected {list(own.shape)}")
-            own.copy_(self.order.to_memory(given))
+        for name in self.averager.state_names:
+            getattr(self.averager, name).copy_(self.order.to_memory(state[f"averager.{name}"]))
         self.averager.steps.copy_(state["averager.steps"])
+
+    # The two hooks through which PyTorch saves and loads a module, alone or inside another one.
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        for name in self.averager.state_names:
+            destination[f"{prefix}averager.{name}"] = self.order.to_public(getattr(self.averager, name))
+        destination[f"{prefix}averager.steps"] = self.averager.steps.clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        try:
+            self.load_state_dict(own)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}{error}")
 
 
 def target_fingerprint(extractor: Extractor, amp_dtype: torch.dtype | None) -> dict[str, str]:

@@ -39,12 +39,16 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Moments of `features` [n, D], computed in float64."""
+        """Moments of `features` [n, D], computed in float64; zeros if n = 0."""
+        if len(features) == 0:
+            zeros = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+            return cls(0, zeros, zeros.clone())
         m2, mean = torch.var_mean(features.detach().to(torch.float64), dim=0, correction=0)
         return cls(len(features), mean, m2 * len(features))
 
     @property
     def num_features(self) -> int:
+        """D."""
         return self.mean.numel()
 
     def variance(self, correction: int = 1) -> Tensor:
@@ -63,9 +67,11 @@ class Moments:
         if self.fingerprint is not None and other.fingerprint is not None:
             check_fingerprint(self.fingerprint, other.fingerprint, "other")
         fingerprint = self.fingerprint if self.fingerprint is not None else other.fingerprint
+        # No images, no values: whatever the buffers of an empty set hold (a zero-size batch leaves NaN) stays out.
+        if self.count == 0 or other.count == 0:
+            filled = other if self.count == 0 else self
+            return Moments(filled.count, filled.mean, filled.m2, fingerprint)
         count = self.count + other.count
-        if count == 0:
-            return Moments(0, self.mean, self.m2, fingerprint)
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
@@ -94,10 +100,13 @@ class Moments:
                     file.get_tensor("m2"),
                     json.loads(metadata["fingerprint"]),
                 )
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(f"{path}: no such target file; make one with python -m engine.precompute") from None
-        except (SafetensorError, OSError, KeyError) as error:
-            raise InputError(f"{path}: is not a readable target of moments ({error}); make it again") from None
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: is not a readable target of moments ({reason}); make it again") from None
         if expected is not None and moments.fingerprint is not None:
             check_fingerprint(expected, moments.fingerprint, str(path))
         return moments

@@ -1,0 +1,91 @@
+"""Fixtures that the rooms share: small extractors with lively features, and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import tapped
+from torch import Tensor, nn
+
+from engine.extractors import Extractor, build_extractor
+
+
+class TinyResidual(nn.Module):
+    """All that the named extractors have, small: BatchNorm, pooling, an identity shortcut, a
+    shortcut with a convolution, a stride; odd channel counts. Images must be 8×8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7)
+        self.conv2, self.bn2 = nn.Conv2d(7, 7, 3, padding=1), nn.BatchNorm2d(7)
+        self.conv3, self.bn3 = nn.Conv2d(7, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7)
+        self.conv4, self.bn4 = nn.Conv2d(7, 10, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(10)
+        self.shortcut = nn.Sequential(nn.Conv2d(7, 10, 1, stride=2, bias=False), nn.BatchNorm2d(10))
+        self.pool = nn.MaxPool2d(2)
+        self.conv5 = nn.Conv2d(10, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(y)) + x)
+        x = F.relu(self.bn4(self.conv4(x)) + self.shortcut(x))
+        return F.relu(self.conv5(self.pool(x)))
+
+
+def enliven(network: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Random BatchNorm statistics and biases in place, so that features are neither dead nor all alike; returns it."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.02, 0.4),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.1, 0.5),
+            ):
+                assert tensor is not None
+                tensor.data.uniform_(low, high, generator=generator)
+    return network
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever runs before it."""
+    torch.manual_seed(20190)
+
+
+@pytest.fixture(scope="session")
+def tiny_extractor() -> Extractor:
+    """`TinyResidual` tapped: 5 taps, D = 1,544, float32, 8×8 images. Not to be changed; copy it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return tapped(enliven(TinyResidual(), torch.Generator().manual_seed(8)), image_size=8)
+
+
+@pytest.fixture(scope="session")
+def built_extractor() -> Callable[[str], Extractor]:
+    """`build_extractor(name, image_size=8)` with fixed random weights, made once for each name. Not to be changed."""
+    made: dict[str, Extractor] = {}
+
+    def build(name: str) -> Extractor:
+        if name not in made:
+            with torch.random.fork_rng():
+                torch.manual_seed(11)
+                made[name] = build_extractor(name, image_size=8)
+        return made[name]
+
+    return build
+
+
+@pytest.fixture
+def draw_images() -> Callable[..., Tensor]:
+    """`draw_images(count, dtype=float64, size=8)`: smooth random images in [-1, 1], different at every call."""
+
+    def draw(count: int, dtype: torch.dtype = torch.float64, size: int = 8) -> Tensor:
+        coarse = torch.randn(count, 3, size // 4 or 1, size // 4 or 1, dtype=torch.float64)
+        smooth = F.interpolate(coarse, size=(size, size), mode="bilinear")
+        return torch.tanh(smooth + 0.3 * torch.randn(count, 3, size, size, dtype=torch.float64)).to(dtype)
+
+    return draw
