@@ -87,9 +87,11 @@ class _Matching(MomentCollector):
         self.direction: Direction | None = None
 
     def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
+        activation = self.activations[tap]
         if residual is not None:
             y += residual
-        y.clamp_(min=0, max=6 if self.activations[tap] == "relu6" else None)
+        if activation != "none":
+            y.clamp_(min=0, max=6 if activation == "relu6" else None)
 
     def finish(self) -> Tensor:
         objective = self.objective

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import WrittenOut, batch_moments, in_float64, relative_error
+from oracle import WrittenOut, batch_moments, hooked_features, in_float64, relative_error, tapped
 from torch import Tensor, nn
 
 from engine.averagers import AMA, Averager, MovingAverage, NoAverage
@@ -151,6 +151,26 @@ class TestAgainstTheWrittenOutObjective:
                 assert relative_error(found_loss, loss) <= 1e-10
                 assert relative_error(found_gradient, gradient) <= 1e-10
                 assert_same_state(objective, oracle, 1e-10)
+
+    @pytest.mark.parametrize("chunk", [None, 3])
+    def test_other_activations(self, chunk, draw_images):
+        """ReLU6 is masked on both sides; SiLU and GELU stay in the graph, on the second pass too."""
+        network = nn.Sequential()
+        for channels, activation in ((3, nn.SiLU()), (6, nn.GELU()), (6, nn.ReLU6()), (6, nn.ReLU())):
+            network.extend([nn.Conv2d(channels, 6, 3, padding=1), activation])
+        network[4].weight.data *= 200
+        extractor = in_float64(tapped(network, image_size=8))
+        make, oracle = make_pair(extractor, draw_images, "ama", kernels="reference", chunk_size=chunk)
+        oracle.features = hooked_features(network, list(network)[1::2])
+        images = draw_images(MINIBATCH)
+        assert (oracle.features(images) == 6).any()
+        assert (oracle.features(images) < 0).any()
+        objective = make()
+        for _ in range(2):
+            loss, gradient = oracle.gradient(images)
+            found_loss, found_gradient = run_step(objective, images)
+            assert relative_error(found_loss, loss) <= 1e-10
+            assert relative_error(found_gradient, gradient) <= 1e-10
 
     def test_ama_in_float32_from_the_paper_s_rate(self, tiny_extractor, draw_images):
         """lr 1e-5 as in the presets, five steps end to end."""
