@@ -115,26 +115,20 @@ class Architecture:
 
     Attributes:
         make: from a number of outputs and the images' side to the module.
-        head: prefix of the parameters after the last tap; weights may have another number of outputs or none.
         multiple_of: image sides must be a multiple of this.
         sizes: the only image sides that it takes; None for any.
-        mean, std: normalisation `(x − mean)/std` of images in [0, 1] that its weights were trained with; None for
-            networks that take images in [-1, 1] as they are.
     """
 
     make: Callable[[int, int], nn.Module]
-    head: str = "classifier."
     multiple_of: int = 1
     sizes: tuple[int, ...] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "vgg-small": Architecture(lambda outputs, _: VGG(_VGG_SMALL, outputs), multiple_of=8),
     "vgg19": Architecture(lambda outputs, _: VGG(_VGG19, outputs), multiple_of=32),
     "resnet18": Architecture(lambda outputs, _: ResNet18(outputs), multiple_of=8),
-    "dcgan-encoder": Architecture(DCGANEncoder, head="latent.", sizes=(32, 64, 128)),
+    "dcgan-encoder": Architecture(DCGANEncoder, sizes=(32, 64, 128)),
 }
 
 

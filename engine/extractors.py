@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from engine.architectures import ARCHITECTURES, Architecture, find_architecture
 from engine.errors import InputError
-from engine.tapping import TapSite, Visitor, tap_network
+from engine.folding import freeze
+from engine.networks import Network, make_network
+from engine.tapping import NoMatch, TapSite, Visitor, tap_network
+from engine.weights import copy_weights, read_state_dict, state_digest
 
 _ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6, "none": lambda x: x}
+_LAYERS_IN_A_PAIR = 16
 
 
 @dataclass(frozen=True)
@@ -147,29 +147,42 @@ def build_extractor(
     weights: str | Path | Sequence[str | Path] | None = None,
     layers: int | None = None,
     layers_from: str = "bottom",
+    taps: str | None = None,
     bn: str = "running",
 ) -> Extractor:
-    """Build a frozen extractor, taps at every ReLU, BatchNorm folded into the convolutions.
+    """Build a frozen extractor, taps at every activation, BatchNorm folded into the convolutions.
+
+    The paper's networks at 32×32: `vgg19` has 16 taps and 303,104 features (its 296K), `resnet18` 17 and 557,056
+    (544K), `vgg19+resnet18` 851,968 (832K, of the first 16 taps each), `dcgan-encoder` 5 and 61,440 (60K).
 
     Args:
-        name: an architecture, or several joined by "+": "vgg19", "resnet18", "vgg19+resnet18", "vgg-small".
+        name: a network, or several joined by "+": "vgg19", "resnet18", "vgg19+resnet18", "dcgan-encoder", "vgg-small",
+            "efficientnet-lite0", "torchvision:NAME", "timm:NAME".
         image_size: H = W.
-        weights: None for random weights; otherwise one path for each network, to safetensors (or a plain state dict,
-            loaded with `weights_only=True`).
-        layers: match min(layers, its taps) taps of each network; None is all of them, or 16 in a pair (the paper's
-            count of 832K features for VGG19 + ResNet18).
-        layers_from: count `layers` from the "bottom" (the images) or the "top".
+        weights: None for random weights; otherwise for each network a path to safetensors (or to a plain state dict,
+            loaded with `weights_only=True`), or "imagenet" (torchvision's, with its own download and cache, timm's, or
+            those of an installed package), which alone stands for all networks.
+        layers: match min(layers, its taps) taps of each network; None is all of them, or 16 in a pair.
+        layers_from: count `layers` from the "bottom" (the images) or the "top". From the bottom, 1, 3, 5, 7, 9, 11,
+            13, 15 and 16 layers of VGG19 have the 64K, 160K, 208K, 240K, 264K, 280K, 290K, 294K and 296K features of
+            the paper's Table 3: the first layers after the images, in forward order.
+        taps: glob over the names of activations ("layer1.*"), or several separated by commas; None is all of them.
+            `layers` counts those that match.
         bn: "running" statistics (the paper's fixed networks) or "batch" (the authors' code).
 
-    Raises InputError for an unknown name, an image size the network cannot take, or weights that do not fit.
+    Raises InputError for an unknown name, an image size the network cannot take, a pattern that matches nothing, or
+    weights that do not fit.
     """
     names = name.split("+")
-    if weights is None:
-        paths: list[str | Path | None] = [None] * len(names)
+    sources: list[str | Path | None]
+    if weights is None or weights == "imagenet":
+        sources = [weights] * len(names)
     else:
-        paths = [weights] if isinstance(weights, str | Path) else list(weights)
-    if len(paths) != len(names):
-        raise InputError(f"--weights: {name} needs {len(names)} files, one for each network, got {len(paths)}")
+        sources = [weights] if isinstance(weights, str | Path) else list(weights)
+    if len(sources) != len(names):
+        raise InputError(f"--weights: {name} needs {len(names)} files, one for each network, got {len(sources)}")
+    if image_size < 1:
+        raise InputError(f"--image-size: must be at least 1, got {image_size}")
     if bn not in ("running", "batch"):
         raise InputError(f"--extractor-bn: {bn!r} is not one of running, batch")
     if layers_from not in ("bottom", "top"):
@@ -177,33 +190,22 @@ def build_extractor(
     if layers is not None and layers < 1:
         raise InputError(f"--layers: must be at least 1, got {layers}")
     if layers is None and len(names) > 1:
-        layers = 16
+        layers = _LAYERS_IN_A_PAIR
     extractor = Extractor(name, image_size, batch_statistics=bn == "batch")
-    sites: list[TapSite] = []
-    digests = []
-    for part, path in zip(names, paths, strict=True):
-        architecture = find_architecture(part, image_size)
-        network = _load(part, architecture, image_size, path)
-        digests.append(state_digest(network, architecture.head))
-        network.eval().requires_grad_(False)
+    digests, normalisations = [], []
+    for part, source in zip(names, sources, strict=True):
+        network = make_network(part, image_size)
+        graph, sites = _tap(network, image_size, len(extractor.sites), layers, layers_from, taps)
+        digests.append(_set_weights(network, graph, source))
         if bn == "batch":
-            _use_batch_statistics(network)
-        # Folding in float64 keeps the folded weights correctly rounded.
-        graph, found = tap_network(
-            network.double(),
-            prefix=part,
-            first_index=len(sites),
-            layers=layers,
-            layers_from=layers_from,
-            fold=bn == "running",
-        )
-        graph.float().requires_grad_(False)
-        if architecture.mean is not None and architecture.std is not None:
-            extractor.networks.append(_Normalised(Normalisation(architecture.mean, architecture.std), graph))
+            _use_batch_statistics(graph)
+        graph = freeze(graph, fold=bn == "running")
+        normalisations.append(f"{network.mean} {network.std}" if network.mean else "none")
+        if network.mean is not None and network.std is not None:
+            extractor.networks.append(_Normalised(Normalisation(network.mean, network.std), graph))
         else:
             extractor.networks.append(graph)
-        sites += found
-    extractor.sites = tuple(sites)
+        extractor.sites += tuple(sites)
     extractor._measure()
     extractor.fingerprint = {
         "extractor": name,
@@ -211,6 +213,7 @@ def build_extractor(
         "taps": hashlib.sha256(repr([(tap.name, tap.shape) for tap in extractor.taps]).encode()).hexdigest()[:16],
         "image_size": str(image_size),
         "extractor_bn": bn,
+        "normalisation": "; ".join(normalisations),
     }
     return extractor.to(memory_format=torch.channels_last)
 
@@ -225,52 +228,41 @@ class _Normalised(nn.Module):
         return self.network(self.normalisation(images), visit)
 
 
-def state_digest(network: nn.Module, head: str) -> str:
-    """First 16 hex digits of the SHA-256 over the network's parameters and buffers, those under `head` left out."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(network.state_dict().items()):
-        if key.startswith(head) or key.endswith("num_batches_tracked"):
-            continue
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _load(name: str, architecture: Architecture, image_size: int, path: str | Path | None) -> nn.Module:
-    network = architecture.make(10, image_size)
-    if path is None:
-        return network
-    state = read_state_dict(path)
-    own = network.state_dict()
-    features = {key: tensor for key, tensor in own.items() if not key.startswith(architecture.head)}
-    missing = [key for key in features if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own and not key.startswith(architecture.head)]
-    shapes = [key for key in features if key in state and state[key].shape != features[key].shape]
-    for reason, keys in (("lacks", missing), ("has", unexpected), ("has another shape for", shapes)):
-        if keys:
-            listed = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise InputError(f"{path}: these are not weights of {name}: the file {reason} {listed}")
-    network.load_state_dict({key: state[key] for key in features if key in state}, strict=False)
-    return network
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file or of a plain state dict; nothing in the file is executed.
-
-    Raises InputError that names the file if it is missing, damaged, or holds something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--weights: {path} does not exist")
+def _tap(
+    network: Network, image_size: int, first_index: int, layers: int | None, layers_from: str, pattern: str | None
+) -> tuple[fx.GraphModule, list[TapSite]]:
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: is not a readable file of weights ({str(error).splitlines()[0]})") from None
-    except Exception as error:  # pickle.UnpicklingError and whatever else a foreign file provokes
-        raise InputError(f"{path}: is not a plain state dict ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: is not a plain state dict: expected names and tensors only")
-    return state
+        return tap_network(
+            network.module,
+            prefix=network.name,
+            first_index=first_index,
+            pattern=pattern,
+            layers=layers,
+            layers_from=layers_from,
+            example=torch.zeros(2, 3, image_size, image_size),
+            fold=False,
+            leaves=network.leaves,
+        )
+    except NoMatch as error:
+        raise InputError(f"--taps: {error}") from None
+    except ValueError as error:
+        raise InputError(f"--extractor: {error}") from None
+
+
+def _set_weights(network: Network, graph: fx.GraphModule, source: str | Path | None) -> str:
+    """Load `source` into what the taps need, and return its digest."""
+    kept = {id(tensor) for tensor in graph.state_dict(keep_vars=True).values()}
+    needed = {key: tensor for key, tensor in network.state.items() if id(tensor) in kept}
+    if source == "imagenet":
+        if network.imagenet is None:
+            known = "vgg19, efficientnet-lite0, torchvision:NAME or timm:NAME"
+            raise InputError(f"--weights: there are no ImageNet weights of {network.name}; use {known}, or give a file")
+        copy_weights(network.state, needed, network.imagenet(), f"--weights: imagenet, {network.name}")
+        if network.imagenet_normalisation is not None:
+            network.mean, network.std = network.imagenet_normalisation
+    elif source is not None:
+        copy_weights(network.state, needed, read_state_dict(source), f"{source}: for {network.name}")
+    return state_digest(needed)
 
 
 def _use_batch_statistics(network: nn.Module) -> None:
@@ -278,9 +270,3 @@ def _use_batch_statistics(network: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
-
-
-@functools.cache
-def extractor_names() -> tuple[str, ...]:
-    """Names of single architectures, for help texts."""
-    return tuple(ARCHITECTURES)
