@@ -47,7 +47,7 @@ def test_grey_is_repeated(photo: np.ndarray) -> None:
 
 
 def test_16_bit_grey_is_scaled_not_clipped(photo: np.ndarray) -> None:
-    deep = (photo[..., 1].astype(np.uint32) * 257 + 100).clip(0, 65535).astype(np.uint16)
+    deep = (photo[..., 1].astype(np.uint32) * 257 + 200).clip(0, 65535).astype(np.uint16)
     picture = Image.fromarray(deep)
     for form in ("PNG", "TIFF"):
         rgb = np.asarray(decode(encoded(picture, form)))

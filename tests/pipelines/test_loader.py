@@ -56,6 +56,14 @@ def test_every_image_once_and_right(
         torch.testing.assert_close(batch.images, expected(both[batch.indices.numpy()]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 2, 1, 0], [0, 0, 3, 3], [96, 0, 1], [5]], ids=str)
+def test_any_order_of_indices_is_kept(dataset: ImageDataset, tiles: np.ndarray, backend: str, order: list[int]) -> None:
+    loader = ImageLoader(dataset, 4, backend=backend)
+    (batch,) = loader._run([np.array(order)])
+    assert batch.indices.tolist() == order
+    torch.testing.assert_close(batch.images, expected(tiles[order]), rtol=0, atol=1e-6)
+
+
 def test_the_two_backends_give_the_same_bits(flipped: ImageDataset) -> None:
     pytest.importorskip("nvidia.dali")
     loaders = [ImageLoader(flipped, 10, backend=name, shuffle=True) for name in ("dali", "torch")]
