@@ -72,11 +72,17 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `flatten_optimizer`; rates stay as the optimizer was made."""
+    """The inverse of `flatten_optimizer`; rates stay as the optimizer was made.
+
+    What has a parameter's shape also gets its memory format: the fused Adam walks both in memory order.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         index, entry = name.split(".", 1)
-        state.setdefault(int(index), {})[entry] = tensor
+        parameter = parameters[int(index)]
+        same_shape = tensor.shape == parameter.shape
+        state.setdefault(int(index), {})[entry] = torch.empty_like(parameter).copy_(tensor) if same_shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

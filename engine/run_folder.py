@@ -32,16 +32,15 @@ class RunFolder:
         self.generator = self.path / "generator.safetensors"
         self.tensorboard = self.path / "tensorboard"
 
-    def start(self, config: Config) -> None:
-        """Begin a new run here; InputError if the folder already holds something."""
+    def check_new(self) -> None:
+        """InputError if the folder already holds something."""
         if self.config.exists():
             raise InputError(f"--out: {self.path} holds another run; add --resume to go on with it, or choose another folder")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"--out: {self.path} is not an empty folder; choose another one")
-        self.write_config(config)
 
     def write_config(self, config: Config) -> None:
-        """Write `config.json`."""
+        """Write `config.json`; from here on the folder holds a run."""
         write_atomically(self.config, config.to_json().encode())
 
     def checkpoint_path(self, step: int) -> Path:

@@ -73,22 +73,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = {"name": config.networks.generator, "image_size": config.data.image_size, "nz": config.networks.nz}
     torch.manual_seed(config.training.seed)
     generator = build_generator(**build).to(device, memory_format=torch.channels_last)
-    checkpoint = None
-    if resume:
-        checkpoint = run.newest_checkpoint()
-        run.write_config(config)
-    else:
-        run.start(config)
-    log.info("run folder: %s", run.path)
+    checkpoint = run.newest_checkpoint() if resume else None
+    if not resume:
+        run.check_new()
 
     extractor = make_extractor(config, dataset, device)
     dtype = amp_dtype(config)
     target = make_target(config, extractor, dataset, dtype)
     objective = make_objective(config, extractor, target, dtype)
     trainer = Trainer(generator, objective, config, run, target.fingerprint or {})
-    run.truncate_metrics(checkpoint.step if checkpoint else 0)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+    run.write_config(config)
+    run.truncate_metrics(checkpoint.step if checkpoint else 0)
+    log.info("run folder: %s", run.path)
     log.info(
         "%s on %s, %s: %d features of %d images, %s, minibatch %d",
         config.networks.extractor, dataset.name, _device_name(device), extractor.num_features, target.count,

@@ -191,7 +191,7 @@ def works(dtype: torch.dtype) -> str | None:
 
     The trial is the forward operation itself, so that what it compiles is not wasted.
     """
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) on the PATH"
     try:
