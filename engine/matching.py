@@ -15,6 +15,9 @@ from engine.feature_pass import FeaturePass
 from engine.moments import Moments, check_fingerprint
 from kernels.layout import accumulation_dtype
 
+FEATURE_SCALES = ("none", "target-deviation")
+_DEVIATION_FLOOR = 0.05
+
 
 class FeatureOrder:
     """Where each tap's features lie in a flat `[D]` buffer, and the way between the two orders of a tap.
@@ -101,6 +104,7 @@ class _Matching(MomentCollector):
             objective.target,
             correction=objective.correction,
             advance=self.advance,
+            weight=objective.weight,
         )
         # Backward needs the coefficients alone, which `step` made afresh.
         del self.mean, self.m2, self.means, self.m2s
@@ -135,6 +139,7 @@ class MomentMatching(nn.Module):
         chunk_size: images that the extractor sees at once, None for all. The result does not depend on it.
         kernels: "auto", "reference", "compiled" or "triton".
         correction: c of the variances' N − c, 0 or 1, for the batch and the target alike.
+        feature_scale: "none" (the paper), or "target-deviation": match w·x for every feature x, with `feature_weights`.
         amp_dtype: dtype of the extractor's arithmetic (bfloat16 or float16), None for the extractor's own. Moments,
             averager and coefficients stay in float32.
 
@@ -150,12 +155,15 @@ class MomentMatching(nn.Module):
         chunk_size: int | None = None,
         kernels: str = "auto",
         correction: int = 1,
+        feature_scale: str = "none",
         amp_dtype: torch.dtype | None = None,
         process_group: None = None,
     ):
         super().__init__()
         if correction not in (0, 1):
             raise ValueError(f"correction: must be 0 or 1, got {correction}")
+        if feature_scale not in FEATURE_SCALES:
+            raise ValueError(f"feature_scale: {feature_scale!r} is not one of {', '.join(FEATURE_SCALES)}")
         if target.num_features != extractor.num_features:
             raise ValueError(
                 f"target: has {target.num_features} features, the extractor {extractor.name} {extractor.num_features}"
@@ -175,6 +183,9 @@ class MomentMatching(nn.Module):
             self.order.to_memory(target.mean).to(device, dtype),
             self.order.to_memory(target.variance(correction)).to(device, dtype),
         )
+        self.weight: Tensor | None = None
+        if feature_scale == "target-deviation":
+            self.weight = self.order.to_memory(feature_weights(target, correction)).to(device, dtype)
         averager.reset(extractor.num_features, dtype=dtype, device=device)
         for name in averager.state_names:
             setattr(averager, name, self.order.to_memory(getattr(averager, name)))
@@ -237,6 +248,20 @@ class MomentMatching(nn.Module):
             self.load_state_dict(own)
         except ValueError as error:
             error_msgs.append(f"{prefix}{error}")
+
+
+def feature_weights(target: Moments, correction: int = 1) -> Tensor:
+    """`[D]` float64, w_d = 1/(σ_d + 0.05·mean σ), with the deviations σ of the target.
+
+    The averager sees w·Δ^μ and w²·Δ^σ, as if every feature were multiplied by w. Features of networks that were not
+    trained on the images at hand differ in scale by orders of magnitude, and the largest few would be all that is
+    matched. ValueError if no feature of the target varies.
+    """
+    deviation = target.variance(correction).sqrt()
+    mean = deviation.mean()
+    if not mean > 0:
+        raise ValueError("feature_scale: no feature of the target varies, so there is nothing to scale by")
+    return 1 / (deviation + _DEVIATION_FLOOR * mean)
 
 
 def target_fingerprint(extractor: Extractor, amp_dtype: torch.dtype | None) -> dict[str, str]:

@@ -36,8 +36,14 @@ class RunFolder:
         """InputError if the folder already holds something."""
         if self.config.exists():
             raise InputError(f"--out: {self.path} holds another run; add --resume to go on with it, or choose another folder")
+        self.remove_leftovers()
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"--out: {self.path} is not an empty folder; choose another one")
+
+    def remove_leftovers(self) -> None:
+        """Delete what a kill in the middle of a write left behind."""
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
     def write_config(self, config: Config) -> None:
         """Write `config.json`; from here on the folder holds a run."""

@@ -73,10 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     build = {"name": config.networks.generator, "image_size": config.data.image_size, "nz": config.networks.nz}
     torch.manual_seed(config.training.seed)
     generator = build_generator(**build).to(device, memory_format=torch.channels_last)
-    checkpoint = run.newest_checkpoint() if resume else None
-    if not resume:
+    checkpoint = None
+    if resume:
+        run.remove_leftovers()
+        checkpoint = run.newest_checkpoint()
+    else:
         run.check_new()
-
     extractor = make_extractor(config, dataset, device)
     dtype = amp_dtype(config)
     target = make_target(config, extractor, dataset, dtype)

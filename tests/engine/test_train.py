@@ -180,14 +180,11 @@ os.replace = replace_or_die
     process = start([*flags, "--out", str(out)], prelude)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    if victim == "config":
-        # Nothing had begun: the folder counts as new.
-        for path in out.iterdir():
-            assert path.suffix == ".tmp"
-        train.main([*flags, "--out", str(out)])
-    else:
-        train.main(["--resume", "--out", str(out)])
+    assert list(out.rglob(".*.tmp"))
+    # Killed over its configuration, the run had not begun: the folder counts as new.
+    train.main([*flags, "--out", str(out)] if victim == "config" else ["--resume", "--out", str(out)])
     assert same_run(finished, out)
+    assert not list(out.rglob(".*.tmp"))
 
 
 def test_kill_at_any_moment(flags: list[str], finished: Path, tmp_path: Path) -> None:
