@@ -10,29 +10,16 @@ from pathlib import Path
 import torch
 
 from engine.averagers import AMA, Averager, MovingAverage, NoAverage
-from engine.cli import cache_folder
 from engine.config import Config
 from engine.errors import InputError
 from engine.extractors import Extractor, build_extractor
 from engine.matching import MomentMatching
 from engine.moments import Moments
 from engine.pretraining import pretrain
-from engine.target import cached_target, fingerprint
-from pipelines import ImageDataset, ImageLoader, open_dataset
+from engine.target import cached_target, fingerprint, target_loader
+from pipelines import ImageDataset, cache_folder, open_dataset
 
 log = logging.getLogger("gfmn")
-
-
-def choose_device(config: Config) -> torch.device:
-    """The configured device, with the configured number of threads; InputError if it is not there."""
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
-    name = config.training.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: cuda is not available here (no GPU, or no driver); use --device cpu")
-    return torch.device(name)
 
 
 def open_data(config: Config) -> ImageDataset:
@@ -61,9 +48,7 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
         torch.manual_seed(config.training.seed)
         weights = None
     elif networks.weights == ("pretrain",):
-        weights = [
-            _pretrained(name, dataset, device, config.training.seed) for name in networks.extractor.split("+")
-        ]
+        weights = [_pretrained(name, dataset, device, config.training.seed) for name in networks.extractor.split("+")]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
     extractor = build_extractor(
@@ -72,6 +57,7 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
         weights=weights,
         layers=networks.layers,
         layers_from=networks.layers_from,
+        taps=networks.taps,
         bn=networks.extractor_bn,
     )
     return extractor.to(device)
@@ -93,13 +79,18 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
 
 def make_target(config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None) -> Moments:
     """The target: the file of `--target`, or computed once and cached."""
-    settings = {"batch_size": config.training.batch_size, "seed": config.training.seed, "loader": config.data.loader}
+    batch_size, seed, loader = config.training.batch_size, config.training.seed, config.data.loader
     if config.output.target is not None:
-        backend = ImageLoader(dataset, 1, device=str(extractor.device), backend=config.data.loader).backend
-        expected = fingerprint(extractor, dataset, dtype, **{**settings, "loader": backend})
-        return Moments.load(config.output.target, expected)
+        images = target_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
+        return Moments.load(config.output.target, fingerprint(extractor, images, dtype))
     return cached_target(
-        extractor, dataset, cache_folder(), amp_dtype=dtype, kernels=config.matching.backend, **settings
+        extractor,
+        dataset,
+        amp_dtype=dtype,
+        kernels=config.matching.backend,
+        batch_size=batch_size,
+        seed=seed,
+        loader=loader,
     )
 
 
@@ -124,6 +115,7 @@ def make_objective(config: Config, extractor: Extractor, target: Moments, dtype:
             kernels=config.matching.backend,
             correction=config.matching.correction,
             amp_dtype=dtype,
+            feature_scale=config.matching.feature_scale,
         )
     except InputError:
         raise

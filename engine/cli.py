@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import NoReturn
 
 from engine.errors import InputError
 from pipelines import DataError
@@ -23,7 +23,8 @@ class Interrupted(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line and not the whole usage."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
@@ -50,10 +51,3 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
 def _fail(code: int, line: str) -> int:
     print(line, file=sys.stderr)
     return code
-
-
-def cache_folder() -> Path:
-    """Where pretrained extractors and targets are kept: $GFMN_CACHE, or gfmn-engine in the user's cache folder."""
-    if folder := os.environ.get("GFMN_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gfmn-engine"

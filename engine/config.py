@@ -33,8 +33,12 @@ def _require(condition: bool, flag: str, message: str) -> None:
 class DataConfig:
     """The real images."""
 
-    dataset: str = option("digits", "kind of data set", choices=("digits", "cifar10", "stl10", "celeba", "lsun", "images"))
-    data: str | None = option(None, "folder of images (or an archive of arrays), where the data set needs one", metavar="PATH")
+    dataset: str = option(
+        "digits", "kind of data set", choices=("digits", "cifar10", "stl10", "celeba", "lsun", "images")
+    )
+    data: str | None = option(
+        None, "folder of images (or an archive of arrays), where the data set needs one", metavar="PATH"
+    )
     image_size: int = option(32, "side of the images in pixels", metavar="PIXELS")
     center_crop: int | None = option(None, "cut this square out of the middle before resizing", metavar="PIXELS")
     horizontal_flip: bool = option(False, "count mirrored images as well")
@@ -60,10 +64,12 @@ class NetworksConfig:
     extractor_bn: str = option("running", "statistics of the extractor's BatchNorm", choices=("running", "batch"))
     layers: int | None = option(None, "match at most this many layers of each network", metavar="K")
     layers_from: str = option("bottom", "count --layers from the images or from the top", choices=("bottom", "top"))
+    taps: str | None = option(None, "match only layers of these names (a glob, or several: a,b)", metavar="PATTERN")
     generator: str = option("dcgan", "network that is trained", choices=("dcgan", "resnet"))
     nz: int = option(100, "dimensions of the generator's input z", metavar="N")
     sample_bn: str = option(
-        "running", "statistics of the generator's BatchNorm when sampling ('batch': the authors' code)",
+        "running",
+        "statistics of the generator's BatchNorm when sampling ('batch': the authors' code)",
         choices=("running", "batch"),
     )
 
@@ -81,6 +87,11 @@ class MatchingConfig:
     ama_variant: str = option("paper", "AMA as in the paper, or as in the authors' code", choices=("paper", "authors"))
     ma_alpha: float | None = option(None, "moving average's α (0.1 for the paper's, 1 for the authors')", metavar="X")
     ma_variant: str = option("paper", "moving average of differences, or of moments", choices=("paper", "authors"))
+    feature_scale: str = option(
+        "none",
+        "weigh features by their deviation in the target ('none' is the paper)",
+        choices=("none", "target-deviation"),
+    )
     correction: int = option(1, "c of the variances' N − c, 0 or 1", metavar="C")
     chunk_size: int | None = option(None, "images that the extractor sees at once; all by default", metavar="N")
     kernels: str = option("auto", "backend of the fused kernels", choices=("auto", "reference", "compiled", "triton"))
@@ -90,7 +101,9 @@ class MatchingConfig:
         _require(self.ama_lr > 0, "ama-lr", f"must be positive, got {self.ama_lr}")
         _require(self.ma_alpha is None or 0 < self.ma_alpha <= 1, "ma-alpha", f"must be in (0, 1], got {self.ma_alpha}")
         _require(self.correction in (0, 1), "correction", f"must be 0 or 1, got {self.correction}")
-        _require(self.chunk_size is None or self.chunk_size >= 1, "chunk-size", f"must be at least 1, got {self.chunk_size}")
+        _require(
+            self.chunk_size is None or self.chunk_size >= 1, "chunk-size", f"must be at least 1, got {self.chunk_size}"
+        )
         contradiction = not self.fused_ama and self.kernels in ("compiled", "triton")
         _require(not contradiction, "no-fused-ama", f"contradicts --kernels {self.kernels}")
 
@@ -117,7 +130,9 @@ class TrainingConfig:
     threads: int | None = option(None, "CPU threads, all cores by default", metavar="N")
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, "batch-size", f"a minibatch of {self.batch_size} has no variance; give at least 2")
+        _require(
+            self.batch_size >= 2, "batch-size", f"a minibatch of {self.batch_size} has no variance; give at least 2"
+        )
         _require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
         _require(self.lr > 0, "lr", f"must be positive, got {self.lr}")
         for name in ("beta1", "beta2"):
@@ -132,7 +147,9 @@ class TrainingConfig:
 class OutputConfig:
     """What is written, and how often."""
 
-    target: str | None = option(None, "target moments from engine.precompute; computed and cached by default", metavar="FILE")
+    target: str | None = option(
+        None, "target moments from engine.precompute; computed and cached by default", metavar="FILE"
+    )
     log_every: int = option(10, "steps between lines of metrics.jsonl", metavar="N")
     sample_every: int = option(250, "steps between sample grids", metavar="N")
     checkpoint_every: int = option(500, "steps between checkpoints", metavar="N")
@@ -161,14 +178,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {**_PAPER, "dataset": "stl10", "extractor": "vgg19+resnet18"},
     "celeba64": {**_PAPER, "dataset": "celeba", "extractor": "vgg19", "image_size": 64, "center_crop": 160},
     "celeba128": {
-        **_PAPER, "dataset": "celeba", "extractor": "vgg19", "image_size": 128, "center_crop": 160, "generator": "resnet",
+        **_PAPER,
+        "dataset": "celeba",
+        "extractor": "vgg19",
+        "image_size": 128,
+        "center_crop": 160,
+        "generator": "resnet",
     },
     "lsun64": {**_PAPER, "dataset": "lsun", "extractor": "vgg19", "image_size": 64},
 }
 
 # What may change when a run is resumed: where and how it runs, never what it computes.
-_RESUMABLE = {"steps", "device", "threads", "kernels", "fused_ama", "chunk_size", "data", "loader",
-              "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"}
+_RESUMABLE = {
+    "steps",
+    "device",
+    "threads",
+    "kernels",
+    "fused_ama",
+    "chunk_size",
+    "data",
+    "loader",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
 
 
 @dataclass(kw_only=True)
@@ -186,7 +220,11 @@ class Config:
         chunk, batch = self.matching.chunk_size, self.training.batch_size
         _require(chunk is None or chunk <= batch, "chunk-size", f"is larger than the minibatch: {chunk} > {batch}")
         batched = self.networks.extractor_bn == "batch"
-        _require(not (batched and chunk), "chunk-size", "batch statistics (--extractor-bn batch) need the whole minibatch at once")
+        _require(
+            not (batched and chunk),
+            "chunk-size",
+            "batch statistics (--extractor-bn batch) need the whole minibatch at once",
+        )
 
     @classmethod
     def build(cls, preset: str, given: Mapping[str, Any]) -> Config:
@@ -244,7 +282,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
-    """One flag for every field of the named groups (of all, if none is named). Only given flags appear in the result."""
+    """One flag for every field of the named groups, or of all. Only flags that were given appear in the result."""
     for name in names or _GROUPS:
         group = _GROUPS[name]
         section = parser.add_argument_group(name, (group.__doc__ or "").strip())

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.assembly import choose_device, make_extractor, open_data
+from engine.assembly import make_extractor, open_data
 from engine.cli import Parser, run_command
 from engine.config import PRESETS, Config, add_flags, given_flags
+from engine.devices import choose_device
 from engine.errors import InputError
-from engine.target import compute_target
+from engine.target import compute_target, target_loader
 from engine.trainer import amp_dtype
 
 log = logging.getLogger("gfmn")
@@ -30,18 +31,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if Path(arguments.out).is_dir():
         raise InputError(f"--out: {arguments.out} is a folder; name a file, such as {arguments.out}/target.safetensors")
     config = Config.build(arguments.preset, given_flags(arguments))
-    device = choose_device(config)
+    device = choose_device(config.training.device, config.training.threads)
     dataset = open_data(config)
     extractor = make_extractor(config, dataset, device)
-    target = compute_target(
+    images = target_loader(
         extractor,
         dataset,
-        amp_dtype=amp_dtype(config),
-        kernels=config.matching.backend,
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         loader=config.data.loader,
     )
+    target = compute_target(extractor, images, amp_dtype=amp_dtype(config), kernels=config.matching.backend)
     target.save(arguments.out)
     log.info("%s: moments of %d features over %d images", arguments.out, target.num_features, target.count)
 

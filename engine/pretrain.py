@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.architectures import ARCHITECTURES
 from engine.cli import Parser, run_command
 from engine.config import PRESETS, Config, add_flags, given_flags
+from engine.devices import choose_device
 from engine.errors import InputError
 from engine.pretraining import TASKS, PretrainResult, pretrain
 from pipelines import open_dataset
@@ -77,10 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint is None:
         print(f"{arguments.out}: is complete, nothing to resume")
         return
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise InputError(f"--threads: must be at least 1, got {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device, arguments.threads)
     dataset = open_dataset(
         data.dataset,
         data.data,
@@ -93,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset,
         **values,
         loader=data.loader,
-        device=_device(arguments.device),
+        device=device,
         checkpoint=checkpoint,
         resume=arguments.resume,
     )
@@ -128,14 +124,6 @@ def _check_out(out: Path, resume: bool) -> Path | None:
     if not os.access(out.parent, os.W_OK):
         raise InputError(f"--out: {out.parent} cannot be written to")
     return checkpoint
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: cuda is not available here (no GPU, or no driver); use --device cpu")
-    return name
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ class RunFolder:
     def check_new(self) -> None:
         """InputError if the folder already holds something."""
         if self.config.exists():
-            raise InputError(f"--out: {self.path} holds another run; add --resume to go on with it, or choose another folder")
+            raise InputError(
+                f"--out: {self.path} holds another run; add --resume to go on with it, or choose another folder"
+            )
         self.remove_leftovers()
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"--out: {self.path} is not an empty folder; choose another one")

@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not run.path.is_dir():
         raise InputError(f"--run: {run.path} is not a folder")
     if not run.generator.exists():
-        raise InputError(f"--run: {run.path} has no generator yet; train it with python -m engine.train --out {run.path}")
+        raise InputError(
+            f"--run: {run.path} has no generator yet; train it with python -m engine.train --out {run.path}"
+        )
     saved = load_generator(run.generator)
     random = torch.Generator().manual_seed(arguments.seed)
     if arguments.interpolate:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from engine.assembly import choose_device, make_extractor, make_objective, make_target, open_data
+from engine.assembly import make_extractor, make_objective, make_target, open_data
 from engine.cli import Parser, run_command
 from engine.config import PRESETS, Config, add_flags, given_flags
+from engine.devices import choose_device
 from engine.errors import InputError
 from engine.generators import build_generator
 from engine.images import grid, save_png
@@ -68,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, close."""
     config, run, resume = configure(argv)
     begun = time.perf_counter()
-    device = choose_device(config)
+    device = choose_device(config.training.device, config.training.threads)
     dataset = open_data(config)
-    build = {"name": config.networks.generator, "image_size": config.data.image_size, "nz": config.networks.nz}
     torch.manual_seed(config.training.seed)
-    generator = build_generator(**build).to(device, memory_format=torch.channels_last)
+    generator = build_generator(config.networks.generator, image_size=config.data.image_size, nz=config.networks.nz).to(
+        memory_format=torch.channels_last
+    )
+    generator.to(device)
     checkpoint = None
     if resume:
         run.remove_leftovers()
@@ -91,15 +94,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("run folder: %s", run.path)
     log.info(
         "%s on %s, %s: %d features of %d images, %s, minibatch %d",
-        config.networks.extractor, dataset.name, _device_name(device), extractor.num_features, target.count,
-        objective.kernels.__name__, config.training.batch_size,
+        config.networks.extractor,
+        dataset.name,
+        _device_name(device),
+        extractor.num_features,
+        target.count,
+        objective.kernels.__name__,
+        config.training.batch_size,
     )
     trainer.fit()
     save_png(run.final_samples, grid(trainer.sample(trainer.fixed_z), columns=8))
     plot_metrics(run.loss_plot, list(run.read_metrics()))
     log.info(
-        "done in %.0f s\nsamples: %s\nloss:    %s\nmore:    python -m engine.sample --run %s --count 1000 --out samples.npy",
-        time.perf_counter() - begun, run.final_samples, run.loss_plot, run.path,
+        "done in %.0f s\nsamples: %s\nloss:    %s\n"
+        "more:    python -m engine.sample --run %s --count 1000 --out samples.npy",
+        time.perf_counter() - begun,
+        run.final_samples,
+        run.loss_plot,
+        run.path,
     )
 
 

@@ -176,7 +176,9 @@ class Trainer:
             key for key in self.fingerprint if checkpoint.fingerprint.get(key) not in (None, self.fingerprint[key])
         )
         if differing:
-            details = "; ".join(f"{key} was {checkpoint.fingerprint[key]}, is {self.fingerprint[key]}" for key in differing)
+            details = "; ".join(
+                f"{key} was {checkpoint.fingerprint[key]}, is {self.fingerprint[key]}" for key in differing
+            )
             raise InputError(f"--resume: {self.run.path} was made from something else: {details}")
         try:
             parts = checkpoint.parts
@@ -243,7 +245,11 @@ class _PlainProgress:
         left = (time.perf_counter() - self.start) / (step - self.first) * (self.total - step)
         log.info(
             "step %d/%d  loss %.4g  %.0f images/s  %.0f s left",
-            step, self.total, entry["loss"], entry["images_per_second"], left,
+            step,
+            self.total,
+            entry["loss"],
+            entry["images_per_second"],
+            left,
         )
 
 

@@ -1,9 +1,18 @@
-"""The three operations through torch.compile: one fused loop each on a CPU.
+"""The three operations through torch.compile: fused, vectorised, threaded loops on a CPU.
 
-The same maths as `reference`, arranged so that Inductor reads every activation once: sums around a pilot value
-(the running mean, or the first image when nothing has been merged yet) give mean and centred second moment in a
-single pass without the cancellation of raw sums. Shapes are dynamic, so neither another minibatch size nor another
-tap compiles anything again, and Inductor's own cache keeps the result between runs.
+The same maths as `reference`, arranged for Inductor:
+
+- Sums around a pilot value (the running mean, or the first image before there is one) give mean and centred second
+  moment in one pass, without the cancellation of raw sums. The pilot lives in `mean` before the kernel starts, so
+  merging into earlier moments and starting afresh are one kernel.
+- The averager sees means and variances as separate rows, which Inductor turns into one loop over all D features; as
+  one [2, D] tensor they become four.
+- Sizes are dynamic and threads are counted when a kernel runs, so neither another minibatch, nor another tap, nor the
+  size that happened to come first matters. What would still compile again is kept away from the kernels: a single
+  image (size 1 is special to PyTorch) is doubled, and more than `MAX_ROWS` images (where Inductor changes its way to
+  sum) are merged slice by slice.
+
+One kernel per dtype, activation and presence of bias and shortcut; Inductor's own cache keeps them between runs.
 """
 
 from __future__ import annotations
@@ -19,41 +28,49 @@ from torch import Tensor
 
 from kernels.layout import accumulation_dtype, feature_rows, is_channels_last
 
+# Inductor sums more than 4096 terms with a compensating helper, which is another kernel.
+MAX_ROWS = 4096
+
+_compile = torch.compile(
+    dynamic=True,
+    fullgraph=True,
+    recompile_limit=64,
+    # Or else a kernel that first meets a small tap is built for one thread, and stays so.
+    options={"cpp.dynamic_threads": True},
+)
+
 
 def _activate(value: Tensor, activation: str) -> Tensor:
     if activation == "relu":
-        return value.clamp(min=0)
+        return torch.relu(value)
     if activation == "relu6":
         return value.clamp(min=0, max=6)
     return value
 
 
-def _relu_moments(rows: Tensor, mean: Tensor, m2: Tensor, count: Tensor, bias, residual, activation: str, first: bool):
+@_compile
+def _relu_moments(
+    rows: Tensor, mean: Tensor, m2: Tensor, counts: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> None:
     value = rows
     if bias is not None:
         value = value + bias
     if residual is not None:
         value = value + residual
     y = _activate(value, activation)
-    arriving = rows.shape[0]
-    pilot = y[0].to(mean.dtype) if first else mean
-    centred = y.to(mean.dtype) - pilot
-    first_sum, second_sum = centred.sum(dim=0), centred.square().sum(dim=0)
+    centred = y.to(mean.dtype) - mean
+    sums, squares = centred.sum(dim=0), centred.square().sum(dim=0)
     rows.copy_(y)
-    offset = first_sum / arriving
-    arriving_m2 = second_sum - first_sum * offset
-    if first:
-        mean.copy_(pilot + offset)
-        m2.copy_(arriving_m2)
-    else:
-        total = count + arriving
-        m2.copy_(m2 + arriving_m2 + offset * offset * (count * arriving / total))
-        mean.copy_(mean + offset * (arriving / total))
+    offset = sums / rows.shape[0]
+    before, arriving = counts.unbind()
+    share = arriving / (before + arriving)
+    m2.add_(squares - sums * offset + offset.square() * (before * share))
+    mean.add_(offset * share)
 
 
-def _relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str):
-    value = y.to(a.dtype)
-    gradient = grad.to(a.dtype) + a + b * value
+@_compile
+def _relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str) -> None:
+    gradient = grad.to(a.dtype) + a + b * y.to(a.dtype)
     if activation == "relu":
         gradient = torch.where(y > 0, gradient, 0)
     elif activation == "relu6":
@@ -61,63 +78,69 @@ def _relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activa
     grad.copy_(gradient)
 
 
-def _averager_step(
-    mean, m2, target_mean, target_variance, v, m, u, weight, scalars, fresh, rule: str, advance: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    count, dof, rate, decay1, decay2, eps, correct1, correct2 = scalars.unbind()
-    moments = torch.stack((mean, m2 / dof))
-    target = torch.stack((target_mean, target_variance))
-    difference = target - moments
-    if weight is not None:
-        scale = torch.stack((weight, weight.square()))
-        difference = scale * difference
-    if rule == "ama":
+def _direct(
+    moment: Tensor, target: Tensor, scale: Tensor | None, state: list[Tensor], constants: tuple[Tensor, ...],
+    fresh: Tensor, rule: str, advance: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One row (means or variances) of the averager: weighted direction, loss terms, difference, all [D]."""
+    rate, decay1, decay2, eps, correction1, correction2 = constants
+    difference = target - moment if scale is None else scale * (target - moment)
+    if rule == "none":
+        direction, loss = 2 * difference, difference.square()
+    elif rule == "ma_moments":
+        (v,) = state
+        average = torch.where(fresh, moment, v + rate * (moment - v) if advance else v)
         if advance:
+            v.copy_(average)
+        remainder = target - average if scale is None else scale * (target - average)
+        features = moment.shape[0]
+        direction, loss = remainder * (2 * rate / features), remainder.square() / features
+    else:
+        direction = v = state[0]
+        if rule == "ma" and advance:
+            direction = v + rate * (difference - v)
+        elif advance:
+            _, m, u = state
             g = v - difference
             new_m = m + decay1 * (g - m)
             new_u = u + decay2 * (g * g - u)
-            new_v = v - rate * (new_m / correct1) / ((new_u / correct2).sqrt() + eps)
+            direction = v - rate * (new_m / correction1) / ((new_u / correction2).sqrt() + eps)
             m.copy_(new_m)
             u.copy_(new_u)
-            v.copy_(new_v)
-            direction = new_v
-        else:
-            direction = v
-        loss = direction * difference
-    elif rule == "ma":
-        direction = v
         if advance:
-            direction = v + rate * (difference - v)
             v.copy_(direction)
         loss = direction * difference
-    elif rule == "ma_moments":
-        moved = v + rate * (moments - v) if advance else v
-        average = torch.where(fresh, moments, moved)
-        if advance:
-            v.copy_(average)
-        residual = target - average
-        if weight is not None:
-            residual = scale * residual
-        features = mean.shape[0]
-        direction, loss = residual * (2 * rate / features), residual.square() / features
-    else:
-        direction, loss = 2 * difference, difference.square()
-    weighted = direction if weight is None else scale * direction
-    b = weighted[1] * (-2 / dof)
-    a = -weighted[0] / count - b * mean
-    return a, b, torch.cat((loss.sum(dim=1), difference.square().sum(dim=1)))
+    return direction if scale is None else scale * direction, loss, difference
 
 
-# One variant per dtype, activation, presence of a shortcut and of earlier moments; never one per shape.
-_compile = torch.compile(dynamic=True, fullgraph=True, recompile_limit=64)
-_relu_moments_kernel = _compile(_relu_moments)
-_relu_moments_backward_kernel = _compile(_relu_moments_backward)
-_averager_step_kernel = _compile(_averager_step)
+@_compile
+def _averager_step(
+    mean: Tensor, m2: Tensor, target_mean: Tensor, target_variance: Tensor, state_mean: list[Tensor],
+    state_variance: list[Tensor], weight: Tensor | None, scalars: Tensor, fresh: Tensor, rule: str, advance: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    count, dof, *constants = scalars.unbind()
+    rates = tuple(constants)
+    toward_mean, loss_mean, difference_mean = _direct(
+        mean, target_mean, weight, state_mean, rates, fresh, rule, advance
+    )
+    squared_weight = None if weight is None else weight.square()
+    toward_variance, loss_variance, difference_variance = _direct(
+        m2 / dof, target_variance, squared_weight, state_variance, rates, fresh, rule, advance
+    )
+    b = toward_variance * (-2 / dof)
+    a = -toward_mean / count - b * mean
+    terms = (loss_mean, loss_variance, difference_mean.square(), difference_variance.square())
+    return a, b, torch.stack([term.sum() for term in terms])
 
 
 def _rows(x: Tensor) -> Tensor:
     """`feature_rows` without the view relation, whose base's shape would otherwise be guarded on."""
     return feature_rows(x).data
+
+
+def _twice(rows: Tensor) -> Tensor:
+    """The one image of `rows` [1, F] as two."""
+    return rows.expand(2, -1).contiguous()
 
 
 def _bias_row(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -141,16 +164,39 @@ def relu_moments(
     activation: str = "relu",
 ) -> None:
     """See `kernels.relu_moments`."""
-    rows = _rows(x)
-    shortcut = None if residual is None else _rows(residual)
-    merged = torch.tensor(float(count), dtype=mean.dtype, device=mean.device)
-    _relu_moments_kernel(rows, mean.data, m2.data, merged, _bias_row(bias, x), shortcut, activation, count == 0)
+    rows, shortcut, row = _rows(x), None if residual is None else _rows(residual), _bias_row(bias, x)
+    mean, m2 = mean.data, m2.data
+    if count == 0:
+        first = rows[0].to(mean.dtype)
+        if row is not None:
+            first += row
+        if shortcut is not None:
+            first += shortcut[0]
+        mean.copy_(_activate(first, activation))
+        m2.zero_()
+    for start in range(0, len(rows), MAX_ROWS):
+        part = rows[start : start + MAX_ROWS].data
+        shortcut_part = None if shortcut is None else shortcut[start : start + MAX_ROWS].data
+        counts = torch.tensor([count + start, len(part)], dtype=mean.dtype, device=mean.device)
+        if len(part) > 1:
+            _relu_moments(part, mean, m2, counts, row, shortcut_part, activation)
+            continue
+        pair = _twice(part)
+        pair_shortcut = None if shortcut_part is None else _twice(shortcut_part)
+        _relu_moments(pair, mean, m2, counts, row, pair_shortcut, activation)
+        part.copy_(pair[:1])
 
 
 @torch.no_grad()
 def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
     """See `kernels.relu_moments_backward`."""
-    _relu_moments_backward_kernel(_rows(grad), _rows(y), a.data, b.data, activation)
+    rows, values = _rows(grad), _rows(y)
+    if len(rows) > 1:
+        _relu_moments_backward(rows, values, a.data, b.data, activation)
+        return
+    pair = _twice(rows)
+    _relu_moments_backward(pair, _twice(values), a.data, b.data, activation)
+    rows.copy_(pair[:1])
 
 
 @torch.no_grad()
@@ -179,11 +225,15 @@ def averager_step(
     if advance and rule != "none":
         step += 1
     t = step.double()
-    # Bias corrections in float64: 1 - 0.999 in float32 is already off by 1.3e-5.
+    # Bias corrections in float64: 1 − 0.999 in float32 is already off by 1.3e-5.
     corrections = torch.stack((1 - beta1**t, 1 - beta2**t)).to(mean.dtype)
     constants = mean.new_tensor([count, count - correction, rate, 1 - beta1, 1 - beta2, eps])
-    scalars = torch.cat((constants, corrections))
-    return _averager_step_kernel(mean, m2, target_mean, target_variance, v, m, u, weight, scalars, fresh, rule, advance)
+    states = {"ama": (v, m, u), "ma": (v,), "ma_moments": (v,), "none": ()}[rule]
+    a, b, sums = _averager_step(
+        mean, m2, target_mean, target_variance, [state[0] for state in states], [state[1] for state in states],
+        weight, torch.cat((constants, corrections)), fresh, rule, advance,
+    )  # fmt: skip
+    return a, b, sums.double()
 
 
 def works(dtype: torch.dtype) -> str | None:
@@ -191,7 +241,7 @@ def works(dtype: torch.dtype) -> str | None:
 
     The trial is the forward operation itself, so that what it compiles is not wasted.
     """
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) on the PATH"
     try:

@@ -7,7 +7,8 @@ for images, indices in ImageLoader(dataset, 64, device="cuda", shuffle=True, see
 
 from pipelines.dataset import ImageDataset
 from pipelines.datasets import DATASETS, open_dataset
+from pipelines.digests import cache_folder
 from pipelines.errors import BadImage, DataError
 from pipelines.loader import Batch, ImageLoader
 
-__all__ = ["DATASETS", "BadImage", "Batch", "DataError", "ImageDataset", "ImageLoader", "open_dataset"]
+__all__ = ["DATASETS", "BadImage", "Batch", "DataError", "ImageDataset", "ImageLoader", "cache_folder", "open_dataset"]

@@ -24,7 +24,10 @@ _BLOCK = 2**20
 
 
 def cache_folder() -> Path:
-    """Where digests and downloads are kept: `GFMN_CACHE`, or `gfmn` in the user's cache folder."""
+    """Where what is made once is kept (digests, downloads, pretrained extractors, targets).
+
+    `GFMN_CACHE`, or `gfmn` in the user's cache folder.
+    """
     if folder := os.environ.get("GFMN_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gfmn"

@@ -62,7 +62,11 @@ def test_one_missing_class_fails(judge: DigitJudge, digits) -> None:
 @pytest.mark.parametrize("flags", [[], ["--amp", "--fused-ama"]], ids=["plain", "amp"])
 def test_demo_draws_recognisable_digits(flags: list[str], tmp_path: Path) -> None:
     """`python -m engine.train` from nothing, within four minutes on two cores, and 1,000 of its samples."""
-    environment = {**os.environ, "GFMN_CACHE": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    environment = {
+        **os.environ,
+        "GFMN_CACHE": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
     begun = time.monotonic()
     train = [sys.executable, "-m", "engine.train", *flags, "--out", str(tmp_path / "run")]
     subprocess.run(train, check=True, env=environment)

@@ -67,6 +67,7 @@ class Cubes:
 
     def gradient(self, tap: int, grad: Tensor, y: Tensor) -> None:
         self.calls.append("gradient")
+        assert grad.stride() == y.stride(), "the kernels read both in one memory order"
         begin = self.returned[tap]
         self.returned[tap] += len(y)
         grad += self.grad_loss * self.weights[tap][begin : begin + len(y)] * 3 * y**2
@@ -299,6 +300,15 @@ class Contiguous(Network):
         return self.acts[2](self.third(self.acts[1](self.second(y.contiguous()) + y)))
 
 
+class GradientInTheOtherOrder(Network):
+    """Gradients that are summed, so that nobody else holds them, but in (C, H, W) order."""
+
+    def forward(self, x):
+        y = self.acts[0](self.first(x))
+        z = self.acts[1](self.second(y))
+        return self.acts[2](self.pool((y + z).contiguous()) - self.pool((z + y * 0.3).contiguous()) + self.pool(y + z))
+
+
 class InPlaceModules(Chain):
     """ReLUs that were written in place, as in torchvision's networks."""
 
@@ -355,6 +365,7 @@ NETWORKS = [
     OneChannel,
     Pools,
     Contiguous,
+    GradientInTheOtherOrder,
     InPlaceModules,
     Relu6Chain,
     SmoothActivations,

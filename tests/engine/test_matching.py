@@ -419,7 +419,8 @@ class TestBackward:
         """After backward while the loss is still held, or with the loss; never first by the garbage collector."""
         make, _ = make_pair(tiny_extractor, draw_images, "ama", kernels="reference")
         objective = make()
-        alive: list[weakref.ref[Tensor]] = []
+        activations: list[weakref.ref[torch.UntypedStorage]] = []
+        moments: list[weakref.ref[torch.UntypedStorage]] = []
         collect = objective.kernels.relu_moments
 
         class Watched:
@@ -427,20 +428,23 @@ class TestBackward:
             relu_moments_backward = staticmethod(objective.kernels.relu_moments_backward)
 
             @staticmethod
-            def relu_moments(x, *args):
-                alive.append(weakref.ref(x.untyped_storage()))
-                collect(x, *args)
+            def relu_moments(x, mean, *args):
+                activations.append(weakref.ref(x.untyped_storage()))
+                moments.append(weakref.ref(mean.untyped_storage()))
+                collect(x, mean, *args)
 
         objective.kernels = Watched
         gc.disable()
         try:
             loss = objective(draw_images(4, torch.float32).requires_grad_())
-            assert len(alive) == len(tiny_extractor.taps)
+            assert len(activations) == len(tiny_extractor.taps)
+            assert all(reference() is not None for reference in activations)
+            assert all(reference() is None for reference in moments), "backward needs the coefficients alone"
             if done:
                 loss.backward()
             else:
                 del loss
-            assert not [reference for reference in alive if reference() is not None]
+            assert all(reference() is None for reference in activations)
         finally:
             gc.enable()
 
@@ -532,6 +536,13 @@ class TestStepping:
         objective(images)
         difference = batch_moments(real, 1) - batch_moments(extractor.features(images), 1)
         assert float((objective.state_dict()["averager.v"] - difference).abs().max()) <= 1e-12
+
+    def test_state_at_the_start_is_in_public_order(self, tiny_extractor, draw_images):
+        """The same seed is the same v for every backend, feature by feature."""
+        make, _ = make_pair(tiny_extractor, draw_images, "ama-authors", kernels="reference")
+        alone = AMA(variant="authors", seed=5)
+        alone.reset(tiny_extractor.num_features)
+        assert torch.equal(make().state_dict()["averager.v"], alone.v)
 
     def test_state_inside_another_module(self, tiny_extractor, draw_images):
         """The averager travels in the state of the module that holds the objective; frozen weights do not."""

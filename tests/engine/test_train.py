@@ -80,7 +80,9 @@ def command(main: Callable, argv: Sequence[str], capsys: pytest.CaptureFixture[s
 
 def start(argv: Sequence[str], prelude: str = "", **environment: str) -> subprocess.Popen[str]:
     """The training command in a process of its own, after the Python statements of `prelude`."""
-    script = f"{prelude}\nimport sys\nfrom engine.cli import run_command\nfrom engine.train import main\nrun_command(main)"
+    script = (
+        f"{prelude}\nimport sys\nfrom engine.cli import run_command\nfrom engine.train import main\nrun_command(main)"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", script, *argv],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -348,7 +350,11 @@ def test_damaged_checkpoint_is_one_line_that_names_it(damage: str, flags, tmp_pa
     train.main([*flags, "--out", str(out), "--steps", "4"])
     checkpoint = out / "checkpoints/step_00000004.safetensors"
     whole = checkpoint.read_bytes()
-    content = {"truncated": whole[: len(whole) // 2], "foreign": (out / "generator.safetensors").read_bytes(), "empty": b""}
+    content = {
+        "truncated": whole[: len(whole) // 2],
+        "foreign": (out / "generator.safetensors").read_bytes(),
+        "empty": b"",
+    }
     checkpoint.write_bytes(content[damage])
     code, errors = command(train.main, ["--resume", "--out", str(out), "--steps", "6"], capsys)
     assert code == 2
@@ -365,7 +371,11 @@ def test_target_of_something_else_is_refused(flags, finished: Path, tmp_path: Pa
     precompute.main([*flags, "--out", str(target)])
     train.main([*flags, "--target", str(target), "--out", str(tmp_path / "same")])
     assert same_run(finished, tmp_path / "same")
-    for change, mention in ((["--seed", "5"], "extractor_weights"), (["--amp"], "precision"), (["--layers", "1"], "taps")):
+    for change, mention in (
+        (["--seed", "5"], "extractor_weights"),
+        (["--amp"], "precision"),
+        (["--layers", "1"], "taps"),
+    ):
         argv = [*flags, *change, "--target", str(target), "--out", str(tmp_path / "other")]
         code, errors = command(train.main, argv, capsys)
         assert code == 2
@@ -414,8 +424,10 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
     assert sum("C++ compiler" in line for line in said) == 1, errors
     assert sum("DALI" in line for line in said) == 1, errors
     assert same_run(finished, tmp_path / "run")
-    script = f"{prelude}\nfrom engine.sample import main\nmain(['--run', {str(tmp_path / 'run')!r}, '--out', {str(tmp_path / 's.png')!r}])"
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PATH": str(tmp_path / "bin")})
+    script = f"{prelude}\nfrom engine.sample import main\nmain()"
+    argv = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "samples.png")]
+    environment = {**os.environ, "PATH": str(tmp_path / "bin")}
+    subprocess.run([sys.executable, "-c", script, *argv], check=True, env=environment)
 
 
 def test_folder_of_images_trains(tmp_path: Path, pictures: Path, flags: list[str], monkeypatch) -> None:
