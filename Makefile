@@ -24,10 +24,10 @@ demo: .venv/.installed
 	$(RUN) -m engine.train --amp --fused-ama
 
 test: .venv/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --dist loadfile
 
 test-slow: .venv/.installed
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow --capture no
 
 check: .venv/.installed
 	$(RUN) -m ruff check --no-fix .
