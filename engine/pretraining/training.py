@@ -241,7 +241,8 @@ class _Pretraining:
         return total.item() / max(count, 1)
 
     def save(self, file: Path, metadata: dict[str, str]) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint, whole or not at all; InputError if the loss is not finite any more."""
+        self._mean_loss()
         tensors = {f"module/{name}": tensor for name, tensor in self.task.module.state_dict().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in flatten_optimizer(self.optimizer).items()}
         tensors["losses"] = self.losses
