@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +25,17 @@ class Moments:
         m2: `[D]`, Σ (x − mean)²; converted to float64.
         fingerprint: what the features came from (extractor weights, taps, image size, precision, dataset, …), each
             entry a name and a value; None means unchecked.
+        skipped: the images that were left out of a dataset, a line each: which, and why.
     """
 
-    def __init__(self, count: int, mean: Tensor, m2: Tensor, fingerprint: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        count: int,
+        mean: Tensor,
+        m2: Tensor,
+        fingerprint: Mapping[str, str] | None = None,
+        skipped: Sequence[str] = (),
+    ):
         if mean.dim() != 1 or mean.shape != m2.shape:
             raise ValueError(f"mean, m2: must both be [D], got {tuple(mean.shape)} and {tuple(m2.shape)}")
         if count < 0:
@@ -36,6 +44,7 @@ class Moments:
         self.mean = mean.detach().to(torch.float64)
         self.m2 = m2.detach().to(torch.float64)
         self.fingerprint = None if fingerprint is None else dict(fingerprint)
+        self.skipped = tuple(skipped)
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
@@ -67,19 +76,22 @@ class Moments:
         if self.fingerprint is not None and other.fingerprint is not None:
             check_fingerprint(self.fingerprint, other.fingerprint, "other")
         fingerprint = self.fingerprint if self.fingerprint is not None else other.fingerprint
+        skipped = tuple(dict.fromkeys(self.skipped + other.skipped))
         # No images, no values: whatever the buffers of an empty set hold (a zero-size batch leaves NaN) stays out.
         if self.count == 0 or other.count == 0:
             filled = other if self.count == 0 else self
-            return Moments(filled.count, filled.mean, filled.m2, fingerprint)
+            return Moments(filled.count, filled.mean, filled.m2, fingerprint, skipped)
         count = self.count + other.count
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
-        return Moments(count, mean, m2, fingerprint)
+        return Moments(count, mean, m2, fingerprint, skipped)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
         metadata = {"format": _FORMAT, "count": str(self.count), "fingerprint": json.dumps(self.fingerprint)}
+        if self.skipped:
+            metadata["skipped"] = json.dumps(self.skipped)
         save_safetensors(path, {"mean": self.mean.cpu(), "m2": self.m2.cpu()}, metadata)
 
     @classmethod
@@ -99,6 +111,7 @@ class Moments:
                     file.get_tensor("mean"),
                     file.get_tensor("m2"),
                     json.loads(metadata["fingerprint"]),
+                    json.loads(metadata.get("skipped", "[]")),
                 )
         except InputError:
             raise

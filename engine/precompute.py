@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.assembly import make_extractor, open_data
-from engine.cli import Parser, run_command
+from engine.cli import Interrupted, Parser, run_command
 from engine.config import PRESETS, Config, add_flags, given_flags
 from engine.devices import choose_device
 from engine.errors import InputError
-from engine.target import compute_target, target_loader
+from engine.moments import Moments
+from engine.ranks import EndedElsewhere, Ranks
+from engine.target import (
+    compute_target,
+    exclusive,
+    fingerprint,
+    forget_partial,
+    put_in_cache,
+    target_loader,
+    write_bad_images,
+)
 from engine.trainer import amp_dtype
 
 log = logging.getLogger("gfmn")
@@ -22,28 +33,93 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="python -m engine.precompute",
         description="Stream a dataset once through the extractor and write the moments of every feature, for "
-        "engine.train --target FILE. Flags as for engine.train.",
+        "engine.train --target FILE. Flags as for engine.train. Ctrl-C (or a kill) loses nothing: the same command "
+        "goes on from where it was. Several processes: torchrun --nproc-per-node N -m engine.precompute ...",
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="digits", help="settings to start from")
     parser.add_argument("--out", required=True, metavar="FILE", help="target.safetensors")
     add_flags(parser)
     arguments = parser.parse_args(argv)
-    if Path(arguments.out).is_dir():
-        raise InputError(f"--out: {arguments.out} is a folder; name a file, such as {arguments.out}/target.safetensors")
-    config = Config.build(arguments.preset, given_flags(arguments))
-    device = choose_device(config.training.device, config.training.threads)
-    dataset = open_data(config)
-    extractor = make_extractor(config, dataset, device)
-    images = target_loader(
-        extractor,
-        dataset,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        loader=config.data.loader,
-    )
-    target = compute_target(extractor, images, amp_dtype=amp_dtype(config), kernels=config.matching.backend)
-    target.save(arguments.out)
-    log.info("%s: moments of %d features over %d images", arguments.out, target.num_features, target.count)
+    out = Path(arguments.out)
+    ranks = Ranks.join()
+    try:
+        if out.is_dir():
+            raise InputError(f"--out: {out} is a folder; name a file, such as {out}/target.safetensors")
+        config = Config.build(arguments.preset, given_flags(arguments))
+        _precompute(config, out, ranks)
+    except EndedElsewhere:
+        ranks.leave()
+        sys.exit(2)
+    except BaseException as error:
+        if ranks.fail():
+            raise
+        sys.exit(130 if isinstance(error, Interrupted | KeyboardInterrupt) else 2)
+
+
+def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
+    device = ranks.device(choose_device(config.training.device, config.training.threads))
+    dtype = amp_dtype(config)
+
+    def prepare():
+        dataset = open_data(config)
+        extractor = make_extractor(config, dataset, device)
+        images = target_loader(
+            extractor,
+            dataset,
+            batch_size=config.training.batch_size,
+            seed=config.training.seed,
+            loader=config.data.loader,
+            shard=ranks.rank,
+            num_shards=ranks.size,
+        )
+        return extractor, images, fingerprint(extractor, images, dtype)
+
+    # Rank 0 first: it downloads, digests and pretrains, and the others find the results in the cache.
+    extractor, images, entries = ranks.first("prepared", prepare)
+    with exclusive(_own(out, ranks)):
+        target, done = None, False
+        if ranks.rank == 0:
+            done = _is_done(out, entries)
+        if any(ranks.meet("done", done)):
+            log.info("%s: holds exactly these moments already", out)
+            forget_partial(_partial(out, ranks), ranks)
+            return
+        target = compute_target(
+            extractor,
+            images,
+            amp_dtype=dtype,
+            kernels=config.matching.backend,
+            partial=_partial(out, ranks),
+            ranks=ranks,
+        )
+        if ranks.rank == 0:
+            # First what `out` depends on: once `out` is there, nothing is left to do.
+            write_bad_images(out.with_suffix(".bad_images.txt"), target)
+            put_in_cache(target, extractor, images, dtype)
+            target.save(out)
+            log.info("%s: moments of %d features over %d images", out, target.num_features, target.count)
+        forget_partial(_partial(out, ranks), ranks)
+
+
+def _own(out: Path, ranks: Ranks) -> Path:
+    """`out`, or on further ranks the name beside it that stands for their share."""
+    return out if ranks.rank == 0 else out.with_name(f"{out.name}.{ranks.rank}")
+
+
+def _partial(out: Path, ranks: Ranks) -> Path:
+    """Where this rank keeps the state of its pass, beside `out`."""
+    own = _own(out, ranks)
+    return own.with_name(f"{own.name}.partial")
+
+
+def _is_done(out: Path, entries: dict[str, str]) -> bool:
+    """Whether `out` holds a target of exactly this; any other file is about to be replaced."""
+    if not out.exists():
+        return False
+    try:
+        return Moments.load(out).fingerprint == entries
+    except InputError:
+        return False
 
 
 if __name__ == "__main__":

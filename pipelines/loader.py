@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelines import torch_loader
-from pipelines.dataset import EncodedDataset, Fingerprint, ImageDataset
+from pipelines.dataset import ArrayDataset, EncodedDataset, Fingerprint, ImageDataset
 from pipelines.errors import BadImage, DataError
 
 BACKENDS = ("auto", "dali", "torch")
@@ -32,7 +32,9 @@ class ImageLoader:
         dataset: from `open_dataset`.
         batch_size: images per batch; the last batch of an epoch may be shorter, and is never empty.
         device: where the images go. On CUDA the DALI backend decodes there too.
-        backend: "dali", "torch", or "auto": DALI where it can be imported, else torch with one warning.
+        backend: "dali", "torch", or "auto". That is torch for arrays in memory, where nothing is decoded and slices of
+            one tensor are several times faster (the bits are the same); for files it is DALI where it can be imported,
+            else torch with one warning.
         shuffle: a new permutation in every epoch, decided by `seed` and the epoch's number alone.
         shard, num_shards: this loader yields part `shard` of `num_shards` nearly equal parts of the same order.
         workers: decoding threads (DALI: one per CPU) or processes (torch: 2). The images do not depend on it.
@@ -68,7 +70,7 @@ class ImageLoader:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DataError(f"device {str(device)!r} is not available: torch sees no CUDA device; use device 'cpu'")
-        self.backend = _resolve_backend(backend)
+        self.backend = _resolve_backend(backend, dataset)
         self.shuffle = shuffle
         self.seed = seed
         self.shard = shard
@@ -76,6 +78,9 @@ class ImageLoader:
         self.workers = workers
         self.epoch = 0
         """Number of the next epoch; set it to repeat or to continue an interrupted sequence of epochs."""
+        self.position = 0
+        """Batches of the current epoch that are out, those without a single good image included: `batches(position)`
+        of the same epoch goes on from here."""
         self._bad_images: dict[int, BadImage] = {}
 
     @property
@@ -83,8 +88,13 @@ class ImageLoader:
         """What was left out so far, each file once, in dataset order (empty unless the dataset skips bad images)."""
         return [*self.dataset.bad_images, *(bad for _, bad in sorted(self._bad_images.items()))]
 
+    @property
+    def num_images(self) -> int:
+        """Images in one epoch of this shard, bad ones included."""
+        return len(self._part(np.arange(len(self.dataset))))
+
     def __len__(self) -> int:
-        return (len(self._part(np.arange(len(self.dataset)))) + self.batch_size - 1) // self.batch_size
+        return (self.num_images + self.batch_size - 1) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -97,6 +107,7 @@ class ImageLoader:
         self.epoch += 1
         part = self._part(order)
         starts = range(first * self.batch_size, len(part), self.batch_size)
+        self.position = first
         return self._run([part[start : start + self.batch_size] for start in starts])
 
     def fingerprint(self) -> Fingerprint:
@@ -120,6 +131,7 @@ class ImageLoader:
         else:
             run = torch_loader.run
         for images, indices in run(self.dataset, batches, self.device, self.workers, self._bad_images):
+            self.position += 1
             if len(indices):
                 yield Batch(images, torch.from_numpy(indices))
 
@@ -133,11 +145,12 @@ def dali_is_importable() -> bool:
     return True
 
 
-def _resolve_backend(backend: str) -> str:
+def _resolve_backend(backend: str, dataset: ImageDataset) -> str:
     if backend not in BACKENDS:
         raise DataError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "torch" or dali_is_importable():
-        return "torch" if backend == "torch" else "dali"
+        in_memory = backend == "auto" and isinstance(dataset, ArrayDataset)
+        return "torch" if backend == "torch" or in_memory else "dali"
     if backend == "dali":
         raise DataError("backend 'dali' needs NVIDIA DALI, which is not installed; install it or use backend 'torch'")
     _say_torch_once()
