@@ -341,6 +341,9 @@ class Malicious:
     def __reduce__(self):
         return (pytest.fail, ("a file of weights has run code",))
 
+    def __repr__(self):
+        return "Malicious()"
+
 
 @pytest.mark.parametrize(
     "content", [b"", b"not weights", {"model": 1}, [torch.zeros(1)], Malicious(), {"w": Malicious()}], ids=repr
