@@ -110,17 +110,18 @@ def _streamed(
 def _merge_streams(
     rows: list[Tensor], shortcut: list[Tensor] | None, mean: Tensor, m2: Tensor, count: Tensor, activation: str
 ) -> None:
-    sums, squares = torch.zeros_like(mean), torch.zeros_like(m2)
-    for k, row in enumerate(rows):
-        value = row if shortcut is None else row + shortcut[k]
-        if activation == "relu":
-            value = torch.relu(value)
-        elif activation == "relu6":
-            value = value.clamp(min=0, max=6)
-        row.copy_(value)
+    values = [row if shortcut is None else row + shortcut[k] for k, row in enumerate(rows)]
+    if activation == "relu":
+        values = [torch.relu(value) for value in values]
+    elif activation == "relu6":
+        values = [value.clamp(min=0, max=6) for value in values]
+    centred = values[0].to(torch.float64) - mean
+    sums, squares = centred, centred * centred
+    for value in values[1:]:
         centred = value.to(torch.float64) - mean
-        sums = sums + centred
-        squares = squares + centred.square()
+        sums, squares = sums + centred, squares + centred * centred
+    for row, value in zip(rows, values):
+        row.copy_(value)
     offset = sums / len(rows)
     share = len(rows) / (count + len(rows))
     m2.add_(squares - sums * offset + offset.square() * (count * share))

@@ -1,0 +1,344 @@
+"""`python -m bench.data`: images/s of the loaders, and what the statistics pass adds to the extractor.
+
+Three comparisons, each of results that are checked to agree before anything is timed:
+
+- a folder of 178×218 JPEGs → centre crop 160 → 64×64: the DALI path against torchvision and PIL in a `DataLoader`
+  with 2 workers;
+- 32×32 images in memory, in order and shuffled, through `ImageLoader`;
+- the statistics pass over images in memory against the extractor alone on the same images.
+
+Repetitions are interleaved, so that what else the machine does hits all alike; medians with 20th and 80th percentiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.cli import Parser, run_command
+from engine.extractors import build_extractor
+from engine.feature_pass import FeaturePass
+from engine.target import compute_target
+from pipelines import ImageDataset, ImageLoader, open_dataset
+from pipelines.loader import dali_is_importable
+
+HEIGHT, WIDTH, CROP, SIZE = 218, 178, 160, 64
+WORKERS = 2
+
+
+@dataclass
+class Row:
+    """One measurement. Times are per repetition: wall clock in images/s, CPU of all processes in µs/image."""
+
+    op: str
+    path: str
+    shape: str
+    images: int
+    repetitions: int
+    images_per_second_p20: float
+    images_per_second_p50: float
+    images_per_second_p80: float
+    cpu_us_per_image: float
+    relative_time: float
+    """Median wall time, divided by that of the row's baseline (itself: 1)."""
+    versions: dict[str, str]
+    cpu: str
+    threads: int
+    load: float
+    """Load average over the last minute, when the row was made."""
+    commit: str
+
+
+@dataclass
+class Way:
+    """One way to do the same work: `run` returns how many images it has seen."""
+
+    path: str
+    run: Callable[[], int]
+
+
+class _Pictures(Dataset[Tensor]):
+    """What most people write: PIL, torchvision's transforms, one file at a time."""
+
+    def __init__(self, folder: Path):
+        from torchvision import transforms
+
+        self.paths = sorted(folder.iterdir())
+        self.transform = transforms.Compose(
+            [
+                transforms.CenterCrop(CROP),
+                transforms.Resize(SIZE),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5] * 3, [0.5] * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as picture:
+            return self.transform(picture.convert("RGB"))
+
+
+def make_folder(folder: Path, count: int) -> None:
+    """JPEGs of CelebA's aligned size, cut from the photographs that scikit-learn carries."""
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images().images
+    for n in range(count):
+        photo = photos[n % len(photos)]
+        top, left = 37 * n % (photo.shape[0] - HEIGHT), 53 * n % (photo.shape[1] - WIDTH)
+        picture = Image.fromarray(photo[top : top + HEIGHT, left : left + WIDTH])
+        picture.save(folder / f"{n:06d}.jpg", quality=90)
+
+
+def make_arrays(path: Path, count: int, size: int = 32) -> ImageDataset:
+    """Pieces of the same photographs as one array file."""
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images().images
+    pieces = []
+    for n in range(count):
+        photo = photos[n % len(photos)]
+        top, left = 7 * n % (photo.shape[0] - size), 11 * n % (photo.shape[1] - size)
+        pieces.append(photo[top : top + size, left : left + size])
+    np.save(path, np.stack(pieces))
+    return open_dataset("images", path, image_size=size)
+
+
+def compare(op: str, shape: str, ways: Sequence[Way], repetitions: int) -> list[Row]:
+    """Time all ways in turn, `repetitions` times; the first one is the baseline.
+
+    Raises RuntimeError if they have not seen the same number of images.
+    """
+    counts = {way.path: way.run() for way in ways}  # warm, and not timed
+    if len(set(counts.values())) != 1:
+        raise RuntimeError(f"{op}: the ways saw different numbers of images: {counts}")
+    images = next(iter(counts.values()))
+    wall: dict[str, list[float]] = {way.path: [] for way in ways}
+    cpu: dict[str, list[float]] = {way.path: [] for way in ways}
+    for _ in range(repetitions):
+        for way in ways:
+            begun, used = time.perf_counter(), _cpu_seconds()
+            way.run()
+            wall[way.path].append(time.perf_counter() - begun)
+            cpu[way.path].append(_cpu_seconds() - used)
+    baseline = statistics.median(wall[ways[0].path])
+    rows = []
+    for way in ways:
+        p80, p50, p20 = np.percentile(wall[way.path], (20, 50, 80)).tolist()  # the slowest times are the lowest rates
+        rows.append(
+            Row(
+                op=op,
+                path=way.path,
+                shape=shape,
+                images=images,
+                repetitions=repetitions,
+                images_per_second_p20=images / p20,
+                images_per_second_p50=images / p50,
+                images_per_second_p80=images / p80,
+                cpu_us_per_image=statistics.median(cpu[way.path]) / images * 1e6,
+                relative_time=p50 / baseline,
+                **_environment(),
+            )
+        )
+    return rows
+
+
+def bench_jpegs(work: Path, count: int, repetitions: int) -> list[Row]:
+    """The engine's loaders against torchvision's on one folder."""
+    folder = work / "jpegs"
+    folder.mkdir()
+    make_folder(folder, count)
+    dataset = open_dataset("celeba", folder, image_size=SIZE)
+    theirs = DataLoader(_Pictures(folder), batch_size=64, num_workers=WORKERS)
+    ways = [Way("torchvision DataLoader, PIL, 2 workers", lambda: sum(map(len, theirs)))]
+    for backend in ("dali", "torch"):
+        if backend == "torch" or dali_is_importable():
+            ours = ImageLoader(dataset, 64, backend=backend)
+            _check_same(theirs, ours)
+            ways.append(Way(f"ImageLoader, {backend}", partial(_epoch, ours)))
+    return compare("JPEG folder", f"{WIDTH}×{HEIGHT} → {CROP} → {SIZE}", ways, repetitions)
+
+
+def bench_arrays(work: Path, count: int, repetitions: int) -> list[Row]:
+    """Images in memory through `ImageLoader`."""
+    dataset = make_arrays(work / "arrays.npy", count)
+    loaders = {
+        "ImageLoader, in order": ImageLoader(dataset, 64),
+        "ImageLoader, shuffled": ImageLoader(dataset, 64, shuffle=True),
+    }
+    if dali_is_importable():
+        loaders["ImageLoader, in order, dali"] = ImageLoader(dataset, 64, backend="dali")
+    pixels = np.load(work / "arrays.npy")
+    for loader in loaders.values():
+        batch = next(iter(loader))
+        expected = pixels[batch.indices.numpy()].transpose(0, 3, 1, 2) / 127.5 - 1
+        if np.abs(batch.images.numpy() - expected).max() > 1e-6:
+            raise RuntimeError("arrays: the loader gives other images than the array holds")
+    ways = [Way(path, partial(_epoch, loader)) for path, loader in loaders.items()]
+    return compare("arrays in memory", "32×32", ways, repetitions)
+
+
+def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) -> list[Row]:
+    """The whole statistics pass against the extractor alone, activations included, on the same batches in memory."""
+    torch.manual_seed(0)
+    dataset = make_arrays(work / "pass.npy", count)
+    extractor = build_extractor(extractor_name, image_size=32)
+    feature_pass = FeaturePass(extractor)
+    batches = [batch.images for batch in ImageLoader(dataset, 64)]
+
+    class Activations:
+        def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
+            if residual is not None:
+                y += residual
+            y.clamp_(min=0)
+
+    def alone() -> int:
+        for batch in batches:
+            feature_pass.collect(batch, Activations())
+        return count
+
+    def whole() -> int:
+        return compute_target(extractor, ImageLoader(dataset, 64), progress=False).count
+
+    return compare(
+        f"statistics pass, {extractor_name}",
+        "32×32",
+        [Way("extractor alone, images in memory", alone), Way("compute_target", whole)],
+        repetitions,
+    )
+
+
+def _epoch(loader: ImageLoader) -> int:
+    return sum(len(batch.images) for batch in loader)
+
+
+def _check_same(theirs: Any, ours: ImageLoader) -> None:
+    """RuntimeError if any image differs by more than 0.5 of 255 on average, or the numbers of images differ."""
+    reference = torch.cat(list(theirs))
+    images = torch.cat([batch.images for batch in ours])
+    if images.shape != reference.shape:
+        raise RuntimeError(f"JPEG folder: {list(images.shape)} instead of {list(reference.shape)}")
+    worst = float((images - reference).abs().mean(dim=(1, 2, 3)).max()) * 127.5
+    if worst > 0.5:
+        raise RuntimeError(f"JPEG folder: an image of {ours.backend} differs by {worst:.2f} of 255 on average")
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _environment() -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+    if dali_is_importable():
+        import nvidia.dali
+
+        versions["dali"] = nvidia.dali.__version__
+    return {
+        "versions": versions,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| what | way | images/s, median (p20–p80) | CPU µs/image | time / first row's |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        rates = f"{row.images_per_second_p50:,.0f} ({row.images_per_second_p20:,.0f}–{row.images_per_second_p80:,.0f})"
+        lines.append(
+            f"| {row.op}, {row.shape} | {row.path} | {rates} | {row.cpu_us_per_image:,.1f} | {row.relative_time:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(path: str, rows: Sequence[Row]) -> None:
+    """Images/s of all ways, one panel for each comparison, with p20 and p80 as whiskers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ops = list(dict.fromkeys(row.op for row in rows))
+    figure = Figure(figsize=(9, 1.9 * len(ops)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, op in zip(figure.subplots(len(ops), 1, squeeze=False)[:, 0], ops):
+        chosen = [row for row in rows if row.op == op]
+        middle = np.array([row.images_per_second_p50 for row in chosen])
+        below = middle - [row.images_per_second_p20 for row in chosen]
+        above = [row.images_per_second_p80 for row in chosen] - middle
+        axes.barh([row.path for row in chosen], middle, xerr=[below, above], color="#4c72b0", capsize=3)
+        axes.invert_yaxis()
+        axes.set_title(f"{op}, {chosen[0].shape}", fontsize=10)
+        axes.set_xlabel("images/s")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = Parser(
+        prog="python -m bench.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
+    parser.add_argument("--quick", action="store_true", help="small inputs, few repetitions: a try, not a measurement")
+    arguments = parser.parse_args(argv)
+    quick = arguments.quick
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        rows = bench_jpegs(work, 130 if quick else 5000, 2 if quick else 7)
+        rows += bench_arrays(work, 1000 if quick else 50_000, 3 if quick else 15)
+        name = "vgg-small" if quick else "vgg19+resnet18"
+        rows += bench_pass(work, 64 if quick else 12_800, 2 if quick else 5, name)
+    print(table(rows))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    if arguments.plot:
+        plot(arguments.plot, rows)
+
+
+if __name__ == "__main__":
+    run_command(main)

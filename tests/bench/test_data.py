@@ -1,0 +1,48 @@
+"""The data benchmark: complete rows, a plot, and no number for a wrong result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench import data
+
+
+def test_quick_run_gives_complete_rows(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "cache"))
+    data.main(["--quick", "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["op"] for row in rows} == {"JPEG folder", "arrays in memory", "statistics pass, vgg-small"}
+    for row in rows:
+        assert row["images_per_second_p20"] <= row["images_per_second_p50"] <= row["images_per_second_p80"]
+        assert row["cpu_us_per_image"] > 0
+        assert row["images"] == {"J": 130, "a": 1000, "s": 64}[row["op"][0]]
+        assert {"torch", "torchvision", "numpy"} <= set(row["versions"])
+        assert row["commit"]
+        assert "CPU" in row["cpu"]
+        assert row["load"] >= 0
+    firsts = {row["op"]: row for row in reversed(rows)}
+    assert all(row["relative_time"] == 1 for row in firsts.values())
+    printed = capsys.readouterr().out
+    assert all(row["path"] in printed for row in rows)
+    with Image.open(tmp_path / "rows.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_different_counts_are_no_measurement() -> None:
+    ways = [data.Way("all", lambda: 10), data.Way("one too few", lambda: 9)]
+    with pytest.raises(RuntimeError, match="different numbers"):
+        data.compare("counts", "-", ways, 1)
+
+
+def test_different_images_are_no_measurement(tmp_path: Path) -> None:
+    data.make_folder(tmp_path, 4)
+    loader = data.ImageLoader(data.open_dataset("celeba", tmp_path, image_size=64), 4, backend="torch")
+    right = next(iter(loader)).images
+    data._check_same([right], loader)
+    shifted = right.roll(1, dims=3)
+    with pytest.raises(RuntimeError, match="differs by"):
+        data._check_same([shifted], loader)
