@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -72,8 +73,12 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
     if path.exists():
         log.info("extractor %s: pretrained before, cached in %s", architecture, path)
         return path
+    log.info("extractor %s: pretraining on %s (%s)", architecture, dataset.name, task)
+    begun = time.perf_counter()
     result = pretrain(architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device))
     result.save(path)
+    seconds = time.perf_counter() - begun
+    log.info("extractor %s: %s %.3f on held-out images, %.0f s", architecture, result.metric, result.validation, seconds)
     return path
 
 
