@@ -78,7 +78,9 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
     result = pretrain(architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device))
     result.save(path)
     seconds = time.perf_counter() - begun
-    log.info("extractor %s: %s %.3f on held-out images, %.0f s", architecture, result.metric, result.validation, seconds)
+    log.info(
+        "extractor %s: %s %.3f on held-out images, %.0f s", architecture, result.metric, result.validation, seconds
+    )
     return path
 
 
