@@ -19,6 +19,7 @@ from engine.generators import build_generator
 from engine.images import grid, save_png
 from engine.plots import plot_metrics
 from engine.run_folder import RunFolder
+from engine.target import write_bad_images
 from engine.trainer import Trainer, amp_dtype
 
 log = logging.getLogger("gfmn")
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint is not None:
         trainer.restore(checkpoint)
     run.write_config(config)
+    write_bad_images(run.path / "bad_images.txt", target)
     run.truncate_metrics(checkpoint.step if checkpoint else 0)
     log.info("run folder: %s", run.path)
     log.info(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipelines import torch_loader
-from pipelines.dataset import ArrayDataset, EncodedDataset, Fingerprint, ImageDataset
+from pipelines.dataset import EncodedDataset, Fingerprint, ImageDataset
 from pipelines.errors import BadImage, DataError
 
 BACKENDS = ("auto", "dali", "torch")
@@ -32,9 +32,8 @@ class ImageLoader:
         dataset: from `open_dataset`.
         batch_size: images per batch; the last batch of an epoch may be shorter, and is never empty.
         device: where the images go. On CUDA the DALI backend decodes there too.
-        backend: "dali", "torch", or "auto". That is torch for arrays in memory, where nothing is decoded and slices of
-            one tensor are several times faster (the bits are the same); for files it is DALI where it can be imported,
-            else torch with one warning.
+        backend: "dali", "torch", or "auto": DALI where it can be imported, else torch with one warning. For arrays in
+            memory both give the same bits, and torch, which slices one tensor, is the faster one.
         shuffle: a new permutation in every epoch, decided by `seed` and the epoch's number alone.
         shard, num_shards: this loader yields part `shard` of `num_shards` nearly equal parts of the same order.
         workers: decoding threads (DALI: one per CPU) or processes (torch: 2). The images do not depend on it.
@@ -70,7 +69,7 @@ class ImageLoader:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DataError(f"device {str(device)!r} is not available: torch sees no CUDA device; use device 'cpu'")
-        self.backend = _resolve_backend(backend, dataset)
+        self.backend = _resolve_backend(backend)
         self.shuffle = shuffle
         self.seed = seed
         self.shard = shard
@@ -145,12 +144,13 @@ def dali_is_importable() -> bool:
     return True
 
 
-def _resolve_backend(backend: str, dataset: ImageDataset) -> str:
+def _resolve_backend(backend: str) -> str:
     if backend not in BACKENDS:
         raise DataError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "torch" or dali_is_importable():
-        in_memory = backend == "auto" and isinstance(dataset, ArrayDataset)
-        return "torch" if backend == "torch" or in_memory else "dali"
+    if backend == "torch":
+        return backend
+    if dali_is_importable():
+        return "dali"
     if backend == "dali":
         raise DataError("backend 'dali' needs NVIDIA DALI, which is not installed; install it or use backend 'torch'")
     _say_torch_once()

@@ -141,11 +141,11 @@ def test_a_pass_continues_from_any_batch(dataset: ImageDataset, backend: str) ->
         assert torch.equal(late.indices, early.indices)
 
 
-def test_auto_takes_dali_for_files_and_slices_for_arrays(dataset: ImageDataset, photo_files: Path) -> None:
+def test_auto_takes_dali(dataset: ImageDataset, photo_files: Path) -> None:
     pytest.importorskip("nvidia.dali")
     assert ImageLoader(open_dataset("images", photo_files), 4).backend == "dali"
-    assert ImageLoader(dataset, 4).backend == "torch"
-    assert ImageLoader(dataset, 4, backend="dali").backend == "dali"
+    assert ImageLoader(dataset, 4).backend == "dali"
+    assert ImageLoader(dataset, 4, backend="torch").backend == "torch"
 
 
 def test_without_dali_auto_says_one_line_and_works(
