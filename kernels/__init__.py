@@ -21,7 +21,12 @@ correction, advance, weight=None) -> (a, b, sums)`
     coefficients a, b [D] of the gradient, and sums [4] = (loss over means, loss over variances, Σ(Δ^μ)², Σ(Δ^σ)²).
     With `weight` w [D] the averager sees w·Δ^μ and w²·Δ^σ, and a and b carry w·v^μ and w²·v^σ.
 
-`reference` is plain PyTorch (the oracle), `compiled` goes through torch.compile (CPU), `triton` runs on CUDA.
+All tensors of one call are on one device. Per-feature buffers are contiguous and float32 for float16, bfloat16 and
+float32 activations, float64 for float64; `mean` and `m2` of `relu_moments` may be float64 for all of them. ValueError
+names the argument that is not as it should be. The functions are PyTorch operators (see `kernels.operators`).
+
+`reference` is plain PyTorch (the oracle), `compiled` goes through torch.compile (CPU), `triton` runs on CUDA, or on a
+CPU inside Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -45,19 +50,20 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _triton_ops() -> ModuleType:
-    if importlib.util.find_spec("kernels.triton_ops") is None:
-        raise ValueError("kernels: the triton backend is not there yet; use auto, compiled or reference")
-    return importlib.import_module("kernels.triton_ops")
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and importlib.import_module("triton").knobs.runtime.interpret:
+        interpreted = importlib.import_module("kernels.triton_ops").INTERPRETED
+        return None if interpreted else "TRITON_INTERPRET=1 was set after the kernels had been imported"
+    return f"Triton needs a CUDA device, not {device.type} (on a CPU its interpreter will do: set TRITON_INTERPRET=1)"
 
 
 @functools.cache
-def _compiled_or_reference(dtype: torch.dtype) -> ModuleType:
-    reason = compiled.works(dtype)
-    if reason is None:
-        return compiled
-    _warn_once(f"torch.compile is not usable here: {reason}; using the plain PyTorch kernels, which are slower")
-    return reference
+def _why_not_compiled(device_type: str, dtype: torch.dtype) -> str | None:
+    return compiled.works(dtype) if device_type == "cpu" else None
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -68,16 +74,13 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """
     if name not in BACKENDS:
         raise ValueError(f"kernels: {name!r} is not one of {', '.join(BACKENDS)}")
-    if name == "reference":
+    chosen = {"cuda": "triton", "cpu": "compiled"}.get(device.type, "reference") if name == "auto" else name
+    if chosen == "reference":
         return reference
-    if name == "triton":
-        return _triton_ops()
-    if name == "compiled":
-        if device.type == "cpu" and (reason := compiled.works(dtype)) is not None:
-            raise ValueError(f"kernels: the compiled backend cannot run: {reason}")
-        return compiled
-    if device.type == "cuda" and importlib.util.find_spec("kernels.triton_ops") is not None:
-        return _triton_ops()
-    if device.type == "cpu":
-        return _compiled_or_reference(dtype)
+    reason = _why_not_triton(device) if chosen == "triton" else _why_not_compiled(device.type, dtype)
+    if reason is None:
+        return compiled if chosen == "compiled" else importlib.import_module("kernels.triton_ops")
+    if name != "auto":
+        raise ValueError(f"kernels: the {chosen} backend cannot run here: {reason}")
+    _warn_once(f"the {chosen} kernels cannot run here: {reason}; using the plain PyTorch ones, which are slower")
     return reference

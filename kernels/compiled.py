@@ -7,10 +7,11 @@ The same maths as `reference`, arranged for Inductor:
   merging into earlier moments and starting afresh are one kernel.
 - The averager sees means and variances as separate rows, which Inductor turns into one loop over all D features; as
   one [2, D] tensor they become four.
-- Sizes are dynamic and threads are counted when a kernel runs, so neither another minibatch, nor another tap, nor the
-  size that happened to come first matters. What would still compile again is kept away from the kernels: a single
-  image (size 1 is special to PyTorch) is doubled, and more than `MAX_ROWS` images (where Inductor changes its way to
-  sum) are merged slice by slice.
+- Sizes are dynamic, so neither another minibatch nor another tap compiles anything again. What still would is kept
+  away from the kernels: a single image (size 1 is special to PyTorch) is doubled, and more than `MAX_ROWS` images
+  (where Inductor changes its way to sum) are merged slice by slice.
+- Small work has a kernel of its own without threads. Waking them costs more than they bring, and milliseconds where
+  other processes want the cores; and left to itself Inductor would decide by the size that happens to come first.
 
 One kernel per dtype, activation and presence of bias and shortcut; Inductor's own cache keeps them between runs.
 """
@@ -20,24 +21,42 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._dynamo
 import torch._inductor
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from kernels.layout import accumulation_dtype, feature_rows, is_channels_last
+from kernels.operators import operator
 
-# Inductor sums more than 4096 terms with a compensating helper, which is another kernel.
-MAX_ROWS = 4096
+# Inductor sums more than 4096 terms with a compensating helper, which is another kernel; and float32 sums of fewer
+# terms are better merged than continued.
+MAX_ROWS = 1024
+# Elements from which threads pay: the grain of PyTorch's own parallel loops.
+GRAIN = 32768
 
-_compile = torch.compile(
-    dynamic=True,
-    fullgraph=True,
-    recompile_limit=64,
-    # Or else a kernel that first meets a small tap is built for one thread, and stays so.
-    options={"cpp.dynamic_threads": True},
-)
+
+class _Kernel:
+    """A function compiled for one thread (fewer than `GRAIN` elements) and for as many as there are when it runs."""
+
+    def __init__(self, function: Callable[..., Any]):
+        # PyTorch keeps what it compiled by code object, and must not take one kernel for a variant of the other.
+        code = function.__code__.replace(co_name=f"{function.__name__}_serial")
+        serial = types.FunctionType(code, function.__globals__)
+        self.serial, self.threaded = (
+            torch.compile(  # type: ignore[call-overload]  # its stub lacks recompile_limit
+                which, dynamic=True, fullgraph=True, recompile_limit=64, options=options
+            )
+            for which, options in ((serial, {"cpp.threads": 1}), (function, {"cpp.dynamic_threads": True}))
+        )
+
+    def __call__(self, elements: int, *args: Any) -> Any:
+        return (self.serial if elements < GRAIN else self.threaded)(*args)
 
 
 def _activate(value: Tensor, activation: str) -> Tensor:
@@ -48,10 +67,11 @@ def _activate(value: Tensor, activation: str) -> Tensor:
     return value
 
 
-@_compile
+@_Kernel
 def _relu_moments(
-    rows: Tensor, mean: Tensor, m2: Tensor, counts: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> None:
+    rows: Tensor, mean: Tensor, m2: Tensor, before: Tensor, arriving: Tensor, bias: Tensor | None,
+    residual: Tensor | None, activation: str,
+) -> None:  # fmt: skip
     value = rows
     if bias is not None:
         value = value + bias
@@ -62,13 +82,12 @@ def _relu_moments(
     sums, squares = centred.sum(dim=0), centred.square().sum(dim=0)
     rows.copy_(y)
     offset = sums / rows.shape[0]
-    before, arriving = counts.unbind()
     share = arriving / (before + arriving)
     m2.add_(squares - sums * offset + offset.square() * (before * share))
     mean.add_(offset * share)
 
 
-@_compile
+@_Kernel
 def _relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str) -> None:
     gradient = grad.to(a.dtype) + a + b * y.to(a.dtype)
     if activation == "relu":
@@ -113,12 +132,12 @@ def _direct(
     return direction if scale is None else scale * direction, loss, difference
 
 
-@_compile
+@_Kernel
 def _averager_step(
     mean: Tensor, m2: Tensor, target_mean: Tensor, target_variance: Tensor, state_mean: list[Tensor],
-    state_variance: list[Tensor], weight: Tensor | None, scalars: Tensor, fresh: Tensor, rule: str, advance: bool,
+    state_variance: list[Tensor], weight: Tensor | None, scalars: list[Tensor], fresh: Tensor, rule: str, advance: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    count, dof, *constants = scalars.unbind()
+    count, dof, *constants = scalars
     rates = tuple(constants)
     toward_mean, loss_mean, difference_mean = _direct(
         mean, target_mean, weight, state_mean, rates, fresh, rule, advance
@@ -133,14 +152,17 @@ def _averager_step(
     return a, b, torch.stack([term.sum() for term in terms])
 
 
-def _rows(x: Tensor) -> Tensor:
-    """`feature_rows` without the view relation, whose base's shape would otherwise be guarded on."""
-    return feature_rows(x).data
+def _alone(x: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: no view, no shared storage, no offset that a guard could depend on."""
+    return from_dlpack(to_dlpack(x.data))
 
 
-def _twice(rows: Tensor) -> Tensor:
-    """The one image of `rows` [1, F] as two."""
-    return rows.expand(2, -1).contiguous()
+def _images(rows: Tensor) -> Tensor:
+    """`rows` [n, F] for a kernel: any number of images from 2 on, one of them twice."""
+    rows = _alone(rows if len(rows) > 1 else rows.expand(2, -1).contiguous())
+    # By itself "dynamic" would still tie the number of images to another size that is equal to it the first time.
+    torch._dynamo.mark_dynamic(rows, 0, min=2, max=MAX_ROWS)
+    return rows
 
 
 def _bias_row(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -153,6 +175,7 @@ def _bias_row(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return bias.view(channels, 1).expand(channels, height * width).reshape(-1)
 
 
+@operator("compiled")
 @torch.no_grad()
 def relu_moments(
     x: Tensor,
@@ -164,41 +187,43 @@ def relu_moments(
     activation: str = "relu",
 ) -> None:
     """See `kernels.relu_moments`."""
-    rows, shortcut, row = _rows(x), None if residual is None else _rows(residual), _bias_row(bias, x)
-    mean, m2 = mean.data, m2.data
+    rows, row = feature_rows(x), _bias_row(bias, x)
+    shortcut = None if residual is None else feature_rows(residual)
     if count == 0:
-        first = rows[0].to(mean.dtype)
+        first = rows[0].to(mean.dtype, copy=True)
         if row is not None:
             first += row
         if shortcut is not None:
             first += shortcut[0]
         mean.copy_(_activate(first, activation))
         m2.zero_()
+    mean, m2 = _alone(mean), _alone(m2)
     for start in range(0, len(rows), MAX_ROWS):
-        part = rows[start : start + MAX_ROWS].data
-        shortcut_part = None if shortcut is None else shortcut[start : start + MAX_ROWS].data
-        counts = torch.tensor([count + start, len(part)], dtype=mean.dtype, device=mean.device)
-        if len(part) > 1:
-            _relu_moments(part, mean, m2, counts, row, shortcut_part, activation)
-            continue
-        pair = _twice(part)
-        pair_shortcut = None if shortcut_part is None else _twice(shortcut_part)
-        _relu_moments(pair, mean, m2, counts, row, pair_shortcut, activation)
-        part.copy_(pair[:1])
+        part = rows[start : start + MAX_ROWS]
+        images = _images(part)
+        _relu_moments(
+            images.numel(), images, mean, m2, mean.new_tensor(count + start), mean.new_tensor(len(part)), row,
+            None if shortcut is None else _images(shortcut[start : start + MAX_ROWS]), activation,
+        )  # fmt: skip
+        if len(part) == 1:
+            part.copy_(images[:1])
 
 
+@operator("compiled")
 @torch.no_grad()
 def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
     """See `kernels.relu_moments_backward`."""
-    rows, values = _rows(grad), _rows(y)
-    if len(rows) > 1:
-        _relu_moments_backward(rows, values, a.data, b.data, activation)
-        return
-    pair = _twice(rows)
-    _relu_moments_backward(pair, _twice(values), a.data, b.data, activation)
-    rows.copy_(pair[:1])
+    rows, values, a, b = feature_rows(grad), feature_rows(y), _alone(a), _alone(b)
+    for start in range(0, len(rows), MAX_ROWS):
+        part = rows[start : start + MAX_ROWS]
+        images = _images(part)
+        values_part = _images(values[start : start + MAX_ROWS])
+        _relu_moments_backward(images.numel(), images, values_part, a, b, activation)
+        if len(part) == 1:
+            part.copy_(images[:1])
 
 
+@operator("compiled")
 @torch.no_grad()
 def averager_step(
     mean: Tensor,
@@ -230,8 +255,9 @@ def averager_step(
     constants = mean.new_tensor([count, count - correction, rate, 1 - beta1, 1 - beta2, eps])
     states = {"ama": (v, m, u), "ma": (v,), "ma_moments": (v,), "none": ()}[rule]
     a, b, sums = _averager_step(
-        mean, m2, target_mean, target_variance, [state[0] for state in states], [state[1] for state in states],
-        weight, torch.cat((constants, corrections)), fresh, rule, advance,
+        mean.numel(), mean, m2, target_mean, target_variance, [_alone(state[0]) for state in states],
+        [_alone(state[1]) for state in states], weight, [*constants.unbind(), *corrections.unbind()], fresh,
+        rule, advance,
     )  # fmt: skip
     return a, b, sums.double()
 
@@ -245,8 +271,8 @@ def works(dtype: torch.dtype) -> str | None:
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) on the PATH"
     try:
-        buffers = torch.zeros(2, 32, dtype=accumulation_dtype(dtype))
-        relu_moments(torch.zeros(4, 8, 2, 2, dtype=dtype), buffers[0], buffers[1], 0)
+        mean = torch.zeros(GRAIN // 16, dtype=accumulation_dtype(dtype))
+        relu_moments(torch.zeros(16, GRAIN // 16, 1, 1, dtype=dtype), mean, mean.clone(), 0)
     except (torch._inductor.exc.InductorError, torch._dynamo.exc.TorchDynamoException) as error:
         return f"{compiler} cannot build Inductor's code ({str(error).strip().splitlines()[0]})"
     return None

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.layout import accumulation_dtype, feature_rows
+from kernels.operators import operator
 
 
+@operator("reference")
 def relu_moments(
     x: Tensor,
     mean: Tensor,
@@ -30,7 +32,7 @@ def relu_moments(
         x.clamp_(min=0)
     elif activation == "relu6":
         x.clamp_(min=0, max=6)
-    rows = feature_rows(x).to(accumulation_dtype(x.dtype))
+    rows = feature_rows(x).to(mean.dtype)
     arriving = rows.shape[0]
     arriving_m2, arriving_mean = torch.var_mean(rows, dim=0, correction=0)
     arriving_m2 = arriving_m2 * arriving
@@ -45,6 +47,7 @@ def relu_moments(
     mean += offset * (arriving / total)
 
 
+@operator("reference")
 def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
     """See `kernels.relu_moments_backward`."""
     rows = feature_rows(y)
@@ -58,6 +61,7 @@ def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activat
     feature_rows(grad).copy_(gradient)
 
 
+@operator("reference")
 def averager_step(
     mean: Tensor,
     m2: Tensor,
