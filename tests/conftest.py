@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 from engine.extractors import Extractor, build_extractor
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores between pytest-xdist's processes: threads that wait for one another cost most of a test."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for the processes that tests start
+        torch.set_num_threads(threads)
+
+
 class TinyResidual(nn.Module):
-    """All that the named extractors have, small: BatchNorm, pooling, an identity shortcut, a
-    shortcut with a convolution, a stride; odd channel counts. Images must be 8×8."""
+    """All that the named extractors have, small: BatchNorm, pooling, an identity shortcut, a shortcut with a
+    convolution, a stride; odd channel counts. Images must be 8×8."""
 
     def __init__(self) -> None:
         super().__init__()

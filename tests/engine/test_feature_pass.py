@@ -30,8 +30,7 @@ class Cubes:
         self.sites = extractor.sites
         sizes = [tap.num_features for tap in extractor.taps]
         self.weights = [
-            part.unflatten(1, tap.shape)
-            for part, tap in zip(weights.split(sizes, dim=1), extractor.taps, strict=True)
+            part.unflatten(1, tap.shape) for part, tap in zip(weights.split(sizes, dim=1), extractor.taps, strict=True)
         ]
         self.loss = torch.zeros((), dtype=weights.dtype)
         self.collected = [0] * len(self.sites)
