@@ -19,6 +19,7 @@ correction, advance, weight=None) -> (a, b, sums)`
     One pass over all D features: difference Δ = target − batch, the averager's new direction v (`rule` "ama", "ma",
     "ma_moments" or "none"; state v, m, u [2, D] and the 0-d int64 `step` change in place, only when `advance`), the
     coefficients a, b [D] of the gradient, and sums [4] = (loss over means, loss over variances, Σ(Δ^μ)², Σ(Δ^σ)²).
+    Without `advance`, "ama" and "ma" use the v that is there, and "ma_moments" the average that would come next.
     With `weight` w [D] the averager sees w·Δ^μ and w²·Δ^σ, and a and b carry w·v^μ and w²·v^σ.
 
 All tensors of one call are on one device. Per-feature buffers are contiguous and float32 for float16, bfloat16 and

@@ -108,7 +108,7 @@ def _direct(
         direction, loss = 2 * difference, difference.square()
     elif rule == "ma_moments":
         (v,) = state
-        average = torch.where(fresh, moment, v + rate * (moment - v) if advance else v)
+        average = torch.where(fresh, moment, v + rate * (moment - v))
         if advance:
             v.copy_(average)
         remainder = target - average if scale is None else scale * (target - average)
@@ -157,12 +157,15 @@ def _alone(x: Tensor) -> Tensor:
     return from_dlpack(to_dlpack(x.data))
 
 
-def _images(rows: Tensor) -> Tensor:
-    """`rows` [n, F] for a kernel: any number of images from 2 on, one of them twice."""
-    rows = _alone(rows if len(rows) > 1 else rows.expand(2, -1).contiguous())
-    # By itself "dynamic" would still tie the number of images to another size that is equal to it the first time.
-    torch._dynamo.mark_dynamic(rows, 0, min=2, max=MAX_ROWS)
-    return rows
+def _slices(rows: Tensor) -> list[Tensor]:
+    """`rows` [N, F] in as few and as equal parts of 2 to `MAX_ROWS` images as there can be; a single image twice."""
+    if len(rows) == 1:
+        rows = rows.expand(2, -1).contiguous()
+    parts = [_alone(part) for part in rows.tensor_split(-(-len(rows) // MAX_ROWS))]
+    for part in parts:
+        # By itself "dynamic" would still tie the number of images to another size that is equal to it the first time.
+        torch._dynamo.mark_dynamic(part, 0, min=2, max=MAX_ROWS)
+    return parts
 
 
 def _bias_row(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -198,15 +201,16 @@ def relu_moments(
         mean.copy_(_activate(first, activation))
         m2.zero_()
     mean, m2 = _alone(mean), _alone(m2)
-    for start in range(0, len(rows), MAX_ROWS):
-        part = rows[start : start + MAX_ROWS]
-        images = _images(part)
-        _relu_moments(
-            images.numel(), images, mean, m2, mean.new_tensor(count + start), mean.new_tensor(len(part)), row,
-            None if shortcut is None else _images(shortcut[start : start + MAX_ROWS]), activation,
-        )  # fmt: skip
-        if len(part) == 1:
-            part.copy_(images[:1])
+    parts = _slices(rows)
+    shortcuts = [None] * len(parts) if shortcut is None else _slices(shortcut)
+    for part, part_shortcut in zip(parts, shortcuts, strict=True):
+        # One image counts as one, although its kernel sees it twice.
+        arriving = min(len(part), len(rows))
+        before, new = mean.new_tensor(count), mean.new_tensor(arriving)
+        _relu_moments(part.numel(), part, mean, m2, before, new, row, part_shortcut, activation)
+        count += arriving
+    if len(rows) == 1:
+        rows.copy_(parts[0][:1])
 
 
 @operator("compiled")
@@ -214,13 +218,11 @@ def relu_moments(
 def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
     """See `kernels.relu_moments_backward`."""
     rows, values, a, b = feature_rows(grad), feature_rows(y), _alone(a), _alone(b)
-    for start in range(0, len(rows), MAX_ROWS):
-        part = rows[start : start + MAX_ROWS]
-        images = _images(part)
-        values_part = _images(values[start : start + MAX_ROWS])
-        _relu_moments_backward(images.numel(), images, values_part, a, b, activation)
-        if len(part) == 1:
-            part.copy_(images[:1])
+    parts = _slices(rows)
+    for part, part_values in zip(parts, _slices(values), strict=True):
+        _relu_moments_backward(part.numel(), part, part_values, a, b, activation)
+    if len(rows) == 1:
+        rows.copy_(parts[0][:1])
 
 
 @operator("compiled")

@@ -108,8 +108,6 @@ def averager_step(
         if advance:
             step += 1
             v.copy_(average)
-        else:
-            average = torch.where(step == 0, moments, v)
         residual = scale * (target - average)
         features = mean.numel()
         direction, loss = residual * (2 * rate / features), residual.square() / features

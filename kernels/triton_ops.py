@@ -51,16 +51,37 @@ def _activate(value, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _widen(value, dtype: tl.constexpr):
+    """To `dtype`; 16-bit values by way of float32, which loses nothing (the interpreter knows no other way)."""
+    if value.dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
+def _narrow(value, dtype: tl.constexpr):
+    """To `dtype`, the way back of `_widen`."""
+    if dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
+def _load(pointer, mask, dtype: tl.constexpr):
+    return _widen(tl.load(pointer, mask=mask, other=0.0), dtype)
+
+
+@triton.jit
 def _activate_tile(x_ptr, residual_ptr, bias, row, last, feature, features, ACTIVATION: tl.constexpr):
     """Read a tile of x once, overwrite it with y, and return y as stored (in float) with the tile's mask."""
     mask = (row < last)[:, None] & (feature < features)[None, :]
     offset = row.to(tl.int64)[:, None] * features + feature[None, :]
-    value = tl.load(x_ptr + offset, mask=mask, other=0.0).to(bias.dtype) + bias[None, :]
+    value = _load(x_ptr + offset, mask, bias.dtype) + bias[None, :]
     if residual_ptr is not None:
-        value += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(bias.dtype)
-    y = _activate(value, ACTIVATION).to(x_ptr.dtype.element_ty)
+        value += _load(residual_ptr + offset, mask, bias.dtype)
+    y = _narrow(_activate(value, ACTIVATION), x_ptr.dtype.element_ty)
     tl.store(x_ptr + offset, y, mask=mask)
-    return y.to(bias.dtype), mask
+    return _widen(y, bias.dtype), mask
 
 
 @triton.jit
@@ -101,7 +122,7 @@ def relu_moments_kernel(
     inside = feature < features
     bias = tl.zeros([BLOCK_F], dtype)
     if bias_ptr is not None:
-        bias += tl.load(bias_ptr + (feature // inner) % channels, mask=inside, other=0.0).to(dtype)
+        bias += _load(bias_ptr + (feature // inner) % channels, inside, dtype)
     first = tl.program_id(1) * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
 
@@ -153,14 +174,14 @@ def merge_splits_kernel(
     fresh = inside & (count == 0)
     stride = tl.cast(features, tl.int64)
     running = tl.load(mean_ptr + feature, mask=inside & (count > 0), other=0.0)
-    pilot = tl.load(y_ptr + feature, mask=fresh, other=0.0).to(dtype) + running
+    pilot = _load(y_ptr + feature, fresh, dtype) + running
     offset = tl.zeros([BLOCK_F], dtype)
     m2 = tl.zeros([BLOCK_F], dtype)
     seen = tl.zeros([1], dtype)
     for split in range(splits):
         first = split * rows_per_split
         arriving = tl.minimum(rows_per_split, rows - first).to(dtype)
-        own_pilot = tl.load(y_ptr + first * stride + feature, mask=fresh, other=0.0).to(dtype) + running
+        own_pilot = _load(y_ptr + first * stride + feature, fresh, dtype) + running
         sums = tl.load(partial_ptr + split * 2 * stride + feature, mask=inside, other=0.0)
         squares = tl.load(partial_ptr + (split * 2 + 1) * stride + feature, mask=inside, other=0.0)
         own_offset = sums / arriving
@@ -196,13 +217,13 @@ def relu_moments_backward_kernel(
         row = start + tl.arange(0, BLOCK_N)
         mask = (row < last)[:, None] & inside[None, :]
         offset = row.to(tl.int64)[:, None] * features + feature[None, :]
-        y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(a.dtype)
-        gradient = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(a.dtype) + a[None, :] + b[None, :] * y
+        y = _load(y_ptr + offset, mask, a.dtype)
+        gradient = _load(grad_ptr + offset, mask, a.dtype) + a[None, :] + b[None, :] * y
         if ACTIVATION == "relu":
             gradient = tl.where(y > 0.0, gradient, 0.0)
         elif ACTIVATION == "relu6":
             gradient = tl.where((y > 0.0) & (y < 6.0), gradient, 0.0)
-        tl.store(grad_ptr + offset, gradient.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_ptr + offset, _narrow(gradient, grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -231,8 +252,7 @@ def _direct(
         loss = difference * difference
     elif RULE == "ma_moments":
         average = tl.load(v_ptr + at, mask=inside, other=0.0)
-        if ADVANCE:
-            average += rate * (moment - average)
+        average += rate * (moment - average)
         average = tl.where(fresh, moment, average)
         if ADVANCE:
             tl.store(v_ptr + at, average, mask=inside)

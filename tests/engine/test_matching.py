@@ -399,6 +399,24 @@ class TestBackward:
         for images, gradient in zip(batches, expected, strict=True):
             assert relative_error(images.grad, gradient) <= 1e-10
 
+    @pytest.mark.parametrize("kernels", ["reference", "compiled"])
+    def test_evaluating_an_average_of_moments_includes_the_batch(self, kernels, tiny_extractor, draw_images):
+        """The loss without a step is the one that the next step would have, so it depends on the images."""
+        extractor = in_float64(tiny_extractor)
+        make, oracle = make_pair(extractor, draw_images, "ma-authors", kernels=kernels)
+        objective = make()
+        for _ in range(2):
+            images = draw_images(MINIBATCH)
+            objective.eval()
+            shown = images.clone().requires_grad_()
+            loss = objective(shown)
+            loss.backward()
+            objective.train()
+            expected, gradient = oracle.gradient(images.requires_grad_())
+            assert relative_error(loss, expected) <= 1e-10
+            assert relative_error(shown.grad, gradient) <= 1e-10
+            objective(images)
+
     @pytest.mark.parametrize("chunk", [None, 3])
     def test_images_changed_in_between_raise(self, chunk, tiny_extractor, draw_images):
         make, _ = make_pair(tiny_extractor, draw_images, "ama", kernels="reference", chunk_size=chunk)
