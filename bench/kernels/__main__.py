@@ -1,0 +1,65 @@
+"""The command line; see the package."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bench.kernels
+from bench.kernels.audit import audit, print_audit
+from bench.kernels.times import measure, measure_step, print_steps, print_times
+from bench.kernels.traffic import count_bytes, print_bytes
+from bench.kernels.workloads import EXTRACTOR, IMAGE_SIZE, taps_of
+from bench.rows import write_json
+from engine.cli import Parser, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see the module."""
+    parser = Parser(
+        prog="python -m bench.kernels", description=bench.kernels.__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--audit", action="store_true", help="compile ahead of time, read the machine code")
+    what.add_argument("--bytes", action="store_true", help="count what the kernels load and store")
+    what.add_argument("--step", action="store_true", help="time whole training steps")
+    parser.add_argument("--repetitions", type=int, default=30, help="of every timed call (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    args = parser.parse_args(argv)
+    if args.repetitions < 1:
+        parser.error(f"--repetitions: must be at least 1, got {args.repetitions}")
+    rows: Sequence[Any]
+    failed = False
+    if args.audit:
+        rows = audit()
+        print_audit(rows)
+        failed = any(row.violations for row in rows)
+    elif args.bytes:
+        os.environ["TRITON_INTERPRET"] = "1"
+        rows = count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)
+        print_bytes(rows)
+    elif args.step:
+        rows = [
+            measure_step(backend, dtype, args.repetitions, args.device)
+            for dtype in (torch.bfloat16, torch.float32)
+            for backend in ("auto", "reference")
+        ]
+        print_steps(rows)
+    else:
+        rows = measure(args.device, args.repetitions)
+        print_times(rows)
+    if args.json is not None:
+        write_json(args.json, rows)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)
