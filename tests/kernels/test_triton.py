@@ -56,7 +56,8 @@ def test_every_block_width(block_f: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 _COUNT_SPECIALISATIONS = """
-from bench.kernels import Recorder, specialisation
+from bench.kernels.audit import specialisation
+from bench.kernels.workloads import Recorder
 import torch
 from kernels import triton_ops
 for aligned in (True, False):
