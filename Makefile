@@ -24,7 +24,9 @@ demo: .venv/.installed
 	$(RUN) -m engine.train --amp --fused-ama
 
 test: .venv/.installed
-	$(RUN) -m pytest --numprocesses auto --dist loadfile
+	$(RUN) -m pytest --numprocesses auto --dist loadfile --ignore tests/kernels
+	# On its own: Triton's interpreter has to be chosen before anything imports Triton.
+	$(RUN) -m pytest --numprocesses auto --dist loadfile tests/kernels
 
 test-slow: .venv/.installed
 	$(RUN) -m pytest -m slow --capture no
