@@ -58,7 +58,7 @@ def _why_not_triton(device: torch.device) -> str | None:
         return None
     if device.type == "cpu" and importlib.import_module("triton").knobs.runtime.interpret:
         interpreted = importlib.import_module("kernels.triton_ops").INTERPRETED
-        return None if interpreted else "TRITON_INTERPRET=1 was set after the kernels had been imported"
+        return None if interpreted else "TRITON_INTERPRET=1 was set after Triton had been imported"
     return f"Triton needs a CUDA device, not {device.type} (on a CPU its interpreter will do: set TRITON_INTERPRET=1)"
 
 

@@ -18,6 +18,8 @@ One kernel per dtype, activation and presence of bias and shortcut; Inductor's o
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import shutil
 import sys
@@ -26,8 +28,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
@@ -42,17 +42,29 @@ GRAIN = 32768
 
 
 class _Kernel:
-    """A function compiled for one thread (fewer than `GRAIN` elements) and for as many as there are when it runs."""
+    """A function compiled for one thread (fewer than `GRAIN` elements) and for as many as there are when it runs.
+
+    Nothing of torch.compile is imported before the first call: it takes seconds, and it imports Triton, whose
+    interpreter has to be chosen before that.
+    """
 
     def __init__(self, function: Callable[..., Any]):
+        self.function = function
+
+    @functools.cached_property
+    def serial(self) -> Callable[..., Any]:
         # PyTorch keeps what it compiled by code object, and must not take one kernel for a variant of the other.
-        code = function.__code__.replace(co_name=f"{function.__name__}_serial")
-        serial = types.FunctionType(code, function.__globals__)
-        self.serial, self.threaded = (
-            torch.compile(  # type: ignore[call-overload]  # its stub lacks recompile_limit
-                which, dynamic=True, fullgraph=True, recompile_limit=64, options=options
-            )
-            for which, options in ((serial, {"cpp.threads": 1}), (function, {"cpp.dynamic_threads": True}))
+        code = self.function.__code__.replace(co_name=f"{self.function.__name__}_serial")
+        return self._compile(types.FunctionType(code, self.function.__globals__), {"cpp.threads": 1})
+
+    @functools.cached_property
+    def threaded(self) -> Callable[..., Any]:
+        return self._compile(self.function, {"cpp.dynamic_threads": True})
+
+    @staticmethod
+    def _compile(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+        return torch.compile(  # type: ignore[call-overload]  # its stub lacks recompile_limit
+            function, dynamic=True, fullgraph=True, recompile_limit=64, options=options
         )
 
     def __call__(self, elements: int, *args: Any) -> Any:
@@ -152,6 +164,11 @@ def _averager_step(
     return a, b, torch.stack([term.sum() for term in terms])
 
 
+@functools.cache
+def _dynamo() -> types.ModuleType:
+    return importlib.import_module("torch._dynamo")
+
+
 def _alone(x: Tensor) -> Tensor:
     """The same memory as a tensor of its own: no view, no shared storage, no offset that a guard could depend on."""
     return from_dlpack(to_dlpack(x.data))
@@ -164,7 +181,7 @@ def _slices(rows: Tensor) -> list[Tensor]:
     parts = [_alone(part) for part in rows.tensor_split(-(-len(rows) // MAX_ROWS))]
     for part in parts:
         # By itself "dynamic" would still tie the number of images to another size that is equal to it the first time.
-        torch._dynamo.mark_dynamic(part, 0, min=2, max=MAX_ROWS)
+        _dynamo().mark_dynamic(part, 0, min=2, max=MAX_ROWS)
     return parts
 
 
@@ -272,9 +289,10 @@ def works(dtype: torch.dtype) -> str | None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) on the PATH"
+    failures = (importlib.import_module("torch._inductor.exc").InductorError, _dynamo().exc.TorchDynamoException)
     try:
         mean = torch.zeros(GRAIN // 16, dtype=accumulation_dtype(dtype))
         relu_moments(torch.zeros(16, GRAIN // 16, 1, 1, dtype=dtype), mean, mean.clone(), 0)
-    except (torch._inductor.exc.InductorError, torch._dynamo.exc.TorchDynamoException) as error:
+    except failures as error:
         return f"{compiler} cannot build Inductor's code ({str(error).strip().splitlines()[0]})"
     return None

@@ -36,7 +36,8 @@ BLOCK_D = 1024
 # What a device has where none can be asked (the interpreter): an H100's multiprocessors.
 NOMINAL_PROCESSORS = 132
 
-INTERPRETED = triton.knobs.runtime.interpret
+# Whether Triton, its own library included, was imported with TRITON_INTERPRET=1.
+INTERPRETED = triton.knobs.runtime.interpret and not isinstance(tl.sum, triton.JITFunction)
 _RUNTIME_SIZES = ["rows", "channels", "inner", "count", "rows_per_split", "splits", "dof", "programs"]
 
 

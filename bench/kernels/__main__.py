@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_audit(rows)
         failed = any(row.violations for row in rows)
     elif args.bytes:
-        os.environ["TRITON_INTERPRET"] = "1"
+        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton has already been imported, without it
+            arguments = sys.argv[1:] if argv is None else list(argv)
+            command = [sys.executable, "-m", "bench.kernels", *arguments]
+            os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
         rows = count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)
         print_bytes(rows)
     elif args.step:

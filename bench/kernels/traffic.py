@@ -87,7 +87,7 @@ class AccessCounter:
         self._builder.create_masked_load, self._builder.create_masked_store = self._load, self._store
 
     def _count(self, pointers: Any, mask: Any) -> None:
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
         if not addresses.size:
             return
         owner = next(

@@ -27,7 +27,10 @@ TOLERANCE = {
 
 
 def backend(name: str) -> ModuleType:
-    return importlib.import_module(MODULES[name])
+    module = importlib.import_module(MODULES[name])
+    if name == "triton" and device_of(name) == "cpu":
+        assert module.INTERPRETED, "Triton was imported before tests/kernels/conftest.py could ask for its interpreter"
+    return module
 
 
 def device_of(name: str) -> str:
