@@ -31,8 +31,10 @@ NUM_WARPS = 8
 BLOCKS_F = (256, 128, 64)
 # A split of fewer rows would spend more time on its partial sums than on its rows.
 MIN_ROWS_PER_SPLIT = 16
-# Features of a program of the one-dimensional kernels (averager, second stage).
+# Features of a program of the one-dimensional kernels: of the averager, and of the merge, whose float64 variant holds
+# twice as much.
 BLOCK_D = 1024
+BLOCK_MERGE = 512
 # What a device has where none can be asked (the interpreter): an H100's multiprocessors.
 NOMINAL_PROCESSORS = 132
 
@@ -450,8 +452,8 @@ def relu_moments(
     )  # fmt: skip
     if partial is not None:
         launch(
-            merge_splits_kernel, x.device, (triton.cdiv(features, BLOCK_D),),
-            values, mean, m2, partial, rows, features, count, plan.rows_per_split, plan.splits, BLOCK_F=BLOCK_D,
+            merge_splits_kernel, x.device, (triton.cdiv(features, BLOCK_MERGE),),
+            values, mean, m2, partial, rows, features, count, plan.rows_per_split, plan.splits, BLOCK_F=BLOCK_MERGE,
         )  # fmt: skip
 
 
