@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import profile
+
+# Kineto announces every start and stop of the profiler on stderr, unless this is set before the first one.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+# More than what the caches hold of a GPU, or of the part of a CPU that a few threads reach.
+FLUSHED_BYTES = 2**27
 
 
 def environment() -> dict[str, Any]:
@@ -90,10 +98,20 @@ def peak_memory(call: Callable[[], object]) -> int:
     return int(max(np.cumsum([0, *changes])))
 
 
+@functools.cache
+def _other_memory(device: str) -> Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+
 def _timed(call: Callable[[], object]) -> float:
+    """µs that `call` takes, on caches that hold something else."""
+    on_gpu = torch.cuda.is_available()
+    _other_memory("cuda" if on_gpu else "cpu").zero_()
+    if on_gpu:
+        torch.cuda.synchronize()
     begun = time.perf_counter()
     call()
-    if torch.cuda.is_available():
+    if on_gpu:
         torch.cuda.synchronize()
     return 1e6 * (time.perf_counter() - begun)
 
@@ -103,11 +121,13 @@ def compare(
 ) -> list[Row]:
     """Time all `calls` in turn, `repetitions` times, so that whatever else the machine does hits all of them alike.
 
-    Every call has to have run before (compiled, warm), and to have been found correct: nothing is checked here.
+    Each time in another order, and from cold caches (`FLUSHED_BYTES` of other memory are written before every call).
+    Every call has to have run before (compiled), and to have been found correct: nothing is checked here.
     """
     times: dict[str, list[float]] = {backend: [] for backend in calls}
+    shuffle = random.Random(0)
     for _ in range(repetitions):
-        for backend, call in calls.items():
+        for backend, call in shuffle.sample(list(calls.items()), len(calls)):
             times[backend].append(_timed(call))
     medians = {backend: float(np.median(taken)) for backend, taken in times.items()}
     first = medians[next(iter(calls))]

@@ -3,8 +3,8 @@
 The same maths as `reference`, arranged for Inductor:
 
 - Sums around a pilot value (the running mean, or the first image before there is one) give mean and centred second
-  moment in one pass, without the cancellation of raw sums. The pilot lives in `mean` before the kernel starts, so
-  merging into earlier moments and starting afresh are one kernel.
+  moment in one pass, without the cancellation of raw sums. Which of the two is chosen by a scalar, so that merging
+  into earlier moments and starting afresh are one kernel.
 - The averager sees means and variances as separate rows, which Inductor turns into one loop over all D features; as
   one [2, D] tensor they become four.
 - Sizes are dynamic, so neither another minibatch nor another tap compiles anything again. What still would is kept
@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,11 @@ GRAIN = 32768
 
 
 class _Kernel:
-    """A function compiled for one thread (fewer than `GRAIN` elements) and for as many as there are when it runs.
+    """A function compiled once per `variant`: for one thread (fewer than `GRAIN` elements) and for as many as there
+    are when it runs, per dtypes, and per what is given and what isn't.
+
+    torch.compile's own look at every argument of every call costs more than small taps do, the more so as the caches
+    then hold a convolution's data and not Python's. It keeps to sizes here; the rest is the key of the variant.
 
     Nothing of torch.compile is imported before the first call: it takes seconds, and it imports Triton, whose
     interpreter has to be chosen before that.
@@ -50,25 +54,32 @@ class _Kernel:
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
+        self.variants: dict[Any, Callable[..., Any]] = {}
 
-    @functools.cached_property
-    def serial(self) -> Callable[..., Any]:
-        # PyTorch keeps what it compiled by code object, and must not take one kernel for a variant of the other.
-        code = self.function.__code__.replace(co_name=f"{self.function.__name__}_serial")
-        return self._compile(types.FunctionType(code, self.function.__globals__), {"cpp.threads": 1})
+    def __call__(self, elements: int, key: Any, *args: Any) -> Any:
+        """The function of `args`; `key` tells apart what must not share a variant, other than sizes."""
+        key = (elements < GRAIN, args[0].shape[-1] == 1, key)  # sizes of 1 are special to torch.compile
+        compiled = self.variants.get(key)
+        if compiled is None:
+            compiled = self.variants[key] = self._compile(serial=key[0])
+            args = torch.utils._pytree.tree_map_only(Tensor, _as_example, args)
+        return compiled(*args)
 
-    @functools.cached_property
-    def threaded(self) -> Callable[..., Any]:
-        return self._compile(self.function, {"cpp.dynamic_threads": True})
-
-    @staticmethod
-    def _compile(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def _compile(self, serial: bool) -> Callable[..., Any]:
+        # PyTorch keeps what it compiled by code object, and must not take one variant for another.
+        code = self.function.__code__.replace(co_name=f"{self.function.__name__}_{len(self.variants)}")
+        threads = {"cpp.threads": 1} if serial else {"cpp.dynamic_threads": True}
         return torch.compile(  # type: ignore[call-overload]  # its stub lacks recompile_limit
-            function, dynamic=True, fullgraph=True, recompile_limit=64, options=options
+            types.FunctionType(code, self.function.__globals__),
+            dynamic=True,
+            fullgraph=True,
+            recompile_limit=64,
+            options={**threads, "guard_filter_fn": _keep_sizes},
         )
 
-    def __call__(self, elements: int, *args: Any) -> Any:
-        return (self.serial if elements < GRAIN else self.threaded)(*args)
+
+def _keep_sizes(guards: Sequence[Any]) -> list[bool]:
+    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
 
 
 def _activate(value: Tensor, activation: str) -> Tensor:
@@ -90,13 +101,16 @@ def _relu_moments(
     if residual is not None:
         value = value + residual
     y = _activate(value, activation)
-    centred = y.to(mean.dtype) - mean
+    fresh = before == 0
+    # A view by strides has memory of its own in Inductor: the pilot is read in the loop over images, not worked out.
+    pilot = torch.where(fresh, y[0].to(mean.dtype), mean).as_strided(mean.shape, (1,))
+    centred = y.to(mean.dtype) - pilot
     sums, squares = centred.sum(dim=0), centred.square().sum(dim=0)
     rows.copy_(y)
     offset = sums / rows.shape[0]
     share = arriving / (before + arriving)
-    m2.add_(squares - sums * offset + offset.square() * (before * share))
-    mean.add_(offset * share)
+    m2.copy_(torch.where(fresh, 0, m2) + squares - sums * offset + offset.square() * (before * share))
+    mean.copy_(pilot + offset * share)
 
 
 @_Kernel
@@ -169,20 +183,29 @@ def _dynamo() -> types.ModuleType:
     return importlib.import_module("torch._dynamo")
 
 
-def _alone(x: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: no view, no shared storage, no offset that a guard could depend on."""
-    return from_dlpack(to_dlpack(x.data))
+def _as_example(x: Tensor) -> Tensor:
+    """The same memory for torch.compile to look at: a tensor of its own, no view into a buffer at some offset."""
+    if not x.dim():
+        return x
+    x = from_dlpack(to_dlpack(x.data))
+    if x.dim() == 2:
+        # By itself "dynamic" would still tie the number of images to another size that is equal to it by chance.
+        _dynamo().mark_dynamic(x, 0, min=2, max=MAX_ROWS)
+    return x
 
 
-def _slices(rows: Tensor) -> list[Tensor]:
+@functools.lru_cache(maxsize=256)
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """A number that no kernel is compiled for, and that none changes."""
+    return torch.tensor(value, dtype=dtype)
+
+
+def _slices(rows: Tensor) -> Sequence[Tensor]:
     """`rows` [N, F] in as few and as equal parts of 2 to `MAX_ROWS` images as there can be; a single image twice."""
-    if len(rows) == 1:
-        rows = rows.expand(2, -1).contiguous()
-    parts = [_alone(part) for part in rows.tensor_split(-(-len(rows) // MAX_ROWS))]
-    for part in parts:
-        # By itself "dynamic" would still tie the number of images to another size that is equal to it the first time.
-        _dynamo().mark_dynamic(part, 0, min=2, max=MAX_ROWS)
-    return parts
+    count = rows.shape[0]
+    if count == 1:
+        return (rows.expand(2, -1).contiguous(),)
+    return (rows,) if count <= MAX_ROWS else rows.tensor_split(-(-count // MAX_ROWS))
 
 
 def _bias_row(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -208,25 +231,16 @@ def relu_moments(
 ) -> None:
     """See `kernels.relu_moments`."""
     rows, row = feature_rows(x), _bias_row(bias, x)
-    shortcut = None if residual is None else feature_rows(residual)
-    if count == 0:
-        first = rows[0].to(mean.dtype, copy=True)
-        if row is not None:
-            first += row
-        if shortcut is not None:
-            first += shortcut[0]
-        mean.copy_(_activate(first, activation))
-        m2.zero_()
-    mean, m2 = _alone(mean), _alone(m2)
     parts = _slices(rows)
-    shortcuts = [None] * len(parts) if shortcut is None else _slices(shortcut)
-    for part, part_shortcut in zip(parts, shortcuts, strict=True):
+    shortcuts = (None,) * len(parts) if residual is None else _slices(feature_rows(residual))
+    key = (x.dtype, mean.dtype, activation, bias is None, residual is None)
+    for part, shortcut in zip(parts, shortcuts, strict=True):
         # One image counts as one, although its kernel sees it twice.
-        arriving = min(len(part), len(rows))
-        before, new = mean.new_tensor(count), mean.new_tensor(arriving)
-        _relu_moments(part.numel(), part, mean, m2, before, new, row, part_shortcut, activation)
+        arriving = min(part.shape[0], rows.shape[0])
+        before, new = _scalar(count, mean.dtype), _scalar(arriving, mean.dtype)
+        _relu_moments(part.numel(), key, part, mean, m2, before, new, row, shortcut, activation)
         count += arriving
-    if len(rows) == 1:
+    if rows.shape[0] == 1:
         rows.copy_(parts[0][:1])
 
 
@@ -234,11 +248,11 @@ def relu_moments(
 @torch.no_grad()
 def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
     """See `kernels.relu_moments_backward`."""
-    rows, values, a, b = feature_rows(grad), feature_rows(y), _alone(a), _alone(b)
+    rows, key = feature_rows(grad), (y.dtype, activation)
     parts = _slices(rows)
-    for part, part_values in zip(parts, _slices(values), strict=True):
-        _relu_moments_backward(part.numel(), part, part_values, a, b, activation)
-    if len(rows) == 1:
+    for part, values in zip(parts, _slices(feature_rows(y)), strict=True):
+        _relu_moments_backward(part.numel(), key, part, values, a, b, activation)
+    if rows.shape[0] == 1:
         rows.copy_(parts[0][:1])
 
 
@@ -274,9 +288,9 @@ def averager_step(
     constants = mean.new_tensor([count, count - correction, rate, 1 - beta1, 1 - beta2, eps])
     states = {"ama": (v, m, u), "ma": (v,), "ma_moments": (v,), "none": ()}[rule]
     a, b, sums = _averager_step(
-        mean.numel(), mean, m2, target_mean, target_variance, [_alone(state[0]) for state in states],
-        [_alone(state[1]) for state in states], weight, [*constants.unbind(), *corrections.unbind()], fresh,
-        rule, advance,
+        mean.numel(), (mean.dtype, rule, advance, weight is None), mean, m2, target_mean, target_variance,
+        [state[0] for state in states], [state[1] for state in states], weight,
+        [*constants.unbind(), *corrections.unbind()], fresh, rule, advance,
     )  # fmt: skip
     return a, b, sums.double()
 

@@ -64,9 +64,17 @@ def _relu_and_read(rows: Tensor) -> Tensor:
     return y.float().sum(dim=0)
 
 
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for every shape by itself: never more general than its rival, never silently not compiled at all."""
+    return torch.compile(  # type: ignore[call-overload]  # its stub lacks recompile_limit
+        function, dynamic=False, fullgraph=True, recompile_limit=128
+    )
+
+
 def _verify(what: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
     for one, other in zip(found, expected, strict=True):
-        error = float((one.double().cpu() - other.double().cpu()).norm() / other.double().norm().cpu())
+        one, other = one.detach().double().cpu(), other.detach().double().cpu()
+        error = float((one - other).norm() / other.norm())
         if not error <= tolerance:
             raise RuntimeError(f"{what}: wrong by {error:.1e}; a wrong result is not worth timing")
 
@@ -97,7 +105,7 @@ def timings_of_tap(tap: TapShape, dtype: torch.dtype, device: str) -> list[Timin
     a = (statistics_gradient[0][order] / MINIBATCH - b * exact_mean).float()
     b = b.float()
 
-    fused_forward = torch.compile(plain_forward, dynamic=False)
+    fused_forward = _fused(plain_forward)
     plain_x = x.clone().requires_grad_()
     outputs = {"plain PyTorch": plain_forward(plain_x, residual), "torch.compile": fused_forward(plain_x, residual)}
     gradients = (grad, statistics_gradient[0].float(), statistics_gradient[1].float())
@@ -114,7 +122,7 @@ def timings_of_tap(tap: TapShape, dtype: torch.dtype, device: str) -> list[Timin
 
     # What is timed runs in place again and again: with coefficients of zero nothing grows.
     y, zero = x.relu(), torch.zeros_like(a)
-    rows, least = feature_rows(y), torch.compile(_relu_and_read, dynamic=False)
+    rows, least = feature_rows(y), _fused(_relu_and_read)
     least(rows)
     no_grad_x = x.clone(memory_format=torch.preserve_format)
     with torch.no_grad():
@@ -147,7 +155,7 @@ def timing_of_averager(features: int, device: str) -> Timing:
     backends: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
         f"gfmn, {own_name}": ours.averager_step,
         "plain PyTorch": plain_averager,
-        "torch.compile": torch.compile(plain_averager, dynamic=False),
+        "torch.compile": _fused(plain_averager),
     }
 
     def copied(dtype: torch.dtype | None = None) -> list[Any]:

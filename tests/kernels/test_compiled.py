@@ -18,14 +18,22 @@ SMALL = ((64, 64, 1, 1), (2, 2, 1, 1), (1, 5, 3, 3), (7, 3, 5, 5), (33, 2, 2, 2)
 LARGE = ((16, 64, 8, 8), (64, 512, 2, 2), (256, 256, 1, 1), (1, 128, 16, 16), (1025, 16, 4, 4))
 
 
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    for kernel in (compiled._relu_moments, compiled._relu_moments_backward, compiled._averager_step):
+        monkeypatch.setattr(kernel, "variants", {})
+
+
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_one_compilation_for_all_shapes(residual: bool, shapes: tuple[tuple[int, int, int, int], ...]) -> None:
-    torch._dynamo.reset()
+def test_one_compilation_for_all_shapes(
+    nothing_compiled, residual: bool, shapes: tuple[tuple[int, int, int, int], ...]
+) -> None:
     before = graphs()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in shapes:
@@ -34,9 +42,8 @@ def test_one_compilation_for_all_shapes(residual: bool, shapes: tuple[tuple[int,
     assert graphs() - before == 2, "one graph of relu_moments and one of its backward"
 
 
-def test_slices_of_one_buffer_compile_nothing_again() -> None:
+def test_slices_of_one_buffer_compile_nothing_again(nothing_compiled) -> None:
     """As the engine calls it: every tap's moments are a slice of one buffer, at another offset."""
-    torch._dynamo.reset()
     before = graphs()
     mean, m2 = torch.empty(600), torch.empty(600)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -46,8 +53,7 @@ def test_slices_of_one_buffer_compile_nothing_again() -> None:
     assert graphs() - before == 1
 
 
-def test_the_averager_compiles_once_for_all_numbers_of_features() -> None:
-    torch._dynamo.reset()
+def test_the_averager_compiles_once_for_all_numbers_of_features(nothing_compiled) -> None:
     before = graphs()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for features, count in ((75, 5), (2048, 64), (4001, 2048)):
