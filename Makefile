@@ -5,12 +5,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: help demo test test-slow check gpu clean
+.PHONY: help demo test test-slow audit check gpu clean
 
 help:
 	@echo "make demo       train on real handwritten digits and draw new ones (a few minutes on 2 CPU cores)"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes, the demo's independent check among them"
+	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (two minutes)"
 	@echo "make check      lint and type-check; edits nothing"
 	@echo "make clean      remove the virtual environment and caches; runs/ stays"
 
@@ -30,6 +31,9 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(RUN) -m pytest -m slow --capture no
+
+audit: .venv/.installed
+	$(RUN) -m bench.kernels --audit
 
 check: .venv/.installed
 	$(RUN) -m ruff check --no-fix .

@@ -1,0 +1,216 @@
+"""The kernels' benchmark: the audit finds what it should, bytes are what a hand counts, no time for a wrong result.
+
+Whether Triton interprets or compiles is settled when it is imported, so all that needs Triton runs in other processes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.kernels import times
+from bench.kernels.times import Timing, print_times, timing_of_averager
+from bench.rows import Row, compare, write_json
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+def _python(code: str, *arguments: Path, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
+
+
+# The command line itself, with fewer variants to compile and one constant changed.
+_AUDIT = """
+import functools
+import sys
+
+import torch
+
+from bench.kernels import __main__ as program, audit
+from kernels import triton_ops
+
+audit.DTYPE_BYTES = {{torch.bfloat16: 2}}
+{change}
+program.audit = functools.partial(audit.audit, (90,), "{only}")
+program.main(["--audit", "--json", sys.argv[1]])
+"""
+
+
+@needs_triton
+class TestAudit:
+    def test_sound_kernels_pass(self, tmp_path: Path) -> None:
+        run = _python(_AUDIT.format(change="", only="relu_moments_backward"), tmp_path / "rows.json")
+        assert run.returncode == 0, run.stderr
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        assert f"{len(rows)} variants, 0 violations" in run.stdout
+        assert {row["variant"] for row in rows} >= {"64×64, relu", "32×128, relu6", "16×256, relu"}
+        for row in rows:
+            assert (row["kernel"], row["target"]) == ("relu_moments_backward_kernel", "sm_90")
+            assert row["violations"] == []
+            assert 16 < row["registers"] <= 255
+            assert row["spilled"] == row["stack"] == 0
+            assert row["widest_load"] == row["widest_store"] == 16
+            assert 0 < row["occupancy"] <= 1
+            assert f"| {row['variant']} | sm_90 | {row['registers']} |" in run.stdout
+
+    @pytest.mark.parametrize(
+        ("change", "only", "complaint"),
+        [
+            ("triton_ops.BLOCK_MERGE = 8192", "merge_splits", r"spills \d+ bytes; uses \d+ bytes of stack"),
+            ("triton_ops.BLOCKS_F = (4,)", "relu_moments_backward", "0 16-byte stores, 2 needed"),
+        ],
+        ids=["spilled", "narrow"],
+    )
+    def test_unsound_kernels_fail_the_command(self, change: str, only: str, complaint: str, tmp_path: Path) -> None:
+        """8,192 features a program are too many registers; 4 features side by side are 8 bytes of bfloat16."""
+        run = _python(_AUDIT.format(change=change, only=only), tmp_path / "rows.json")
+        assert run.returncode == 1, run.stderr
+        violations = [line for line in run.stdout.splitlines() if line.startswith("violation: ")]
+        assert violations, run.stdout
+        assert all(only in line and re.search(complaint, line) for line in violations), violations
+        assert f"{len(violations)} violations" in run.stdout
+
+
+_HAND_COUNT = """
+import json
+
+import torch
+
+from bench.kernels.audit import audit
+from bench.kernels.traffic import AccessCounter
+from kernels import triton_ops
+
+try:
+    audit()
+except RuntimeError as error:
+    assert "unset" in str(error)
+else:
+    raise AssertionError("an audit of interpreted kernels")
+
+partial, sums, step = torch.ones(4, 3, dtype=torch.float64), torch.empty(4, dtype=torch.float64), torch.tensor(0)
+with AccessCounter(sums=sums, step=step) as counter:
+    triton_ops.sum_partials_kernel[(1,)](partial, sums, step, 3, ADVANCE=True, BLOCK=1024)
+assert sums.tolist() == [3, 3, 3, 3] and step.item() == 1
+print(json.dumps(counter.moved))
+
+grad, y, a, b = torch.ones(3, 5, 2, 1).bfloat16(), torch.ones(3, 5, 2, 1).bfloat16(), torch.ones(10), torch.ones(10)
+with AccessCounter(grad=grad, y=y, a=a, b=b) as counter:
+    triton_ops.relu_moments_backward(grad, y, a, b)
+assert (grad == 3).all()
+print(json.dumps(counter.moved))
+triton_ops.relu_moments_backward(grad, y, a, b)
+print(json.dumps(counter.moved))
+"""
+
+_COUNT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.kernels.traffic import count_bytes, print_bytes
+from bench.kernels.workloads import TapShape
+from bench.rows import write_json
+
+rows = count_bytes([TapShape((128, 8, 8), residual=False)], torch.bfloat16)
+print_bytes(rows)
+write_json(Path(sys.argv[1]), rows)
+"""
+
+
+@needs_triton
+class TestBytes:
+    def test_count_by_hand(self) -> None:
+        run = _python(_HAND_COUNT, interpret=True)
+        assert run.returncode == 0, run.stderr
+        sums, backward, afterwards = (json.loads(line) for line in run.stdout.splitlines())
+        # 4 × 3 float64 partial sums read, 4 written; the int64 step read and written. Masked lanes move nothing.
+        assert sums == {"sums": 4 * 8, "step": 2 * 8, "partial": 4 * 3 * 8}
+        # 30 values of bfloat16: the gradient read and written, y read; one program reads 10 coefficients a and b.
+        assert backward == {"grad": 2 * 30 * 2, "y": 30 * 2, "a": 10 * 4, "b": 10 * 4, "partial": 0}
+        assert afterwards == backward, "the counter stops with its context"
+
+    def test_ours_are_near_the_floor_and_others_are_above(self, tmp_path: Path) -> None:
+        run = _python(_COUNT, tmp_path / "rows.json", interpret=True)
+        assert run.returncode == 0, run.stderr
+        rows = {row["op"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+        assert set(rows) == {"relu_moments", "relu_moments_backward", "averager_step"}
+        features, activation = 128 * 8 * 8, 64 * 2
+        assert rows["relu_moments"]["floor"] == features * (2 * activation + 2 * 4)
+        assert rows["relu_moments_backward"]["floor"] == features * (3 * activation + 2 * 4)
+        for row in rows.values():
+            assert 1 <= row["ours"] / row["floor"] <= 1.02
+            assert row["eager"] > row["compiled"] > row["floor"]
+            assert f"| {row['op']} |" in run.stdout
+        assert "| all |" in run.stdout
+
+
+class TestTimes:
+    def test_compare_gives_complete_rows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        counts = {"ours": 0, "theirs": 0}
+
+        def call(name: str, size: int) -> None:
+            counts[name] += 1
+            torch.ones(size).sum()
+
+        calls = {"ours": lambda: call("ours", 1000), "theirs": lambda: call("theirs", 2_000_000)}
+        rows = compare("sum", "1000", "float32", calls, repetitions=5, floor_bytes=4000)
+        assert counts == {"ours": 6, "theirs": 6}, "5 times for the time, once for the memory"
+        assert [row.backend for row in rows] == ["ours", "theirs"]
+        for row in rows:
+            assert 0 < row.p20 <= row.p50 <= row.p80
+            assert row.relative == pytest.approx(row.p50 / rows[0].p50)
+            assert row.bytes_per_second == pytest.approx(4000 / row.p50 * 1e6)
+            assert {"versions", "processor", "threads", "load", "commit", "date"} <= set(row.environment)
+            assert {"python", "torch"} <= set(row.environment["versions"])
+        assert rows[1].relative > 1
+        if not torch.cuda.is_available():
+            assert [row.peak_memory for row in rows] == [pytest.approx(4000, abs=64), pytest.approx(8_000_000, abs=64)]
+        print_times(rows)
+        assert "| sum | 1000 | float32 | theirs |" in capsys.readouterr().out
+        write_json(tmp_path / "new" / "rows.json", rows)
+        assert [Row(**row) for row in json.loads((tmp_path / "new" / "rows.json").read_text())] == rows
+
+    @pytest.mark.parametrize("wrong", [1.1, float("nan")])
+    def test_wrong_values_are_refused(self, wrong: float) -> None:
+        expected = torch.ones(100)
+        times._verify("right", [expected * (1 + 1e-6)], [expected], 1e-5)
+        found = expected.clone()
+        found[3] = wrong
+        with pytest.raises(RuntimeError, match=r"^ours: wrong by .* not worth timing$"):
+            times._verify("ours", [expected, found], [expected, expected], 1e-5)
+        with pytest.raises(ValueError, match="zip"):
+            times._verify("one too few", [expected], [expected, expected], 1e-5)
+
+    def test_wrong_kernel_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def averager_step(*args: object, **options: object) -> list[torch.Tensor]:
+            a, b, sums = times.plain_averager(*args, **options)
+            return [a, b * 1.001, sums]
+
+        impostor = SimpleNamespace(__name__="kernels.compiled", averager_step=averager_step)
+        monkeypatch.setattr(times.kernels, "select", lambda *_: impostor)
+        with pytest.raises(RuntimeError, match=r"^gfmn, compiled: wrong by 1\.0e-03"):
+            timing_of_averager(100, "cpu")
+
+    def test_right_kernels_are(self) -> None:
+        timing = timing_of_averager(1000, "cuda" if torch.cuda.is_available() else "cpu")
+        assert isinstance(timing, Timing)
+        assert list(timing.calls)[1:] == ["plain PyTorch", "torch.compile"]
+        assert next(iter(timing.calls)).startswith("gfmn, ")
+        assert timing.floor_bytes == 1000 * 18 * 4
+        for call in timing.calls.values():
+            call()
