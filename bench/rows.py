@@ -148,6 +148,21 @@ def compare(
     ]
 
 
+def interleaved(calls: Mapping[Any, Callable[[], object]], repetitions: int, warmup: int = 1) -> dict[Any, list[float]]:
+    """Seconds of `repetitions` calls of each, in another order every time, after `warmup` untimed ones."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    shuffle = random.Random(0)
+    for repetition in range(warmup + repetitions):
+        for name, call in shuffle.sample(list(calls.items()), len(calls)):
+            begun = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repetition >= warmup:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]

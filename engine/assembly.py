@@ -16,6 +16,7 @@ from engine.errors import InputError
 from engine.extractors import Extractor, build_extractor
 from engine.matching import MomentMatching
 from engine.moments import Moments
+from engine.networks import brings_weights
 from engine.pretraining import pretrain
 from engine.target import cached_target, fingerprint, target_loader
 from pipelines import ImageDataset, cache_folder, open_dataset
@@ -39,7 +40,7 @@ def open_data(config: Config) -> ImageDataset:
 def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) -> Extractor:
     """The frozen extractor on its device, pretrained on the dataset first if its weights say so."""
     networks = config.networks
-    weights: list[Path] | list[str] | str | None
+    weights: list[Path | str] | list[str] | str | None
     if not networks.weights:
         raise InputError(
             f"--weights: the preset {config.preset} needs weights for {networks.extractor}: files from python -m "
@@ -49,7 +50,10 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
         torch.manual_seed(config.training.seed)
         weights = None
     elif networks.weights == ("pretrain",):
-        weights = [_pretrained(name, dataset, device, config.training.seed) for name in networks.extractor.split("+")]
+        weights = [
+            "imagenet" if brings_weights(name) else _pretrained(name, dataset, device, config.training.seed)
+            for name in networks.extractor.split("+")
+        ]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
     extractor = build_extractor(

@@ -58,7 +58,7 @@ class NetworksConfig:
     weights: tuple[str, ...] = option(
         ("pretrain",),
         "the extractor's weights: files, one for each network; 'imagenet'; 'random'; or 'pretrain' to train it on the "
-        "data set first",
+        "data set first (torchvision:, timm: and efficientnet-lite0 keep their ImageNet weights)",
         metavar="FILE",
     )
     extractor_bn: str = option("running", "statistics of the extractor's BatchNorm", choices=("running", "batch"))

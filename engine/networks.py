@@ -80,9 +80,9 @@ def network_names() -> tuple[str, ...]:
     return (*ARCHITECTURES, _LITE0)
 
 
-def has_own_weights(name: str) -> bool:
-    """Whether the network's ImageNet weights come with an installed package, so that "imagenet" needs no download."""
-    return name == _LITE0
+def brings_weights(name: str) -> bool:
+    """Whether the network is somebody else's, known by its ImageNet weights, and not one that this project trains."""
+    return name not in ARCHITECTURES
 
 
 def _network(name: str, module: nn.Module, **rest: Any) -> Network:

@@ -85,20 +85,21 @@ def specialisation(call: Call) -> str:
 
 
 def _wide_accesses(call: Call) -> tuple[int, int]:
-    """How many 16-byte loads and stores one thread's share of a tile, or block, needs at least."""
+    """How many 16-byte loads and stores one thread's share of a tile, or block, needs at least: one of each tensor."""
     constants, name = call.constants, call.kernel.__name__
     threads = 32 * constants.get("num_warps", 4)
     if name.startswith("relu_moments"):
         first = call.arguments[0]
-        per_tile = constants["BLOCK_N"] * constants["BLOCK_F"] * first.element_size() // (16 * threads)
+        per_tile = max(1, constants["BLOCK_N"] * constants["BLOCK_F"] * first.element_size() // (16 * threads))
         if name == "relu_moments_backward_kernel":
             return 2 * per_tile, per_tile
         streams = 1 if call.argument("residual_ptr") is None else 2
         return 2 * per_tile * streams, 2 * per_tile  # the first tile, and the loop over the others
     if name == "merge_splits_kernel":
-        return 2 * constants["BLOCK_F"] * 4 // (16 * threads), 2 * constants["BLOCK_F"] * 4 // (16 * threads)
+        per_vector = max(1, constants["BLOCK_F"] * 4 // (16 * threads))
+        return 2 * per_vector, 2 * per_vector
     if name == "averager_step_kernel":
-        per_vector = constants["BLOCK"] * 4 // (16 * threads)
+        per_vector = max(1, constants["BLOCK"] * 4 // (16 * threads))
         state = {"none": 0, "ma": 1, "ma_moments": 1, "ama": 3 if constants["ADVANCE"] else 1}[constants["RULE"]]
         loads = 4 + (call.argument("weight_ptr") is not None) + 2 * state
         return loads * per_vector, (2 + (2 * state if constants["ADVANCE"] else 0)) * per_vector
