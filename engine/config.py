@@ -94,6 +94,12 @@ class MatchingConfig:
     )
     correction: int = option(1, "c of the variances' N − c, 0 or 1", metavar="C")
     chunk_size: int | None = option(None, "images that the extractor sees at once; all by default", metavar="N")
+    checkpoint: str = option(
+        "none",
+        "'stages': keep the extractor's activations at a few places only and compute the others again in backward, "
+        "stage by stage; less memory and more time, the same result",
+        choices=("none", "stages"),
+    )
     kernels: str = option("auto", "backend of the fused kernels", choices=("auto", "reference", "compiled", "triton"))
     fused_ama: bool = option(True, "fused kernels (--kernels auto); off means plain PyTorch (--kernels reference)")
 
@@ -123,6 +129,9 @@ class TrainingConfig:
     beta1: float = option(0.5, "β1 of the generator's Adam", metavar="X")
     beta2: float = option(0.999, "β2 of the generator's Adam", metavar="X")
     generator_ema: float | None = option(None, "sample from this moving average of the weights", metavar="DECAY")
+    checkpoint_generator: bool = option(
+        False, "compute the generator's activations again in backward instead of keeping them; the same result"
+    )
     amp: bool = option(False, "mixed precision")
     amp_dtype: str = option("bf16", "the low precision of --amp", choices=("bf16", "fp16"))
     seed: int = option(0, "of everything random", metavar="N")
@@ -203,6 +212,8 @@ _RESUMABLE = {
     "kernels",
     "fused_ama",
     "chunk_size",
+    "checkpoint",
+    "checkpoint_generator",
     "data",
     "loader",
     "log_every",
