@@ -122,10 +122,11 @@ def make_objective(config: Config, extractor: Extractor, target: Moments, dtype:
             extractor,
             target,
             make_averager(config),
-            chunk_size=config.matching.chunk_size,
+            chunk_size=config.matching.images_per_chunk,
             kernels=config.matching.backend,
             correction=config.matching.correction,
             amp_dtype=dtype,
+            checkpoint=config.matching.checkpoint,
             feature_scale=config.matching.feature_scale,
         )
     except InputError:

@@ -32,14 +32,14 @@ class DatasetCollector:
         δ = mean_batch − mean,  mean ← mean + δ n/(N+n),  M2 ← M2 + M2_batch + δ² N n/(N+n)
 
     Args:
-        extractor: whose taps are collected.
+        extractor: whose taps are collected, as it runs (`FeaturePass.prepared`).
         order: of its features.
         kernels: the backend: `compiled` fuses activation and moments; for others plain PyTorch does the same maths.
         images: how many are expected, which decides what is worth compiling.
     """
 
     def __init__(self, extractor: Extractor, order: FeatureOrder, kernels: ModuleType, images: int):
-        self.activations = [site.activation for site in extractor.sites]
+        self.activations = [site.to_apply for site in extractor.sites]
         self.mean = torch.zeros(extractor.num_features, dtype=torch.float64, device=extractor.device)
         self.m2 = torch.zeros_like(self.mean)
         self.means, self.m2s = order.slices(self.mean), order.slices(self.m2)
@@ -117,8 +117,9 @@ def _merge_streams(rows: list[Tensor], mean: Tensor, m2: Tensor, count: Tensor, 
     for value in values[1:]:
         centred = value.to(torch.float64) - mean
         sums, squares = sums + centred, squares + centred * centred
-    for row, value in zip(rows, values):
-        row.copy_(value)
+    if activation != "none":
+        for row, value in zip(rows, values):
+            row.copy_(value)
     offset = sums / len(rows)
     share = len(rows) / (count + len(rows))
     m2.add_(squares - sums * offset + offset.square() * (count * share))

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from engine.extractors import Extractor
+from engine.tapping import Visitor
 from kernels.layout import is_channels_last
+
+CHECKPOINTS = ("none", "stages")
+# What happens at a tap: (index, y, residual), in place.
+AtTap = Callable[[int, Tensor, "Tensor | None"], None]
 
 
 class Collector(Protocol):
     """Sees every feature once: all that a pass without gradients needs."""
 
     def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """In place: y [n, C, H, W] arrives before the shortcut and the activation and leaves after them."""
+        """In place: y [n, C, H, W] arrives before the shortcut and the activation that its site leaves to apply, and
+        leaves after them."""
 
 
 class Criterion(Collector, Protocol):
@@ -51,14 +57,30 @@ class FeaturePass:
 
     With one chunk the graph of the forward pass is kept for backward. With several, the first pass keeps nothing and
     backward computes each chunk again, so that extractor memory is that of one chunk (DESIGN, identity 3).
+    With checkpoints even a chunk's own graph is never whole: the forward pass keeps the inputs of a few stages of
+    layers, and backward computes one stage after the other again, from the last to the first.
 
     Args:
         extractor: any; a copy in `dtype` is made if its own dtype is another.
         dtype: of the extractor's arithmetic, None for the extractor's own.
         chunk_size: images in a chunk, None for the whole minibatch.
+        checkpoint: "none", or "stages" to keep the inputs of stages alone.
+
+    Attributes:
+        extractor: the given one, or its copy.
+        prepared: the extractor as it runs, with sites of its own (see `Extractor.prepared`).
     """
 
-    def __init__(self, extractor: Extractor, *, dtype: torch.dtype | None = None, chunk_size: int | None = None):
+    def __init__(
+        self,
+        extractor: Extractor,
+        *,
+        dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        checkpoint: str = "none",
+    ):
+        if checkpoint not in CHECKPOINTS:
+            raise ValueError(f"checkpoint: {checkpoint!r} is not one of {', '.join(CHECKPOINTS)}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
         if chunk_size is not None and extractor.batch_statistics:
@@ -66,6 +88,8 @@ class FeaturePass:
         self.dtype = dtype or extractor.dtype
         self.chunk_size = chunk_size
         self.extractor = extractor if self.dtype == extractor.dtype else copy.deepcopy(extractor).to(self.dtype)
+        self.prepared = self.extractor.prepared()
+        self.stages = self.prepared.stages() if checkpoint == "stages" else None
 
     def loss(self, images: Tensor, criterion: Criterion) -> Tensor:
         """The criterion's loss of `images` [N, 3, H, W], differentiable with respect to the images."""
@@ -81,18 +105,53 @@ class FeaturePass:
         """Views of `images`, `chunk_size` at a time; none of no images."""
         return images.split(self.chunk_size or len(images)) if len(images) else ()
 
-    def run(
-        self,
-        chunk: Tensor,
-        at_tap: Callable[[int, Tensor, Tensor | None], None],
-        criterion: Criterion | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def run(self, chunk: Tensor, at_tap: AtTap, criterion: Criterion | None = None) -> tuple[Tensor, list[Tensor]]:
         """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from.
 
         `criterion` is needed for that backward, which is recorded where grad is enabled.
         """
-        sites = self.extractor.sites
         tokens: list[Tensor] = []
+        leaf = self._leaf(chunk).requires_grad_(torch.is_grad_enabled())
+        with torch.autocast(leaf.device.type, enabled=False):
+            self.prepared(leaf, self._visitor(at_tap, criterion, tokens))
+        return leaf, tokens
+
+    def sweep(self, chunk: Tensor, at_tap: AtTap) -> list[list[Tensor]]:
+        """Run one chunk stage by stage without a graph. Returns the input of every stage of every network."""
+        assert self.stages is not None
+        inputs: list[list[Tensor]] = []
+        with torch.no_grad(), torch.autocast(chunk.device.type, enabled=False):
+            visit, leaf = self._visitor(at_tap, None, []), self._leaf(chunk)
+            for stages in self.stages:
+                x, kept = leaf, []
+                for stage in stages:
+                    kept.append(x)
+                    x = stage(x, visit)
+                inputs.append(kept)
+        return inputs
+
+    def gradient_of_sweep(self, inputs: list[list[Tensor]], criterion: Criterion) -> Tensor:
+        """∂L/∂chunk from what `sweep` returned, which is used up: every stage is computed again, and then backward."""
+        assert self.stages is not None
+        gradients: list[Tensor] = []
+        for stages, kept in zip(reversed(self.stages), reversed(inputs), strict=True):
+            gradient: Tensor | None = None
+            for stage in reversed(stages):
+                tokens: list[Tensor] = []
+                leaf = kept.pop().detach().requires_grad_()
+                with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):
+                    y = stage(leaf, self._visitor(criterion.activate, criterion, tokens))
+                gradient = _gradient(leaf, tokens, None if gradient is None else (y, gradient))
+                del leaf, y, tokens
+            assert gradient is not None
+            gradients.append(gradient)
+        return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
+
+    def _leaf(self, chunk: Tensor) -> Tensor:
+        return chunk.detach().to(self.dtype, memory_format=torch.channels_last)
+
+    def _visitor(self, at_tap: AtTap, criterion: Criterion | None, tokens: list[Tensor]) -> Visitor:
+        sites = self.prepared.sites
 
         def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
             if not is_channels_last(x):
@@ -109,11 +168,7 @@ class FeaturePass:
             tokens.append(token)
             return y
 
-        leaf = chunk.detach().to(self.dtype, memory_format=torch.channels_last)
-        leaf.requires_grad_(torch.is_grad_enabled())
-        with torch.autocast(leaf.device.type, enabled=False):
-            self.extractor(leaf, visit)
-        return leaf, tokens
+        return visit
 
 
 class _Tap(torch.autograd.Function):
@@ -151,11 +206,13 @@ class _MinibatchPass(torch.autograd.Function):
     def forward(ctx, images: Tensor, feature_pass: FeaturePass, criterion: Criterion, differentiable: bool):
         ctx.feature_pass, ctx.criterion, ctx.kept = feature_pass, criterion, None
         chunks = feature_pass.chunks(images)
-        if differentiable and len(chunks) == 1:
+        if not differentiable or len(chunks) > 1:
+            feature_pass.collect(images, criterion)
+        elif feature_pass.stages is not None:
+            ctx.kept = feature_pass.sweep(chunks[0], criterion.collect)
+        else:
             with torch.enable_grad():
                 ctx.kept = feature_pass.run(chunks[0], criterion.collect, criterion)
-        else:
-            feature_pass.collect(images, criterion)
         if differentiable:
             ctx.save_for_backward(images)
         return criterion.finish()
@@ -166,19 +223,30 @@ class _MinibatchPass(torch.autograd.Function):
         (images,) = ctx.saved_tensors
         feature_pass, criterion = ctx.feature_pass, ctx.criterion
         criterion.scale(grad_loss)
+        staged = feature_pass.stages is not None
         if ctx.kept is not None:
             kept, ctx.kept = ctx.kept, ()
             if not kept:
                 raise RuntimeError("loss: backward a second time; the pass over the features keeps nothing after one")
-            return _image_gradient(*kept).to(images.dtype), None, None, None
+            gradient = feature_pass.gradient_of_sweep(kept, criterion) if staged else _gradient(*kept)
+            return gradient.to(images.dtype), None, None, None
         gradient = torch.empty_like(images)
         for chunk, into in zip(feature_pass.chunks(images), feature_pass.chunks(gradient), strict=True):
+            if staged:
+                inputs = feature_pass.sweep(chunk, criterion.activate)
+                into.copy_(feature_pass.gradient_of_sweep(inputs, criterion))
+                continue
             with torch.enable_grad():
                 leaf, tokens = feature_pass.run(chunk, criterion.activate, criterion)
-            into.copy_(_image_gradient(leaf, tokens))
+            into.copy_(_gradient(leaf, tokens))
         return gradient, None, None, None
 
 
-def _image_gradient(leaf: Tensor, tokens: list[Tensor]) -> Tensor:
-    (gradient,) = torch.autograd.grad(tokens, leaf, [torch.zeros_like(token) for token in tokens])
+def _gradient(leaf: Tensor, tokens: list[Tensor], output: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The gradient of the criterion, and of an (output, its gradient) besides, with respect to `leaf`."""
+    ends, gradients = [*tokens], [torch.zeros_like(token) for token in tokens]
+    if output is not None:
+        ends.append(output[0])
+        gradients.append(output[1])
+    (gradient,) = torch.autograd.grad(ends, leaf, gradients)
     return gradient

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from engine.errors import InputError
@@ -57,6 +60,12 @@ class DCGANGenerator(nn.Module):
         self.last = nn.ConvTranspose2d(_BASE_WIDTH, 3, 4, 2, padding=1)
         self.apply(_initialise_normal)
 
+    def stages(self) -> list[nn.Sequential]:
+        """The generator as modules that run one after the other, none of which holds many activations."""
+        layers = list(self.layers)
+        groups = [[self.first, *layers[:2]], *(layers[n : n + 3] for n in range(2, len(layers), 3))]
+        return [nn.Sequential(*group) for group in (*groups, [self.last, nn.Tanh()])]
+
     def forward(self, z: Tensor) -> Tensor:
         """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
         return self.last(self.layers(self.first(z))).tanh()
@@ -103,6 +112,14 @@ class ResNetGenerator(nn.Module):
         self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.apply(_initialise_xavier)
 
+    def stages(self) -> list[nn.Sequential]:
+        """The generator as modules that run one after the other, none of which holds many activations."""
+        return [
+            nn.Sequential(self.first),
+            *map(nn.Sequential, self.blocks),
+            nn.Sequential(self.bn, nn.ReLU(), self.last, nn.Tanh()),
+        ]
+
     def forward(self, z: Tensor) -> Tensor:
         """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
         return self.last(self.bn(self.blocks(self.first(z))).relu()).tanh()
@@ -132,6 +149,37 @@ def build_generator(name: str, *, image_size: int, nz: int = 100) -> nn.Module:
     if nz < 1:
         raise InputError(f"--nz: must be at least 1, got {nz}")
     return GENERATORS[name](image_size, nz).to(memory_format=torch.channels_last)
+
+
+def run_generator(generator: nn.Module, z: Tensor, *, checkpoint: bool = False) -> Tensor:
+    """Images of `z`; with `checkpoint`, backward keeps the inputs of `stages()` alone and computes each again.
+
+    Gradients, and BatchNorm's running statistics, are those of the plain call: the second computation uses the batch's
+    statistics but doesn't count it again.
+    """
+    if not checkpoint or not torch.is_grad_enabled():
+        return generator(z)
+    x = z
+    for stage in generator.stages():  # type: ignore[operator]  # a method of every generator
+        x = torch.utils.checkpoint.checkpoint(
+            stage, x, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda stage=stage: (contextlib.nullcontext(), _statistics_left_alone(stage)),
+        )  # fmt: skip
+    return x
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm updates copies of its running statistics, which nobody sees again."""
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    buffers = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update((name, value if value is None else value.clone()) for name, value in norm._buffers.items())
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, buffers, strict=True):
+            norm._buffers.update(own)
 
 
 def _normalised(layer: nn.Module, width: int) -> list[nn.Module]:

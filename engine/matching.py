@@ -60,6 +60,7 @@ class MomentCollector:
     def __init__(self, extractor: Extractor, order: FeatureOrder, kernels: ModuleType, dtype: torch.dtype):
         self.kernels = kernels
         self.activations = [site.activation for site in extractor.sites]
+        self.to_apply = [site.to_apply for site in extractor.sites]
         self.mean = torch.empty(extractor.num_features, dtype=dtype, device=extractor.device)
         self.m2 = torch.empty_like(self.mean)
         self.means, self.m2s = order.slices(self.mean), order.slices(self.m2)
@@ -68,7 +69,7 @@ class MomentCollector:
     def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
         """See `engine.feature_pass.Collector`."""
         self.kernels.relu_moments(
-            y, self.means[tap], self.m2s[tap], self.counts[tap], None, residual, self.activations[tap]
+            y, self.means[tap], self.m2s[tap], self.counts[tap], None, residual, self.to_apply[tap]
         )
         self.counts[tap] += len(y)
 
@@ -83,14 +84,14 @@ class _Matching(MomentCollector):
 
     def __init__(self, objective: MomentMatching, advance: bool):
         super().__init__(
-            objective.feature_pass.extractor, objective.order, objective.kernels, objective.accumulation_dtype
+            objective.feature_pass.prepared, objective.order, objective.kernels, objective.accumulation_dtype
         )
         self.objective = objective
         self.advance = advance
         self.direction: Direction | None = None
 
     def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        activation = self.activations[tap]
+        activation = self.to_apply[tap]
         if residual is not None:
             y += residual
         if activation != "none":
@@ -140,6 +141,7 @@ class MomentMatching(nn.Module):
         kernels: "auto", "reference", "compiled" or "triton".
         correction: c of the variances' N − c, 0 or 1, for the batch and the target alike.
         feature_scale: "none" (the paper), or "target-deviation": match w·x for every feature x, with `feature_weights`.
+        checkpoint: "none", or "stages" to keep few activations for backward and compute the others again.
         amp_dtype: dtype of the extractor's arithmetic (bfloat16 or float16), None for the extractor's own. Moments,
             averager and coefficients stay in float32.
 
@@ -157,6 +159,7 @@ class MomentMatching(nn.Module):
         correction: int = 1,
         feature_scale: str = "none",
         amp_dtype: torch.dtype | None = None,
+        checkpoint: str = "none",
         process_group: None = None,
     ):
         super().__init__()
@@ -174,7 +177,7 @@ class MomentMatching(nn.Module):
             check_fingerprint(target_fingerprint(extractor, amp_dtype), target.fingerprint, "target")
         self.averager = averager
         self.correction = correction
-        self.feature_pass = FeaturePass(extractor, dtype=amp_dtype, chunk_size=chunk_size)
+        self.feature_pass = FeaturePass(extractor, dtype=amp_dtype, chunk_size=chunk_size, checkpoint=checkpoint)
         self.kernels = kernel_backends.select(kernels, extractor.device, self.feature_pass.dtype)
         self.order = FeatureOrder(extractor.taps)
         self.accumulation_dtype = accumulation_dtype(self.feature_pass.dtype)

@@ -31,6 +31,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.generator = self.path / "generator.safetensors"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile.json"
 
     def check_new(self) -> None:
         """InputError if the folder already holds something."""

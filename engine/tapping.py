@@ -65,6 +65,7 @@ class TapSite:
         index: position among all taps of the extractor, in forward order.
         owns_input: nothing else reads the site's input, so the activation may happen in place.
         owns_gradient: the gradient that arrives in backward is referenced by nobody else, so it may be overwritten.
+        applied: the activation has happened already when the visitor is called; its mask in backward has not.
     """
 
     name: str
@@ -72,6 +73,12 @@ class TapSite:
     index: int
     owns_input: bool
     owns_gradient: bool
+    applied: bool = False
+
+    @property
+    def to_apply(self) -> str:
+        """The activation that is left to the visitor."""
+        return "none" if self.applied else self.activation
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,11 @@ def tap_network(
         _site(visit, name, activation, modules) for visit, (name, activation) in zip(visits, activations, strict=True)
     ]
     return freeze(graph_module, dtype=next(network.parameters()).dtype) if fold else graph_module, sites
+
+
+def is_visit(node: fx.Node) -> bool:
+    """Whether the node of a tapped graph calls the visitor: `_visit(visit, index, x, residual)`."""
+    return node.op == "call_function" and node.target is _visit
 
 
 def _visit(visit: Visitor, index: int, x: Tensor, residual: Tensor | None) -> Tensor:

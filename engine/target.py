@@ -182,7 +182,7 @@ def compute_target(
     shard = f"{images.shard} of {images.num_shards}"
     own = {**entries, "batch_size": str(images.batch_size), "shard": shard}
     state = Pass(path=None if partial is None else Path(partial), of=own)
-    collector = DatasetCollector(feature_pass.extractor, order, backend, len(images.dataset))
+    collector = DatasetCollector(feature_pass.prepared, order, backend, len(images.dataset))
     position, skipped = state.restore(collector)
 
     def all_skipped() -> list[str]:

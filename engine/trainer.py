@@ -22,8 +22,10 @@ from engine.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, 
 from engine.cli import Interrupted
 from engine.config import Config
 from engine.errors import InputError
+from engine.generators import run_generator
 from engine.images import grid, save_png
 from engine.matching import MomentMatching
+from engine.profiling import WARMUP, StepProfiler
 from engine.run_folder import RunFolder
 from engine.stopping import StopRequest
 
@@ -81,7 +83,7 @@ class Trainer:
         z = torch.randn(training.batch_size, self.config.networks.nz, generator=self.random)
         z = z.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            images = self.generator(z)
+            images = run_generator(self.generator, z, checkpoint=training.checkpoint_generator)
         loss = self.objective(images)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -105,10 +107,16 @@ class Trainer:
         writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.step + 1)
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=None, dynamic_ncols=True)
         plain = _PlainProgress(total, self.step) if bar.disable else None
+        if output.profile is not None and total - self.step < output.profile + WARMUP:
+            raise InputError(
+                f"--profile: {output.profile} steps after {WARMUP} of warm-up are more than {total - self.step}"
+            )
         clock, clock_step = time.perf_counter(), self.step
-        with StopRequest() as stop, contextlib.closing(writer), bar:
+        profiler = StepProfiler(output.profile, self.run.profile)
+        with StopRequest() as stop, contextlib.closing(writer), bar, profiler:
             while self.step < total and not stop.requested:
                 loss = self.train_step()
+                profiler.step()
                 bar.update()
                 last = self.step == total
                 if last or self.step % output.log_every == 0:

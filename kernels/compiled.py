@@ -106,7 +106,8 @@ def _relu_moments(
     pilot = torch.where(fresh, y[0].to(mean.dtype), mean).as_strided(mean.shape, (1,))
     centred = y.to(mean.dtype) - pilot
     sums, squares = centred.sum(dim=0), centred.square().sum(dim=0)
-    rows.copy_(y)
+    if activation != "none" or bias is not None or residual is not None:
+        rows.copy_(y)
     offset = sums / rows.shape[0]
     share = arriving / (before + arriving)
     m2.copy_(torch.where(fresh, 0, m2) + squares - sums * offset + offset.square() * (before * share))

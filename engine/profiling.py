@@ -1,0 +1,53 @@
+"""Where a training step's time goes: a torch.profiler trace of a few steps."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+log = logging.getLogger("gfmn")
+
+# Steps before the traced ones: the first compiles, the second is the profiler's own warm-up.
+WARMUP = 2
+_ROWS = 15
+
+
+class StepProfiler:
+    """Context around training steps; traces `steps` of them after `WARMUP` others, or does nothing if there are none.
+
+    Writes a trace for chrome://tracing or Perfetto to `path` and logs the operators that took most time themselves.
+    """
+
+    def __init__(self, steps: int | None, path: Path):
+        self.path = path
+        self.profiler: profile | None = None
+        if steps:
+            # Kineto announces its starts and stops on stderr, unless this is set before the first one.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+            plan = schedule(wait=WARMUP - 1, warmup=1, active=steps, repeat=1)
+            self.profiler = profile(schedule=plan, on_trace_ready=self._write, profile_memory=True)
+
+    def __enter__(self) -> StepProfiler:
+        if self.profiler is not None:
+            self.profiler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+
+    def step(self) -> None:
+        """After every training step."""
+        if self.profiler is not None:
+            self.profiler.step()
+
+    def _write(self, done: profile) -> None:
+        done.export_chrome_trace(str(self.path))
+        on_gpu = ProfilerActivity.CUDA in done.activities and any(
+            event.self_device_time_total for event in done.key_averages()
+        )
+        by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        log.info("%s\ntrace: %s", done.key_averages().table(sort_by=by, row_limit=_ROWS), self.path)
