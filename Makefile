@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  run the tests that take minutes, the demo's independent check among them"
 	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (two minutes)"
 	@echo "make check      lint and type-check; edits nothing"
+	@echo "make gpu        on a CUDA device: its tests and all benchmarks, into one file of bench/results/"
 	@echo "make clean      remove the virtual environment and caches; runs/ stays"
 
 .venv/.installed: pyproject.toml setup.py constraints.txt
@@ -39,6 +40,9 @@ check: .venv/.installed
 	$(RUN) -m ruff check --no-fix .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+gpu: .venv/.installed
+	@$(RUN) -m bench.gpu
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -23,6 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a CUDA device, skip what needs one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("requires_gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 class TinyResidual(nn.Module):
     """All that the named extractors have, small: BatchNorm, pooling, an identity shortcut, a shortcut with a
     convolution, a stride; odd channel counts. Images must be 8×8."""
