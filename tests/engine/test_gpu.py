@@ -69,8 +69,8 @@ def test_checkpointed_generator():
 def test_training(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
-    common = "--device cuda --weights random --steps 5 --log-every 1 --chunk-size 24 --checkpoint stages".split()
-    main([*common, "--checkpoint-generator", "--out", str(run), *flags])
+    common = ["--device", "cuda", "--weights", "random", "--steps", "5", "--log-every", "1", "--chunk-size", "24"]
+    main([*common, "--checkpoint", "stages", "--checkpoint-generator", "--out", str(run), *flags])
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 5
     assert all(torch.isfinite(torch.tensor(losses)))
