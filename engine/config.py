@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,46 @@ from typing import Any
 from engine.errors import InputError
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
-    """A field with what its flag needs: the help text, and the choices if there are only some."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field with what its flag needs: the help text, the choices if there are only some, how to read its text."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "parse": parse})
 
 
 def _require(condition: bool, flag: str, message: str) -> None:
     if not condition:
         raise InputError(f"--{flag}: {message}")
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b", re.IGNORECASE)
+
+
+def memory_bytes(text: str, flag: str = "memory-budget") -> int:
+    """Bytes of a size such as "12GiB" (12 · 2^30) or "800MB" (800 · 10^6); InputError if it is none."""
+    match = _SIZE.fullmatch(text.strip())
+    _require(
+        match is not None and float(match[1]) > 0,
+        flag,
+        f"{text!r} is not a size; give a number and its unit, as in 12GiB or 800MB",
+    )
+    assert match is not None
+    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _chunk_size(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor 'auto'") from None
 
 
 @dataclass(kw_only=True)
@@ -93,7 +126,18 @@ class MatchingConfig:
         choices=("none", "target-deviation"),
     )
     correction: int = option(1, "c of the variances' N − c, 0 or 1", metavar="C")
-    chunk_size: int | None = option(None, "images that the extractor sees at once; all by default", metavar="N")
+    chunk_size: int | str | None = option(
+        None,
+        "images that the extractor sees at once, all by default; 'auto' is as many as fit into --memory-budget",
+        metavar="N|auto",
+        parse=_chunk_size,
+    )
+    memory_budget: str | None = option(
+        None,
+        "memory of the device that a step may need, weights included, such as 12GiB or 800MB; for --chunk-size auto "
+        "(default: most of what is free), --plan, and as a limit for fixed chunks",
+        metavar="SIZE",
+    )
     checkpoint: str = option(
         "none",
         "'stages': keep the extractor's activations at a few places only and compute the others again in backward, "
@@ -107,11 +151,21 @@ class MatchingConfig:
         _require(self.ama_lr > 0, "ama-lr", f"must be positive, got {self.ama_lr}")
         _require(self.ma_alpha is None or 0 < self.ma_alpha <= 1, "ma-alpha", f"must be in (0, 1], got {self.ma_alpha}")
         _require(self.correction in (0, 1), "correction", f"must be 0 or 1, got {self.correction}")
-        _require(
-            self.chunk_size is None or self.chunk_size >= 1, "chunk-size", f"must be at least 1, got {self.chunk_size}"
-        )
+        chunk = self.chunk_size
+        known = chunk == "auto" or not isinstance(chunk, str)
+        _require(known, "chunk-size", f"{chunk!r} is neither a number nor 'auto'")
+        _require(not isinstance(chunk, int) or chunk >= 1, "chunk-size", f"must be at least 1, got {chunk}")
+        if self.memory_budget is not None:
+            memory_bytes(self.memory_budget)
         contradiction = not self.fused_ama and self.kernels in ("compiled", "triton")
         _require(not contradiction, "no-fused-ama", f"contradicts --kernels {self.kernels}")
+
+    @property
+    def images_per_chunk(self) -> int | None:
+        """The number for `MomentMatching(chunk_size=)`; ValueError while it is "auto" (see `engine.planner`)."""
+        if isinstance(self.chunk_size, str):
+            raise ValueError("chunk_size: 'auto' has to be replaced by a number first")
+        return self.chunk_size
 
     @property
     def backend(self) -> str:
@@ -163,11 +217,13 @@ class OutputConfig:
     sample_every: int = option(250, "steps between sample grids", metavar="N")
     checkpoint_every: int = option(500, "steps between checkpoints", metavar="N")
     keep_checkpoints: int = option(2, "checkpoints to keep", metavar="N")
+    profile: int | None = option(None, "trace this many steps with torch.profiler, into profile.json", metavar="N")
 
     def __post_init__(self) -> None:
         for name in ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 1, name.replace("_", "-"), f"must be at least 1, got {value}")
+        _require(self.profile is None or self.profile >= 1, "profile", f"must be at least 1, got {self.profile}")
 
 
 _GROUPS: dict[str, type] = {
@@ -212,6 +268,7 @@ _RESUMABLE = {
     "kernels",
     "fused_ama",
     "chunk_size",
+    "memory_budget",
     "checkpoint",
     "checkpoint_generator",
     "data",
@@ -220,6 +277,7 @@ _RESUMABLE = {
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "profile",
 }
 
 
@@ -236,10 +294,11 @@ class Config:
 
     def __post_init__(self) -> None:
         chunk, batch = self.matching.chunk_size, self.training.batch_size
-        _require(chunk is None or chunk <= batch, "chunk-size", f"is larger than the minibatch: {chunk} > {batch}")
+        larger = isinstance(chunk, int) and chunk > batch
+        _require(not larger, "chunk-size", f"is larger than the minibatch: {chunk} > {batch}")
         batched = self.networks.extractor_bn == "batch"
         _require(
-            not (batched and chunk),
+            not (batched and isinstance(chunk, int)),
             "chunk-size",
             "batch statistics (--extractor-bn batch) need the whole minibatch at once",
         )
@@ -331,7 +390,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
             base, several = _scalar(hints[entry.name])
             section.add_argument(
                 flag,
-                type=base,
+                type=entry.metadata["parse"] or base,
                 nargs="+" if several else None,
                 choices=entry.metadata["choices"],
                 metavar=entry.metadata["metavar"],

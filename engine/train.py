@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import platform
 import time
@@ -17,6 +18,7 @@ from engine.devices import choose_device
 from engine.errors import InputError
 from engine.generators import build_generator
 from engine.images import grid, save_png
+from engine.planner import choose_chunk, print_plans
 from engine.plots import plot_metrics
 from engine.run_folder import RunFolder
 from engine.target import write_bad_images
@@ -36,13 +38,15 @@ def parser() -> Parser:
     arguments.add_argument("--config", metavar="FILE", help="a run's config.json, to do the same again")
     arguments.add_argument("--out", metavar="DIR", help="the run's folder (default: a new one in runs/)")
     arguments.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    arguments.add_argument(
+        "--plan", action="store_true", help="print what memory the ways to train this would need, and stop; no training"
+    )
     add_flags(arguments)
     return arguments
 
 
-def configure(argv: Sequence[str] | None) -> tuple[Config, RunFolder, bool]:
+def configure(arguments: argparse.Namespace) -> tuple[Config, RunFolder, bool]:
     """The configuration, the run's folder, and whether it is resumed."""
-    arguments = parser().parse_args(argv)
     given = given_flags(arguments)
     if arguments.resume:
         if arguments.out is None:
@@ -68,9 +72,14 @@ def _new_folder(preset: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, close."""
-    config, run, resume = configure(argv)
+    arguments = parser().parse_args(argv)
+    asked, run, resume = configure(arguments)
     begun = time.perf_counter()
-    device = choose_device(config.training.device, config.training.threads)
+    device = choose_device(asked.training.device, asked.training.threads)
+    if arguments.plan:
+        print_plans(asked, device)
+        return
+    config = choose_chunk(asked, device)
     dataset = open_data(config)
     torch.manual_seed(config.training.seed)
     generator = build_generator(config.networks.generator, image_size=config.data.image_size, nz=config.networks.nz).to(
@@ -90,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = Trainer(generator, objective, config, run, target.fingerprint or {})
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    run.write_config(config)
+    run.write_config(asked)
     write_bad_images(run.path / "bad_images.txt", target)
     run.truncate_metrics(checkpoint.step if checkpoint else 0)
     log.info("run folder: %s", run.path)
