@@ -13,27 +13,23 @@ Repetitions are interleaved, so that what else the machine does hits all alike; 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bench.rows import environment, table, write_json
 from engine.cli import Parser, run_command
 from engine.extractors import build_extractor
 from engine.feature_pass import FeaturePass
@@ -43,6 +39,7 @@ from pipelines.loader import dali_is_importable
 
 HEIGHT, WIDTH, CROP, SIZE = 218, 178, 160, 64
 WORKERS = 2
+PASS_BATCH = 128  # twice the usual minibatch, as engine.train's own pass
 
 
 @dataclass
@@ -60,12 +57,7 @@ class Row:
     cpu_us_per_image: float
     relative_time: float
     """Median wall time, divided by that of the row's baseline (itself: 1)."""
-    versions: dict[str, str]
-    cpu: str
-    threads: int
-    load: float
-    """Load average over the last minute, when the row was made."""
-    commit: str
+    environment: Mapping[str, Any] = field(default_factory=environment, repr=False)
 
 
 @dataclass
@@ -159,7 +151,6 @@ def compare(op: str, shape: str, ways: Sequence[Way], repetitions: int) -> list[
                 images_per_second_p80=images / p80,
                 cpu_us_per_image=statistics.median(cpu[way.path]) / images * 1e6,
                 relative_time=p50 / baseline,
-                **_environment(),
             )
         )
     return rows
@@ -206,13 +197,14 @@ def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) ->
     dataset = make_arrays(work / "pass.npy", count)
     extractor = build_extractor(extractor_name, image_size=32)
     feature_pass = FeaturePass(extractor)
-    batches = [batch.images for batch in ImageLoader(dataset, 64)]
+    batches = [batch.images for batch in ImageLoader(dataset, PASS_BATCH)]
 
     class Activations:
         def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
             if residual is not None:
                 y += residual
-            y.clamp_(min=0)
+            if feature_pass.prepared.sites[tap].to_apply != "none":
+                y.clamp_(min=0)
 
     def alone() -> int:
         for batch in batches:
@@ -220,7 +212,7 @@ def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) ->
         return count
 
     def whole() -> int:
-        return compute_target(extractor, ImageLoader(dataset, 64), progress=False).count
+        return compute_target(extractor, ImageLoader(dataset, PASS_BATCH), progress=False).count
 
     return compare(
         f"statistics pass, {extractor_name}",
@@ -251,50 +243,14 @@ def _cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _environment() -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
-    if dali_is_importable():
-        import nvidia.dali
-
-        versions["dali"] = nvidia.dali.__version__
-    return {
-        "versions": versions,
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "commit": _commit(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    lines = [
-        "| what | way | images/s, median (p20–p80) | CPU µs/image | time / first row's |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        rates = f"{row.images_per_second_p50:,.0f} ({row.images_per_second_p20:,.0f}–{row.images_per_second_p80:,.0f})"
-        lines.append(
-            f"| {row.op}, {row.shape} | {row.path} | {rates} | {row.cpu_us_per_image:,.1f} | {row.relative_time:.3f} |"
-        )
-    return "\n".join(lines)
+def print_rows(rows: Sequence[Row]) -> None:
+    """The table."""
+    headings = ("what", "way", "images/s, median (p20–p80)", "CPU µs/image", "time / first row's")
+    print(table(headings, [[
+        f"{row.op}, {row.shape}", row.path,
+        f"{row.images_per_second_p50:,.0f} ({row.images_per_second_p20:,.0f}–{row.images_per_second_p80:,.0f})",
+        f"{row.cpu_us_per_image:,.1f}", f"{row.relative_time:.3f}",
+    ] for row in rows]))  # fmt: skip
 
 
 def plot(path: str, rows: Sequence[Row]) -> None:
@@ -324,6 +280,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
+    parser.add_argument(
+        "--pass-images", type=int, default=12_800, metavar="N", help="for the statistics pass (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="small inputs, few repetitions: a try, not a measurement")
     arguments = parser.parse_args(argv)
     quick = arguments.quick
@@ -332,10 +291,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = bench_jpegs(work, 130 if quick else 5000, 2 if quick else 7)
         rows += bench_arrays(work, 1000 if quick else 50_000, 3 if quick else 15)
         name = "vgg-small" if quick else "vgg19+resnet18"
-        rows += bench_pass(work, 64 if quick else 12_800, 2 if quick else 5, name)
-    print(table(rows))
+        rows += bench_pass(work, 64 if quick else arguments.pass_images, 2 if quick else 5, name)
+    print_rows(rows)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write_json(Path(arguments.json), rows)
     if arguments.plot:
         plot(arguments.plot, rows)
 

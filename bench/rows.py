@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "nvidia-dali-cuda130"):
+    for package in ("torchvision", "numpy", "triton", "nvidia-dali-cuda130"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -20,6 +20,8 @@ from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
 from pipelines.errors import BadImage
 from pipelines.torch_loader import is_range
 
+BLOCK_BYTES = 2**21
+"""Of pictures in memory that go through DALI at a time."""
 PREFETCH = 2
 """Batches that are prepared ahead of the one in use."""
 
@@ -60,10 +62,10 @@ def num_threads(workers: int | None) -> int:
     return workers or len(os.sched_getaffinity(0))
 
 
-def normalise(images: Any, mirrored: Any, **crop: Any) -> Any:
+def normalise(images: Any, mirrored: Any, layout: str = "CHW", **crop: Any) -> Any:
     """DALI nodes: uint8 HWC → float32 CHW in [-1, 1], mirrored where int32 `mirrored` is 1."""
     scale: Any = {"mean": [127.5] * 3, "std": [127.5] * 3, "dtype": types.DALIDataType.FLOAT}
-    return fn.crop_mirror_normalize(images, mirror=mirrored, output_layout="CHW", **scale, **crop)
+    return fn.crop_mirror_normalize(images, mirror=mirrored, output_layout=layout, **scale, **crop)
 
 
 @pipeline_def
@@ -73,19 +75,41 @@ def array_pipeline(source: Callable[[], tuple[np.ndarray, np.ndarray]], on_gpu: 
     return normalise(images.gpu() if on_gpu else images, mirrored)
 
 
+@pipeline_def
+def sequence_pipeline(source: Callable[[], np.ndarray], on_gpu: bool) -> Any:
+    """uint8 [1, n, H, W, 3] → float32 [1, n, 3, H, W]: as one video, which costs DALI one task and not n."""
+    images = fn.external_source(source=source, batch=True, no_copy=True, layout="FHWC")
+    return normalise(images.gpu() if on_gpu else images, 0, layout="FCHW")
+
+
 def _arrays(
     dataset: ArrayDataset, batches: list[np.ndarray], device: torch.device, workers: int | None
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    feed = (_array_batch(dataset, indices) for indices in batches)
-    arguments = pipeline_arguments(device, max(map(len, batches)), workers)
-    pipeline = array_pipeline(lambda: next(feed), device.type == "cuda", **arguments)
+    """Several batches go through DALI at a time: a run of a pipeline costs as much as a batch of small images."""
+    per_batch = max(map(len, batches))
+    together = max(1, BLOCK_BYTES // (per_batch * max(dataset.images[0].nbytes, 1)))
+    blocks = [np.concatenate(batches[first : first + together]) for first in range(0, len(batches), together)]
+    feed = (_array_block(dataset, indices) for indices in blocks)
+    on_gpu = device.type == "cuda"
+    if dataset.preprocessing.horizontal_flip:
+        arguments = pipeline_arguments(device, max(map(len, blocks)), workers)
+        pipeline = array_pipeline(lambda: next(feed), on_gpu, **arguments)
+    else:
+        arguments = pipeline_arguments(device, 1, workers)
+        pipeline = sequence_pipeline(lambda: next(feed)[0][np.newaxis], on_gpu, **arguments)
     collect = Collector(device)
-    for indices in batches:
+    remaining = iter(batches)
+    for block in blocks:
         (output,) = pipeline.run()
-        yield collect(output), indices
+        images = collect(output).view(len(block), 3, *dataset.images.shape[1:3])
+        start = 0
+        while start < len(block):
+            indices = next(remaining)
+            yield images[start : start + len(indices)], indices
+            start += len(indices)
 
 
-def _array_batch(dataset: ArrayDataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _array_block(dataset: ArrayDataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pictures, mirrored = dataset.pictures(indices)
     chosen = slice(pictures[0], pictures[-1] + 1) if is_range(pictures) else pictures
     return dataset.images[chosen], mirrored.astype(np.int32)

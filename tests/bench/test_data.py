@@ -20,10 +20,10 @@ def test_quick_run_gives_complete_rows(tmp_path: Path, capsys, monkeypatch) -> N
         assert row["images_per_second_p20"] <= row["images_per_second_p50"] <= row["images_per_second_p80"]
         assert row["cpu_us_per_image"] > 0
         assert row["images"] == {"J": 130, "a": 1000, "s": 64}[row["op"][0]]
-        assert {"torch", "torchvision", "numpy"} <= set(row["versions"])
-        assert row["commit"]
-        assert "CPU" in row["cpu"]
-        assert row["load"] >= 0
+        assert {"torch", "torchvision", "numpy"} <= set(row["environment"]["versions"])
+        assert row["environment"]["commit"]
+        assert "CPU" in row["environment"]["processor"]
+        assert row["environment"]["load"] >= 0
     firsts = {row["op"]: row for row in reversed(rows)}
     assert all(row["relative_time"] == 1 for row in firsts.values())
     printed = capsys.readouterr().out
