@@ -88,9 +88,20 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
     return path
 
 
+def pass_batch_size(config: Config) -> int:
+    """Images at a time in the statistics pass, on whose result it has no influence with running statistics.
+
+    Twice the minibatch, or twice the chunk: without gradients that needs less memory than a training step.
+    """
+    chunk, batch = config.matching.chunk_size, config.training.batch_size
+    if config.networks.extractor_bn == "batch":
+        return batch
+    return 2 * (chunk if isinstance(chunk, int) else batch)
+
+
 def make_target(config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None) -> Moments:
     """The target: the file of `--target`, or computed once and cached."""
-    batch_size, seed, loader = config.training.batch_size, config.training.seed, config.data.loader
+    batch_size, seed, loader = pass_batch_size(config), config.training.seed, config.data.loader
     if config.output.target is not None:
         images = target_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
         return Moments.load(config.output.target, fingerprint(extractor, images, dtype))

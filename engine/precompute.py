@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.assembly import make_extractor, open_data
+from engine.assembly import make_extractor, open_data, pass_batch_size
 from engine.cli import Interrupted, Parser, run_command
 from engine.config import PRESETS, Config, add_flags, given_flags
 from engine.devices import choose_device
@@ -66,7 +66,7 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
         images = target_loader(
             extractor,
             dataset,
-            batch_size=config.training.batch_size,
+            batch_size=pass_batch_size(config),
             seed=config.training.seed,
             loader=config.data.loader,
             shard=ranks.rank,
