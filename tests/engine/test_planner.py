@@ -103,7 +103,7 @@ def test_large_minibatches_cost_no_memory_and_grow_linearly() -> None:
     small, middle = peak(2**10), peak(2**12)
     assert large["peak"] == pytest.approx(middle + (middle - small) * 20, rel=0.01)
     # With chunks, what grows is images and generator; many small chunks take no more time to model than three.
-    assert peak(2**16, chunk_size=1, checkpoint_generator=True) < large["peak"] / 3
+    assert peak(2**16, chunk_size=1, checkpoint_generator=True) < large["peak"] / 2
 
 
 def test_no_chunk_is_left_out_that_would_need_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,102 @@
+"""bench.memory on the smallest sizes: what is modelled is what is measured, for the naive implementation too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import memory
+from bench.memory import GIB, VARIANTS, MemoryRow, Problem, largest_minibatch
+from engine.cli import run_command
+
+CPU = torch.device("cpu")
+SMALL = Problem("vgg-small", 32, "dcgan")
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[6]], ids=lambda variant: variant.name)
+def test_modelled_is_measured(variant: memory.Variant) -> None:
+    modelled = memory.model(variant, SMALL, 16, CPU)
+    measured, resident = memory.measure_apart(variant, SMALL, 16, CPU)
+    assert modelled.peak == pytest.approx(measured, rel=0.1)
+    assert resident > measured
+
+
+def test_every_variant_has_a_model_at_sizes_that_no_machine_has() -> None:
+    peaks = {variant.name: memory.model(variant, SMALL, 2**16, CPU).peak for variant in VARIANTS}
+    assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
+    assert peaks["naive"] > 100 * GIB > 4 * peaks[VARIANTS[-1].name]
+
+
+@pytest.mark.parametrize("budget", [3, 1000, 12_345, 10**7, 10**9])
+@pytest.mark.parametrize(
+    "total",
+    [lambda n: 10 * n, lambda n: 997 + 10 * n, lambda n: max(2000, 7 * n), lambda n: 500 + min(10 * n, 640) + n],
+    ids=["line", "offset", "floor", "bend"],
+)
+def test_largest_minibatch(total: Callable[[int], int], budget: int) -> None:
+    calls = 0
+
+    def counted(n: int) -> int:
+        nonlocal calls
+        calls += 1
+        return total(n)
+
+    found = largest_minibatch(counted, budget)
+    assert calls < 150
+    if found == 0:
+        assert total(2) > budget
+    else:
+        assert total(found) <= budget < total(int(found * 1.011) + 2)
+
+
+def row(variant: str, minibatch: int, modelled: int, measured: int | None) -> MemoryRow:
+    return MemoryRow(variant, "float32", "vgg-small", "dcgan", 32, minibatch, 0, modelled, measured, None, {})
+
+
+def test_scale_is_the_slope_between_the_largest_minibatches() -> None:
+    rows = [row("ours", 4, 100, 90), row("ours", 8, 140, 110), row("ours", 16, 300, None), row("naive", 4, 1, None)]
+    (scale,) = memory.scale_rows(rows)
+    assert (scale.variant, scale.modelled, scale.measured) == ("ours", 20.0, 5.0)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "VARIANTS", VARIANTS[:1])
+    monkeypatch.setattr(memory, "CAPACITY_PROBLEMS", (SMALL,))
+    monkeypatch.setattr(memory, "capacity_rows", lambda *rest, known=memory.capacity_rows: known(*rest, VARIANTS[:1]))
+    out, picture = tmp_path / "rows.json", tmp_path / "plots" / "memory.png"
+    flags = "--extractor vgg-small --batch-sizes 16 8 64 --measure-up-to 60MiB --device cpu"
+    memory.main([*flags.split(), "--json", str(out), "--plot", str(picture)])
+    rows = json.loads(out.read_text())
+    assert [entry["minibatch"] for entry in rows[:3]] == [8, 16, 64]
+    assert [entry["measured"] is None for entry in rows[:3]] == [False, True, True]
+    assert all(entry["environment"]["versions"]["torch"] for entry in rows)
+    capacities = [entry["minibatch"] for entry in rows if "budget" in entry]
+    assert len(capacities) == 4
+    assert capacities == sorted(capacities)
+    assert capacities[0] > 1000
+    assert picture.stat().st_size > 1000
+    text = capsys.readouterr().out
+    assert "largest minibatch (modelled)" in text
+    assert "| 12 GiB | 16 GiB | 24 GiB | 80 GiB |" in text
+
+
+def test_a_failed_measurement_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"naive, minibatch 16: not measured: .*nothing"):
+        memory.measure_apart(VARIANTS[0], Problem("nothing", 32, "dcgan"), 16, CPU)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--batch-sizes 1", "--batch-sizes: must be at least 2"), ("--measure-up-to 3", "--measure-up-to: '3' is not")],
+)
+def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_command(memory.main, flags.split())
+    assert exit_.value.code == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert len(text.splitlines()) == 1
