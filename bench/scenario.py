@@ -46,7 +46,8 @@ class Scenario:
     def build(cls, name: str, image_size: int, minibatch: int, device: str, seed: int = 0) -> Scenario:
         """Random weights; BatchNorm's running statistics from smooth random images, so that no layer is dead."""
         torch.manual_seed(seed)
-        networks, files = [], []
+        networks: list[nn.Module] = []
+        files: list[Path] = []
         with tempfile.TemporaryDirectory() as folder:
             for part in name.split("+"):
                 network = make_network(part, image_size)

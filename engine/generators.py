@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.utils.checkpoint
@@ -162,10 +164,14 @@ def run_generator(generator: nn.Module, z: Tensor, *, checkpoint: bool = False) 
     x = z
     for stage in generator.stages():  # type: ignore[operator]  # a method of every generator
         x = torch.utils.checkpoint.checkpoint(
-            stage, x, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda stage=stage: (contextlib.nullcontext(), _statistics_left_alone(stage)),
-        )  # fmt: skip
+            stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
+        )
     return x
+
+
+def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the first computation, and for the second."""
+    return contextlib.nullcontext(), _statistics_left_alone(stage)
 
 
 @contextlib.contextmanager

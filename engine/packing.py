@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,7 +55,7 @@ def pack(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphMod
     first = next(node.args[1] for node in packed.graph.nodes if is_visit(node))
     for node in packed.graph.nodes:
         conv = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(conv, nn.Conv2d) or calls[str(node.target)] > 1 or not _is_plain(conv):
+        if not _is_plain(conv) or calls[str(node.target)] > 1:
             continue
         activation = "none"
         (reader, *others) = node.users
@@ -68,8 +69,9 @@ def pack(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphMod
     return packed, changed
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """A subclass may do something else than its attributes say (timm's pads its images to what TensorFlow does)."""
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 class PackedConv2d(nn.Module):
@@ -80,11 +82,12 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.conv = conv
         self.epilogue = _EPILOGUES[activation]
+        assert not isinstance(conv.padding, str)
         self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         height, width = conv.kernel_size
         # Padding that a convolution with flipped weights needs to give the input's gradient its size.
         padding, stride, dilation, groups = self.geometry
-        self.back_padding = [height - 1 - int(padding[0]), width - 1 - int(padding[1])]
+        self.back_padding = [height - 1 - padding[0], width - 1 - padding[1]]
         self.flips = stride == [1, 1] and dilation == [1, 1] and groups == 1 and min(self.back_padding) >= 0
         self.weight: Tensor | None = None
         self.flipped: Tensor | None = None

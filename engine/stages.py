@@ -26,7 +26,7 @@ def cut(graph_module: fx.GraphModule, sizes: Sequence[int]) -> list[fx.GraphModu
     place = {node: n for n, node in enumerate(nodes)}
     last_reader = {node: max((place[user] for user in node.users), default=place[node]) for node in nodes}
     visits = [node for node in nodes if is_visit(node)]
-    own = [sizes[int(visit.args[1])] for visit in visits]  # type: ignore[arg-type]
+    own = [sizes[int(visit.args[1])] for visit in visits]
     possible = [
         n
         for n, visit in enumerate(visits[:-1])

@@ -8,6 +8,7 @@ from conftest import enliven
 from oracle import relative_error, tapped
 from torch import nn
 
+from engine.extractors import build_extractor
 from engine.feature_pass import FeaturePass
 from engine.packing import PackedConv2d, can_pack
 
@@ -77,6 +78,18 @@ def test_which_activations_are_applied():
     assert [site.applied for site in prepared.sites] == [False, True, False, False, False, True]
     assert [site.applied for site in extractor.sites] == [False] * 6
     assert [site.activation for site in prepared.sites] == [site.activation for site in extractor.sites]
+
+
+def test_subclasses_do_what_they_like():
+    """timm's convolutions with TensorFlow's "same" padding say padding 0, and pad their images themselves."""
+    pytest.importorskip("timm")
+    extractor = build_extractor("efficientnet-lite0", image_size=32)
+    prepared = FeaturePass(extractor).prepared
+    padded = [module for module in prepared.modules() if type(module).__name__ == "Conv2dSame"]
+    assert padded
+    assert any(isinstance(module, PackedConv2d) for module in prepared.modules())
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(prepared.features(x), extractor.features(x), rtol=1e-4, atol=1e-4)
 
 
 def test_float64_stays_plain(tiny_extractor):
