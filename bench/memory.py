@@ -187,10 +187,10 @@ def naive_step(
     return step
 
 
-def model(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> Footprint:
+def model(variant: Variant, problem: Problem, minibatch: int) -> Footprint:
     """What a step needs, without allocating it."""
     if variant.naive is None:
-        return predict(configuration(variant, problem, minibatch), *_ours(problem), device)
+        return predict(configuration(variant, problem, minibatch), *_ours(problem))
     generator, networks, num_features = _naive(problem)
     mode = FakeMode()
     fakes = fake_copy(generator, mode), fake_copy(networks, mode)
@@ -251,7 +251,7 @@ def memory_rows(
     rows, where = [], environment()
     for variant in VARIANTS:
         for minibatch in minibatches:
-            footprint = model(variant, problem, minibatch, device)
+            footprint = model(variant, problem, minibatch)
             measured: tuple[int | None, int | None] = (None, None)
             if footprint.total <= measure_up_to:
                 measured = measure_apart(variant, problem, minibatch, device)
@@ -310,13 +310,13 @@ def largest_minibatch(total: Callable[[int], int], budget: int) -> int:
 
 
 def capacity_rows(
-    problems: Sequence[Problem], budgets: Sequence[int], device: torch.device, variants: Sequence[Variant] = VARIANTS
+    problems: Sequence[Problem], budgets: Sequence[int], variants: Sequence[Variant] = VARIANTS
 ) -> list[CapacityRow]:
     """The largest minibatch of every variant for every problem and budget (bytes)."""
     rows, where = [], environment()
     for problem in problems:
         for variant in variants:
-            total = functools.cache(lambda n, v=variant, p=problem: model(v, p, n, device).total)
+            total = functools.cache(lambda n, v=variant, p=problem: model(v, p, n).total)
             for budget in budgets:
                 rows.append(CapacityRow(
                     variant.name, variant.dtype, problem.extractor, problem.generator, problem.image_size, budget,
@@ -409,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problem = Problem(args.extractor, args.image_size, args.generator)
     rows = memory_rows(problem, sorted(set(args.batch_sizes)), limit, device)
     scales = scale_rows(rows)
-    capacities = [] if args.no_capacity else capacity_rows(CAPACITY_PROBLEMS, [n * GIB for n in BUDGETS], device)
+    capacities = [] if args.no_capacity else capacity_rows(CAPACITY_PROBLEMS, [n * GIB for n in BUDGETS])
     print_rows(rows, scales, capacities)
     if args.json is not None:
         write_json(args.json, [*rows, *scales, *capacities])

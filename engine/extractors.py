@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
+from engine.convolutions import can_fuse, fuse
 from engine.errors import InputError
 from engine.folding import freeze
 from engine.networks import Network, make_network
-from engine.packing import can_pack, pack
 from engine.stages import cut
 from engine.tapping import NoMatch, TapSite, Visitor, tap_network
 from engine.weights import copy_weights, read_state_dict, state_digest
@@ -109,7 +109,7 @@ class Extractor(nn.Module):
 
     def prepared(self) -> Extractor:
         """The same extractor, of the same weights, as it runs fastest on its device; itself where nothing is faster."""
-        if not can_pack(next(self.parameters())):
+        if not can_fuse(next(self.parameters())):
             return self
         twin = copy.copy(self)
         twin._modules = {**self._modules, "networks": nn.ModuleList()}
@@ -118,8 +118,8 @@ class Extractor(nn.Module):
             normalised = network if isinstance(network, _Normalised) else None
             graph = network if normalised is None else normalised.network
             assert isinstance(graph, fx.GraphModule)
-            packed, changed = pack(graph, sites)
-            twin.networks.append(packed if normalised is None else _Normalised(normalised.normalisation, packed))
+            fused, changed = fuse(graph, sites)
+            twin.networks.append(fused if normalised is None else _Normalised(normalised.normalisation, fused))
             for index, site in changed.items():
                 sites[index] = site
         twin.sites = tuple(sites)

@@ -33,7 +33,6 @@ from engine.extractors import Extractor, build_extractor
 from engine.feature_pass import CHECKPOINTS
 from engine.generators import build_generator
 from engine.moments import Moments
-from engine.packing import PackedConv2d, can_pack
 from engine.run_folder import RunFolder
 from engine.trainer import Trainer, amp_dtype
 from kernels import reference
@@ -56,9 +55,9 @@ class Footprint:
 
     Attributes:
         weights: parameters and buffers of generator and extractor, as they were before anything else was made.
-        between_steps: what else is there between two steps: the low-precision copy of the extractor, its packed weights
-            on a CPU, the target, the averager's and the optimizer's state, the moving average of the generator, the
-            generator's gradients.
+        between_steps: what else is there between two steps: the low-precision copy of the extractor, the
+            target, the averager's and the optimizer's state, the moving average of the generator, the generator's
+            gradients.
         peak: the most that is there at the same time during a step besides the weights: `between_steps`, images,
             activations, moments, coefficients, gradients, and what operators return to each other.
     """
@@ -159,19 +158,7 @@ def fake_target(num_features: int) -> Moments:
     return Moments(2, mean, mean)
 
 
-def packed_bytes(extractor: Extractor, dtype: torch.dtype | None) -> int:
-    """What `engine.packing` keeps of the weights on a CPU: one more layout of each, or two if backward has its own.
-
-    It leaves fake tensors alone, so the tracker does not see it.
-    """
-    dtype = dtype or extractor.dtype
-    if not can_pack(torch.empty(0, dtype=dtype)):
-        return 0
-    packed = (module for module in extractor.prepared().modules() if isinstance(module, PackedConv2d))
-    return dtype.itemsize * sum(module.conv.weight.numel() * (1 + module.flips) for module in packed)
-
-
-def predict(config: Config, generator: nn.Module, extractor: Extractor, device: torch.device) -> Footprint:
+def predict(config: Config, generator: nn.Module, extractor: Extractor) -> Footprint:
     """The footprint of training as `config` says, on tensors of no memory, in about a second.
 
     It models the fused kernels, or with `--kernels reference` the plain ones and what they allocate. On CUDA the
@@ -181,7 +168,6 @@ def predict(config: Config, generator: nn.Module, extractor: Extractor, device: 
     Args:
         config: `chunk_size` must be a number or None.
         generator, extractor: on the CPU, of the right shapes; they are only looked at.
-        device: where the training is to be.
     """
     mode = FakeMode()
     dtype = amp_dtype(config)
@@ -210,8 +196,6 @@ def predict(config: Config, generator: nn.Module, extractor: Extractor, device: 
     footprint = track(build, mode, [fake_generator, fake_extractor])
     low = 0 if dtype is None else num_bytes(fake_extractor)
     extra = low + (num_bytes(generator) if ema else 0)
-    if device.type == "cpu":
-        extra += packed_bytes(extractor, dtype)
     return Footprint(num_bytes(generator, extractor), footprint.between_steps + extra, footprint.peak + extra)
 
 
@@ -248,9 +232,9 @@ class Planner:
     The networks are built with random weights on the CPU: what is in them does not matter.
     """
 
-    def __init__(self, config: Config, device: torch.device):
+    def __init__(self, config: Config):
         networks, size = config.networks, config.data.image_size
-        self.config, self.device = config, device
+        self.config = config
         self.generator = build_generator(networks.generator, image_size=size, nz=networks.nz)
         self.extractor = build_extractor(
             networks.extractor,
@@ -266,7 +250,7 @@ class Planner:
         config = self.config.replaced(
             {"chunk_size": chunk_size, "checkpoint": checkpoint, "checkpoint_generator": checkpoint_generator}
         )
-        footprint = predict(config, self.generator, self.extractor, self.device)
+        footprint = predict(config, self.generator, self.extractor)
         return Plan(chunk_size, checkpoint, checkpoint_generator, footprint)
 
     def configured(self, chunk_size: int | None) -> Plan:
@@ -306,7 +290,7 @@ def choose_chunk(config: Config, device: torch.device) -> Config:
     automatic = config.matching.chunk_size == "auto"
     if not automatic and config.matching.memory_budget is None:
         return config
-    planner = Planner(config, device)
+    planner = Planner(config)
     budget = budget_bytes(config, device)
     if automatic:
         return config.replaced({"chunk_size": planner.largest_chunk(budget).chunk_size})
@@ -355,7 +339,7 @@ def shown_bytes(count: float) -> str:
 
 def print_plans(config: Config, device: torch.device) -> None:
     """The table of `--plan`, on standard output."""
-    planner = Planner(config, device)
+    planner = Planner(config)
     budget = budget_bytes(config, device)
     batch = config.training.batch_size
     networks = config.networks

@@ -19,14 +19,14 @@ SMALL = Problem("vgg-small", 32, "dcgan")
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[6]], ids=lambda variant: variant.name)
 def test_modelled_is_measured(variant: memory.Variant) -> None:
-    modelled = memory.model(variant, SMALL, 16, CPU)
+    modelled = memory.model(variant, SMALL, 16)
     measured, resident = memory.measure_apart(variant, SMALL, 16, CPU)
     assert modelled.peak == pytest.approx(measured, rel=0.1)
     assert resident > measured
 
 
 def test_every_variant_has_a_model_at_sizes_that_no_machine_has() -> None:
-    peaks = {variant.name: memory.model(variant, SMALL, 2**16, CPU).peak for variant in VARIANTS}
+    peaks = {variant.name: memory.model(variant, SMALL, 2**16).peak for variant in VARIANTS}
     assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
     assert peaks["naive"] > 100 * GIB > 4 * peaks[VARIANTS[-1].name]
 

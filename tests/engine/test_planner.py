@@ -32,7 +32,7 @@ def configuration(**flags: Any) -> Config:
 
 
 def predicted(config: Config, plans: Planner) -> Footprint:
-    return planner.predict(config, plans.generator, plans.extractor, CPU)
+    return planner.predict(config, plans.generator, plans.extractor)
 
 
 def measured(config: Config, plans: Planner) -> int:
@@ -67,13 +67,13 @@ def measured(config: Config, plans: Planner) -> int:
 )
 def test_prediction_is_within_a_tenth_of_the_allocator(flags: dict[str, Any]) -> None:
     config = configuration(**flags)
-    plans = Planner(config, CPU)
+    plans = Planner(config)
     assert predicted(config, plans).peak == pytest.approx(measured(config, plans), rel=0.1)
 
 
 def test_fused_kernels_are_modelled_without_the_plain_ones_temporaries() -> None:
     config = configuration(kernels="compiled")
-    plans = Planner(config, CPU)
+    plans = Planner(config)
     measured(config.replaced({"batch_size": 4}), plans)  # compiles
     assert predicted(config, plans).peak == pytest.approx(measured(config, plans), rel=0.1)
     assert predicted(config, plans).peak < predicted(config.replaced({"kernels": "reference"}), plans).peak
@@ -81,17 +81,15 @@ def test_fused_kernels_are_modelled_without_the_plain_ones_temporaries() -> None
 
 def test_float16_with_its_loss_scaling_can_be_modelled() -> None:
     config = configuration(amp=True)
-    plans = Planner(config, CPU)
-    half = planner.predict(
-        config.replaced({"amp_dtype": "fp16"}), plans.generator, plans.extractor, torch.device("cuda")
-    )
-    other = planner.predict(config, plans.generator, plans.extractor, torch.device("cuda"))
+    plans = Planner(config)
+    half = planner.predict(config.replaced({"amp_dtype": "fp16"}), plans.generator, plans.extractor)
+    other = planner.predict(config, plans.generator, plans.extractor)
     assert half.peak == pytest.approx(other.peak, rel=0.1)
 
 
 def test_large_minibatches_cost_no_memory_and_grow_linearly() -> None:
     config = configuration(kernels="compiled")
-    plans = Planner(config, CPU)
+    plans = Planner(config)
 
     def peak(minibatch: int, **flags: Any) -> int:
         return predicted(config.replaced({"batch_size": minibatch, **flags}), plans).peak
@@ -108,7 +106,7 @@ def test_large_minibatches_cost_no_memory_and_grow_linearly() -> None:
 
 def test_no_chunk_is_left_out_that_would_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(chunk_size=2)
-    plans = Planner(config, CPU)
+    plans = Planner(config)
     some = predicted(config, plans)
     monkeypatch.setattr(planner, "_MODELLED_CHUNKS", 100)
     assert predicted(config, plans) == some
@@ -214,7 +212,7 @@ def test_plan_prints_a_table_and_touches_nothing(
 
     monkeypatch.setattr(train, "open_data", never)
     monkeypatch.chdir(tmp_path)
-    flags = "--plan --preset cifar10 --extractor vgg-small --data nowhere --batch-size 8 --memory-budget 33MiB"
+    flags = "--plan --preset cifar10 --extractor vgg-small --data nowhere --batch-size 8 --memory-budget 31MiB"
     train.main([*flags.split(), "--device", "cpu"])
     text = capsys.readouterr().out
     assert text.count("modelled") >= 3
@@ -241,10 +239,10 @@ def test_auto_trains_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_models_leave_the_networks_as_they_were() -> None:
     config = configuration(amp=True)
-    plans = Planner(config, CPU)
+    plans = Planner(config)
     generator = build_generator("dcgan", image_size=32)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
-    planner.predict(config, generator, plans.extractor, CPU)
+    planner.predict(config, generator, plans.extractor)
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
     assert all(parameter.grad is None for parameter in generator.parameters())
     assert plans.extractor.dtype is torch.float32

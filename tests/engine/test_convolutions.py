@@ -1,4 +1,4 @@
-"""Packed convolutions against the plain ones."""
+"""Frozen convolutions against the plain ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from conftest import enliven
 from oracle import relative_error, tapped
 from torch import nn
 
+from engine.convolutions import FrozenConv2d, can_fuse
 from engine.extractors import build_extractor
 from engine.feature_pass import FeaturePass
-from engine.packing import PackedConv2d, can_pack
 
 DTYPES = [
     pytest.param(torch.float32, 1e-5, id="float32"),
@@ -35,19 +35,19 @@ GEOMETRIES = [
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_one_convolution(dtype, tolerance, geometry, activation):
     conv = nn.Conv2d(6, 10, **geometry).requires_grad_(False).to(dtype, memory_format=torch.channels_last)
-    if not can_pack(conv.weight):
+    if not can_fuse(conv.weight):
         pytest.skip("oneDNN has no such convolution here")
-    packed = PackedConv2d(conv, activation)
-    for count in (4, 3):  # packed for four images, used for three
+    frozen = FrozenConv2d(conv, activation)
+    for count in (4, 3):
         x = (3 * torch.randn(count, 6, 9, 8)).to(dtype, memory_format=torch.channels_last).requires_grad_()
         exact = torch.nn.functional.conv2d(
             x.double(), conv.weight.double(), None if conv.bias is None else conv.bias.double(),
             conv.stride, conv.padding, conv.dilation, conv.groups,
         )  # fmt: skip
         grad = torch.randn(exact.shape).to(dtype, memory_format=torch.channels_last)
-        # The mask is the tap's: the packed backward takes the gradient of the convolution's own result.
+        # The mask is the tap's: the frozen backward takes the gradient of the convolution's own result.
         (expected,) = torch.autograd.grad(exact, x, grad.double())
-        y = packed(x)
+        y = frozen(x)
         (found,) = torch.autograd.grad(y, x, grad)
         wanted = {"none": exact, "relu": exact.relu(), "relu6": exact.clamp(0, 6)}[activation]
         assert relative_error(y, wanted) <= tolerance
@@ -87,7 +87,7 @@ def test_subclasses_do_what_they_like():
     prepared = FeaturePass(extractor).prepared
     padded = [module for module in prepared.modules() if type(module).__name__ == "Conv2dSame"]
     assert padded
-    assert any(isinstance(module, PackedConv2d) for module in prepared.modules())
+    assert any(isinstance(module, FrozenConv2d) for module in prepared.modules())
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(prepared.features(x), extractor.features(x), rtol=1e-4, atol=1e-4)
 
