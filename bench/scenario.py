@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.naive import NaiveMatching
 from engine.averagers import AMA
 from engine.extractors import Extractor, build_extractor
-from engine.generators import build_generator
+from engine.generators import build_generator, run_generator
 from engine.matching import MomentMatching
 from engine.moments import Moments
 from engine.networks import make_network
@@ -74,7 +74,13 @@ class Scenario:
         """The generator's input, [minibatch, NZ]."""
         return torch.randn(self.minibatch, NZ, device=self.device)
 
-    def trainer(self, objective: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Callable[[], object]:
+    def trainer(
+        self,
+        objective: Callable[[Tensor], Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        checkpoint_generator: bool = False,
+    ) -> Callable[[], object]:
         """A function that does one training step of a new DCGAN generator, under autocast if `dtype` is given."""
         torch.manual_seed(1)
         generator = build_generator("dcgan", image_size=self.image_size, nz=NZ).to(self.device)
@@ -84,7 +90,7 @@ class Scenario:
         def step() -> None:
             adam.zero_grad(set_to_none=True)
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                images = generator(self.z())
+                images = run_generator(generator, self.z(), checkpoint=checkpoint_generator)
             scaler.scale(objective(images.float())).backward()
             scaler.step(adam)
             scaler.update()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from engine.extractors import Extractor
 
 # Relative error of ∂L/∂images against float64: masks and pooling ties flip in float32; bfloat16 has 8 bits.
 TOLERANCE = {None: 5e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+# Minibatches of `--scale`, in chunks.
+SCALE = (1, 2, 8, 64)
 NAMES = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -180,6 +183,36 @@ def measure(
     return rows
 
 
+def measure_scale(
+    name: str, image_size: int, minibatches: Sequence[int], chunk: int, device: str, repetitions: int, low: torch.dtype
+) -> list[StepRow]:
+    """`ours --amp` at several minibatches, the first of them one chunk, the others chunks of the same size."""
+    scenario = Scenario.build(name, image_size, chunk, device)
+    steps: dict[int, Callable[[], object]] = {}
+    for minibatch in minibatches:
+        objective = scenario.ours(low, chunk_size=chunk)
+        sized = dataclasses.replace(scenario, minibatch=minibatch)
+        steps[minibatch] = sized.trainer(objective, low, checkpoint_generator=True)
+    rows = []
+    for minibatch, seconds in interleaved(steps, repetitions, warmup=1).items():
+        p20, p50, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
+        variant = f"ours, chunks of {chunk}, generator checkpointed"
+        rows.append(StepRow(
+            variant, NAMES[low], name, image_size, minibatch, p20, p50, p80, minibatch / p50, float("nan"),
+        ))  # fmt: skip
+    return rows
+
+
+def print_scale(rows: Sequence[StepRow]) -> None:
+    """The table: time per image against the first row's (one chunk) and the second's (two)."""
+    headings = ("minibatch", "step p20, s", "p50", "p80", "ms/image", "/ one chunk", f"/ minibatch {rows[1].minibatch}")
+    per_image = [row.p50 / row.minibatch for row in rows]
+    print(table(headings, [[
+        row.minibatch, f"{row.p20:.2f}", f"{row.p50:.2f}", f"{row.p80:.2f}", f"{1e3 * own:.2f}",
+        f"{own / per_image[0]:.2f}", f"{own / per_image[1]:.2f}",
+    ] for row, own in zip(rows, per_image, strict=True)]))  # fmt: skip
+
+
 def ratios(rows: Sequence[StepRow]) -> dict[str, float]:
     """What the project promises: how many times faster than each naive variant, and how near the floor."""
     seconds = {(row.variant, row.dtype): row.p50 for row in rows}
@@ -218,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--extractor", default="vgg19+resnet18", metavar="NAME")
     parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
+    parser.add_argument("--scale", action="store_true", help="instead: larger minibatches in chunks of --batch-size")
     parser.add_argument("--repetitions", type=int, default=10, metavar="N", help="timed steps (default: %(default)s)")
     parser.add_argument("--amp-dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -228,8 +262,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.batch_size < 2:
         parser.error(f"--batch-size: must be at least 2, got {args.batch_size}")
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}[args.amp_dtype]
-    rows = measure(args.extractor, args.image_size, args.batch_size, args.device, args.repetitions, low)
-    print_rows(rows)
+    if args.scale:
+        minibatches = [factor * args.batch_size for factor in SCALE]
+        rows = measure_scale(
+            args.extractor, args.image_size, minibatches, args.batch_size, args.device, args.repetitions, low
+        )
+        print_scale(rows)
+    else:
+        rows = measure(args.extractor, args.image_size, args.batch_size, args.device, args.repetitions, low)
+        print_rows(rows)
     if args.json is not None:
         write_json(args.json, rows)
 
