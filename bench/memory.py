@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from bench.naive import NaiveMatching
 from bench.rows import environment, peak_memory, table, write_json
 from engine.assembly import make_objective
+from engine.averagers import AMA
 from engine.cli import Parser, run_command
 from engine.config import Config, memory_bytes
 from engine.extractors import build_extractor
 from engine.generators import build_generator
+from engine.matching import MomentMatching
 from engine.moments import Moments
 from engine.networks import make_network
 from engine.planner import FakeMode, Footprint, fake_copy, fake_target, predict, shown_bytes, track
@@ -327,11 +329,57 @@ def capacity_rows(
     return rows
 
 
+@dataclass(frozen=True)
+class SavedRow:
+    """What autograd keeps of an extractor between forward and backward.
+
+    Attributes:
+        saved: bytes an image.
+        floor: bytes an image of the taps alone, D · size of a number: the masks of backward are in them.
+    """
+
+    extractor: str
+    image_size: int
+    dtype: str
+    saved: int
+    floor: int
+    environment: dict[str, Any] = field(default_factory=environment, repr=False)
+
+
+def saved_row(problem: Problem, dtype: torch.dtype | None, device: torch.device) -> SavedRow:
+    """Measured with autograd's own hooks, as the difference between minibatches of 4 and 2."""
+    extractor = build_extractor(problem.extractor, image_size=problem.image_size).to(device)
+    features = extractor.num_features
+    ones = torch.ones(features, dtype=torch.float64)
+    objective = MomentMatching(extractor, Moments(2, ones, ones), AMA(), amp_dtype=dtype)
+    own = {parameter.untyped_storage().data_ptr() for parameter in objective.extractor.parameters()}
+
+    def saved(minibatch: int) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        size = problem.image_size
+        images = torch.rand(minibatch, 3, size, size, device=device).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = objective(images)
+        del loss
+        return sum(count for address, count in storages.items() if address not in own)
+
+    low = dtype or torch.float32
+    name = str(low).removeprefix("torch.")
+    return SavedRow(problem.extractor, problem.image_size, name, (saved(4) - saved(2)) // 2, features * low.itemsize)
+
+
 def _shown(count: float | None) -> str:
     return "" if count is None else shown_bytes(count)
 
 
-def print_rows(rows: Sequence[MemoryRow], scales: Sequence[ScaleRow], capacities: Sequence[CapacityRow]) -> None:
+def print_rows(
+    rows: Sequence[MemoryRow], scales: Sequence[ScaleRow], saved: Sequence[SavedRow], capacities: Sequence[CapacityRow]
+) -> None:
     """The tables."""
     headings = ("variant", "minibatch", "modelled", "measured", "modelled / measured", "resident (whole process)")
     print(table(headings, [[
@@ -342,6 +390,10 @@ def print_rows(rows: Sequence[MemoryRow], scales: Sequence[ScaleRow], capacities
     print(table(("variant", "KiB for one more image, modelled", "measured"), [[
         row.variant, f"{row.modelled / 1024:.0f}", "" if row.measured is None else f"{row.measured / 1024:.0f}",
     ] for row in scales]))  # fmt: skip
+    print()
+    print(table(("saved for backward", "dtype", "KiB an image", "/ its taps"), [[
+        f"{row.extractor} at {row.image_size}", row.dtype, f"{row.saved / 1024:.0f}", f"{row.saved / row.floor:.3f}",
+    ] for row in saved]))  # fmt: skip
     if not capacities:
         return
     print()
@@ -410,9 +462,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = memory_rows(problem, sorted(set(args.batch_sizes)), limit, device)
     scales = scale_rows(rows)
     capacities = [] if args.no_capacity else capacity_rows(CAPACITY_PROBLEMS, [n * GIB for n in BUDGETS])
-    print_rows(rows, scales, capacities)
+    saved = [saved_row(problem, dtype, device) for dtype in (None, torch.bfloat16)]
+    print_rows(rows, scales, saved, capacities)
     if args.json is not None:
-        write_json(args.json, [*rows, *scales, *capacities])
+        write_json(args.json, [*rows, *scales, *saved, *capacities])
     if args.plot is not None:
         plot(args.plot, rows)
 

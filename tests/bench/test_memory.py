@@ -100,3 +100,11 @@ def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureF
     text = capsys.readouterr().err
     assert message in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16"])
+def test_the_pair_saves_little_more_than_its_taps(dtype: torch.dtype | None) -> None:
+    """At most 1.3 times; pooling indices and the images are what is more."""
+    row = memory.saved_row(Problem("vgg19+resnet18", 32, "dcgan"), dtype, CPU)
+    assert row.floor == 851_968 * (4 if dtype is None else 2)
+    assert 1 <= row.saved / row.floor <= 1.3

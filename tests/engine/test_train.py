@@ -383,6 +383,29 @@ def test_target_of_something_else_is_refused(flags, finished: Path, tmp_path: Pa
         assert str(target) in errors
 
 
+def test_profile_writes_a_trace_and_prints_the_top(flags, finished: Path, tmp_path: Path, caplog) -> None:
+    with caplog.at_level("INFO", logger="gfmn"):
+        train.main([*flags, "--profile", "2", "--out", str(tmp_path / "run")])
+    events = json.loads((tmp_path / "run" / "profile.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep#")}
+    assert len(steps) == 2
+    assert any("gfmn::relu_moments" in str(event.get("name")) for event in events)
+    assert "Self CPU time total" in caplog.text
+    assert same_run(tmp_path / "run", finished), "looking changes nothing"
+
+
+def test_profile_longer_than_the_run_is_one_line(flags, tmp_path: Path, capsys) -> None:
+    code, error = command(train.main, [*flags, "--profile", "5", "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert "--profile: 5 steps after 2 of warm-up are more than 6" in error
+
+
+def test_checkpoints_change_nothing(flags, finished: Path, tmp_path: Path) -> None:
+    more = ["--checkpoint", "stages", "--checkpoint-generator"]
+    train.main([*flags, *more, "--out", str(tmp_path / "run")])
+    assert same_run(tmp_path / "run", finished)
+
+
 def test_sampling(finished: Path, tmp_path: Path, capsys) -> None:
     def draw(name: str, *more: str) -> Path:
         sampling.main(["--run", str(finished), "--count", "20", "--out", str(tmp_path / name), *more])
