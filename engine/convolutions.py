@@ -96,8 +96,8 @@ class FrozenConv2d(nn.Module):
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """∂L/∂x of the convolution, for ∂L/∂(its result)."""
         conv = self.conv
-        # Of x only the shape is needed.
-        x = torch.empty(1, dtype=grad.dtype).expand(shape)
+        # Of x only the shape is needed, but a tensor without memory of its own would be filled.
+        x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
         return torch.ops.aten.convolution_backward(
             grad, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
             [True, False, False],
