@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,11 +116,9 @@ class Extractor(nn.Module):
         twin._modules = {**self._modules, "networks": nn.ModuleList()}
         sites = list(self.sites)
         for network in self.networks:
-            normalised = network if isinstance(network, _Normalised) else None
-            graph = network if normalised is None else normalised.network
-            assert isinstance(graph, fx.GraphModule)
+            graph, normalised = _unwrapped(network)
             fused, changed = fuse(graph, sites)
-            twin.networks.append(fused if normalised is None else _Normalised(normalised.normalisation, fused))
+            twin.networks.append(normalised(fused))
             for index, site in changed.items():
                 sites[index] = site
         twin.sites = tuple(sites)
@@ -130,11 +129,9 @@ class Extractor(nn.Module):
         sizes = [tap.num_features for tap in self.taps]
         found: list[list[nn.Module]] = []
         for network in self.networks:
-            normalised = network if isinstance(network, _Normalised) else None
-            graph = network if normalised is None else normalised.network
-            assert isinstance(graph, fx.GraphModule)
+            graph, normalised = _unwrapped(network)
             first, *others = cut(graph, sizes)
-            found.append([first if normalised is None else _Normalised(normalised.normalisation, first), *others])
+            found.append([normalised(first), *others])
         return found
 
     @torch.no_grad()
@@ -259,6 +256,17 @@ class _Normalised(nn.Module):
 
     def forward(self, images: Tensor, visit: Visitor) -> Tensor:
         return self.network(self.normalisation(images), visit)
+
+
+def _unwrapped(network: nn.Module) -> tuple[fx.GraphModule, Callable[[nn.Module], nn.Module]]:
+    """The graph of one of an extractor's networks, and what puts the network's normalisation before another graph."""
+    normalised: Callable[[nn.Module], nn.Module]
+    if isinstance(network, _Normalised):
+        graph, normalised = network.network, partial(_Normalised, network.normalisation)
+    else:
+        graph, normalised = network, lambda other: other
+    assert isinstance(graph, fx.GraphModule)
+    return graph, normalised
 
 
 def _tap(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -147,6 +147,17 @@ class FeaturePass:
             gradients.append(gradient)
         return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
 
+    def keep(self, chunk: Tensor, at_tap: AtTap, criterion: Criterion) -> Any:
+        """Run one chunk and return what `gradient` needs: its graph, or with checkpoints the inputs of its stages."""
+        if self.stages is not None:
+            return self.sweep(chunk, at_tap)
+        with torch.enable_grad():
+            return self.run(chunk, at_tap, criterion)
+
+    def gradient(self, kept: Any, criterion: Criterion) -> Tensor:
+        """∂L/∂chunk from what `keep` returned, which is used up."""
+        return _gradient(*kept) if self.stages is None else self.gradient_of_sweep(kept, criterion)
+
     def _leaf(self, chunk: Tensor) -> Tensor:
         return chunk.detach().to(self.dtype, memory_format=torch.channels_last)
 
@@ -208,11 +219,8 @@ class _MinibatchPass(torch.autograd.Function):
         chunks = feature_pass.chunks(images)
         if not differentiable or len(chunks) > 1:
             feature_pass.collect(images, criterion)
-        elif feature_pass.stages is not None:
-            ctx.kept = feature_pass.sweep(chunks[0], criterion.collect)
         else:
-            with torch.enable_grad():
-                ctx.kept = feature_pass.run(chunks[0], criterion.collect, criterion)
+            ctx.kept = feature_pass.keep(chunks[0], criterion.collect, criterion)
         if differentiable:
             ctx.save_for_backward(images)
         return criterion.finish()
@@ -223,22 +231,15 @@ class _MinibatchPass(torch.autograd.Function):
         (images,) = ctx.saved_tensors
         feature_pass, criterion = ctx.feature_pass, ctx.criterion
         criterion.scale(grad_loss)
-        staged = feature_pass.stages is not None
         if ctx.kept is not None:
             kept, ctx.kept = ctx.kept, ()
             if not kept:
                 raise RuntimeError("loss: backward a second time; the pass over the features keeps nothing after one")
-            gradient = feature_pass.gradient_of_sweep(kept, criterion) if staged else _gradient(*kept)
-            return gradient.to(images.dtype), None, None, None
+            return feature_pass.gradient(kept, criterion).to(images.dtype), None, None, None
         gradient = torch.empty_like(images)
         for chunk, into in zip(feature_pass.chunks(images), feature_pass.chunks(gradient), strict=True):
-            if staged:
-                inputs = feature_pass.sweep(chunk, criterion.activate)
-                into.copy_(feature_pass.gradient_of_sweep(inputs, criterion))
-                continue
-            with torch.enable_grad():
-                leaf, tokens = feature_pass.run(chunk, criterion.activate, criterion)
-            into.copy_(_gradient(leaf, tokens))
+            kept = feature_pass.keep(chunk, criterion.activate, criterion)
+            into.copy_(feature_pass.gradient(kept, criterion))
         return gradient, None, None, None
 
 

@@ -277,7 +277,7 @@ class Planner:
                 f"--memory-budget: {chunk} needs {shown_bytes(smallest.footprint.total)} (modelled), "
                 f"the budget is {shown_bytes(budget)}{self._advice()}"
             )
-        return next(plan for plan in map(self.configured, sizes) if plan.footprint.total <= budget or plan is smallest)
+        return next(plan for plan in map(self.configured, sizes) if plan.footprint.total <= budget)
 
     def _advice(self) -> str:
         if not self.config.training.checkpoint_generator:
@@ -344,10 +344,11 @@ def print_plans(config: Config, device: torch.device) -> None:
     batch = config.training.batch_size
     networks = config.networks
     low = amp_dtype(config)
+    weights = num_bytes(planner.generator, planner.extractor)
     print(
         f"{networks.extractor} at {config.data.image_size}×{config.data.image_size}, {networks.generator} generator, "
         f"minibatch {batch}, {'float32' if low is None else str(low).removeprefix('torch.')}. Everything is modelled, "
-        f"nothing measured.\npeak: bytes in a step, weights included ({shown_bytes(_weights(planner))}); "
+        f"nothing measured.\npeak: bytes in a step, weights included ({shown_bytes(weights)}); "
         f"{TIME_MODEL}.\nbudget: {shown_bytes(budget)}"
         + ("" if config.matching.memory_budget else f" ({_SHARE_OF_FREE:.0%} of what is free)")
     )
@@ -368,7 +369,3 @@ def print_plans(config: Config, device: torch.device) -> None:
         if least > 0.99 * before:
             print(f"{'less':>7}  makes no difference: what is left does not depend on the chunk")
             break
-
-
-def _weights(planner: Planner) -> int:
-    return num_bytes(planner.generator, planner.extractor)
