@@ -12,6 +12,7 @@ import torch
 
 from engine.averagers import AMA, Averager, MovingAverage, NoAverage
 from engine.config import Config
+from engine.data import open_data as open_data
 from engine.errors import InputError
 from engine.extractors import Extractor, build_extractor
 from engine.matching import MomentMatching
@@ -19,22 +20,9 @@ from engine.moments import Moments
 from engine.networks import brings_weights
 from engine.pretraining import pretrain
 from engine.target import cached_target, fingerprint, target_loader
-from pipelines import ImageDataset, cache_folder, open_dataset
+from pipelines import ImageDataset, cache_folder
 
 log = logging.getLogger("gfmn")
-
-
-def open_data(config: Config) -> ImageDataset:
-    """The real images."""
-    data = config.data
-    return open_dataset(
-        data.dataset,
-        data.data,
-        image_size=data.image_size,
-        center_crop=data.center_crop,
-        horizontal_flip=data.horizontal_flip,
-        skip_bad_images=data.skip_bad_images,
-    )
 
 
 def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) -> Extractor:

@@ -182,22 +182,19 @@ def compute_metrics(
     check_sizes(network, generated, real)
     _warn_of_few(metrics, network, *counts)
     device = torch.device(device)
+    inputs = [generated] if real is None or set(metrics) == {"is"} else [generated, real]
+    # Images in memory need no processes that read them; distances between very many images need the sparing way.
+    in_memory = any(not isinstance(entry.source, str) for entry in inputs)
     options: dict[str, Any] = {
-        "input1": generated.source,
+        **{f"input{number}": entry.source for number, entry in enumerate(inputs, start=1)},
         "cuda": device.type == "cuda",
         "batch_size": batch_size,
         "kid_subset_size": _KID_SUBSET if kid_subset_size is None else kid_subset_size,
         "rng_seed": seed,
+        "save_cpu_ram": in_memory or not _distances_fit(max(entry.count for entry in inputs)),
         "cache": False,
         "verbose": progress,
     }
-    if real is not None and set(metrics) != {"is"}:
-        options["input2"] = real.source
-        # Images in memory need no processes that read them; very many images need the sparing way.
-        in_memory = not (isinstance(generated.source, str) and isinstance(real.source, str))
-        options["save_cpu_ram"] = in_memory or not _distances_fit(generated.count, real.count)
-    elif not isinstance(generated.source, str):
-        options["save_cpu_ram"] = True
     calls = [(network.name, tuple(metrics))]
     if network.is_inception and "prc" in metrics:
         calls = [(network.name, tuple(metric for metric in metrics if metric != "prc")), (_VGG16, ("prc",))]
@@ -206,7 +203,7 @@ def compute_metrics(
         for extractor, names in calls:
             if names:
                 wanted = {("isc" if metric == "is" else metric): metric in names for metric in METRICS}
-                found |= _calculate([generated, *([] if real is None else [real])], extractor, options | wanted)
+                found |= _calculate(inputs, extractor, options | wanted)
     return {_KEYS[key]: found[key] for key in _KEYS if key in found}
 
 
@@ -320,7 +317,8 @@ def _network(name: str, weights: str | Path | None, image_size: int) -> Evaluati
     try:
         network = make_network(name, image_size)
     except InputError as error:
-        raise InputError(str(error).replace("--extractor", flag, 1)) from None
+        text = str(error).replace("--extractor", flag, 1).replace(", or join several with +", "")
+        raise InputError(text) from None
     try:
         head, num_features = _find_head(network.module, image_size)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -449,6 +447,7 @@ def _create(name: str, layer: str) -> FeatureExtractorBase:
     return create_feature_extractor(name, [layer], cuda=False, verbose=False)
 
 
+@functools.cache
 def _check_vgg16() -> None:
     try:
         with torch.random.fork_rng(devices=[]):
@@ -494,11 +493,10 @@ def _warn_once(text: str) -> None:
     log.warning(text)
 
 
-def _distances_fit(generated: int, real: int) -> bool:
-    """Whether all distances between images, as precision and recall need them, fit into half of the memory."""
+def _distances_fit(count: int) -> bool:
+    """Whether all distances between as many images, as precision and recall need them, fit into half of the memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    most = max(generated, real)
-    return 4 * (generated**2 + real**2 + generated * real + most**2) < total / 2
+    return 4 * 4 * count**2 < total / 2
 
 
 def _size(file: str) -> tuple[int, int]:

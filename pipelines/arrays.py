@@ -47,15 +47,23 @@ def open_array_file(name: str, path: Path, preprocessing: Preprocessing) -> Arra
     Raises:
         DataError: the file is damaged, or holds something else.
     """
+    pictures, labels = read_pictures(path)
+    return from_pictures(name, preprocessing, pictures, where=str(path), labels=labels)
+
+
+def read_pictures(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The pictures of such a file in their own size, uint8 [N, H, W, 3], and their labels int64 [N] if it has any.
+
+    Raises:
+        DataError: the file is damaged, or holds something else.
+    """
     try:
         images, labels = _load_npz(path) if path.suffix.lower() == ".npz" else (_load_npy(path), None)
     except DataError:
         raise
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a readable array file ({one_line(error)}); save it again") from None
-    return from_pictures(
-        name, preprocessing, _as_nhwc(images, path), where=str(path), labels=_as_labels(labels, images, path)
-    )
+    return _as_nhwc(images, path), _as_labels(labels, images, path)
 
 
 def from_pictures(
