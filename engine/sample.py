@@ -9,17 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from engine.checkpoint import load_generator
 from engine.cli import Parser, run_command
-from engine.config import Config
 from engine.errors import InputError
 from engine.files import write_atomically
 from engine.images import grid, save_png, to_uint8
-from engine.run_folder import RunFolder
-from engine.trainer import sample
+from engine.sampling import RunSampler
 
 log = logging.getLogger("gfmn")
 
@@ -36,49 +31,27 @@ def parser() -> Parser:
     arguments.add_argument("--count", type=int, default=64, metavar="N", help="images (default: 64)")
     arguments.add_argument("--out", required=True, metavar="FILE", help="grid.png or samples.npy")
     arguments.add_argument("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
+    arguments.add_argument("--best", action="store_true", help="the generator that --evaluate-every found best")
     arguments.add_argument(
         "--interpolate", action="store_true", help=f"rows of {_STEPS} images on the way from one z to another"
     )
     return arguments
 
 
-def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Great-circle paths between rows of `start` and `end` [R, nz], as [R · steps, nz] (White 2016, section 2.1).
-
-    A straight line between two Gaussian vectors passes through short vectors that a generator never sees; the arc
-    sin((1−t)ω)/sin ω · start + sin(tω)/sin ω · end, with ω the angle between them, does not.
-    """
-    cosine = torch.nn.functional.cosine_similarity(start, end, dim=1).clamp(-1, 1)
-    angle = cosine.arccos().view(-1, 1, 1).clamp(min=1e-6)
-    t = torch.linspace(0, 1, steps).view(1, -1, 1)
-    path = ((1 - t) * angle).sin() * start.unsqueeze(1) + (t * angle).sin() * end.unsqueeze(1)
-    return (path / angle.sin()).flatten(0, 1)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, sample, write."""
     arguments = parser().parse_args(argv)
-    out, run = Path(arguments.out), RunFolder(arguments.run)
+    out = Path(arguments.out)
     if arguments.count < 1:
         raise InputError(f"--count: must be at least 1, got {arguments.count}")
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"--out: {out} must end in .png or .npy")
-    if not run.path.is_dir():
-        raise InputError(f"--run: {run.path} is not a folder")
-    if not run.generator.exists():
-        raise InputError(
-            f"--run: {run.path} has no generator yet; train it with python -m engine.train --out {run.path}"
-        )
-    saved = load_generator(run.generator)
-    random = torch.Generator().manual_seed(arguments.seed)
+    sampler = RunSampler.load(arguments.run, best=arguments.best)
     if arguments.interpolate:
         rows = math.ceil(arguments.count / _STEPS)
-        ends = torch.randn(2, rows, saved.nz, generator=random)
-        z = interpolate(ends[0], ends[1], _STEPS)[: arguments.count]
+        images = sampler.draw_paths(rows, _STEPS, arguments.seed)[: arguments.count]
     else:
-        z = torch.randn(arguments.count, saved.nz, generator=random)
-    batch_statistics = Config.load(run.config).networks.sample_bn == "batch"
-    images = sample(saved.module, z, batch_statistics=batch_statistics)
+        images = sampler.draw(arguments.count, arguments.seed)
     if out.suffix == ".png":
         columns = _STEPS if arguments.interpolate else math.ceil(math.sqrt(arguments.count))
         save_png(out, grid(images, columns))
@@ -86,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         buffer = io.BytesIO()
         np.save(buffer, to_uint8(images).numpy())
         write_atomically(out, buffer.getvalue())
-    log.info("%s: %d images of step %d", out, len(images), saved.step)
+    log.info("%s: %d images of step %d", out, len(images), sampler.saved.step)
 
 
 if __name__ == "__main__":
