@@ -226,12 +226,38 @@ class OutputConfig:
         _require(self.profile is None or self.profile >= 1, "profile", f"must be at least 1, got {self.profile}")
 
 
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Comparing samples with the real images during training; see `engine.evaluate`."""
+
+    evaluate_every: int | None = option(None, "steps between evaluations, none by default", metavar="N")
+    evaluate_samples: int = option(5000, "samples of each evaluation", metavar="N")
+    evaluate_extractor: str | None = option(
+        None, "network whose features are compared (default: Inception-v3, as for FID and KID)", metavar="NAME"
+    )
+    evaluate_weights: str | None = option(None, "weights of that network: a file (default: its own)", metavar="FILE")
+    lr_adapt: str = option(
+        "none",
+        "'kid': lower --lr when samples stop getting closer to the real images, by the three-sample KID test",
+        choices=("none", "kid"),
+    )
+
+    def __post_init__(self) -> None:
+        every = self.evaluate_every
+        _require(every is None or every >= 1, "evaluate-every", f"must be at least 1, got {every}")
+        samples = self.evaluate_samples
+        _require(samples >= 2, "evaluate-samples", f"must be at least 2, got {samples}")
+        adapts = self.lr_adapt != "none"
+        _require(not adapts or every is not None, "lr-adapt", "needs --evaluate-every N")
+
+
 _GROUPS: dict[str, type] = {
     "data": DataConfig,
     "networks": NetworksConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "output": OutputConfig,
+    "validation": ValidationConfig,
 }
 
 _PAPER = {"weights": (), "steps": 200_000, "sample_every": 1000, "checkpoint_every": 5000, "log_every": 100}
@@ -291,6 +317,7 @@ class Config:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         chunk, batch = self.matching.chunk_size, self.training.batch_size
@@ -322,8 +349,11 @@ class Config:
     def with_flags(self, given: Mapping[str, Any]) -> Config:
         """This configuration, of a run to be resumed, with `given` flags that a resumed run may change."""
         flat = self.flat()
+        free = set(_RESUMABLE)
+        if self.validation.evaluate_every is None:
+            free |= {entry.name for entry in dataclasses.fields(ValidationConfig) if entry.name != "lr_adapt"}
         for name, value in _absolute(given).items():
-            if name not in _RESUMABLE and flat[name] != value:
+            if name not in free and flat[name] != value:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag}: the run was started with {flat[name]}, it cannot be resumed with {value}")
         return self.replaced(given)
@@ -341,6 +371,7 @@ class Config:
         """Read a `config.json`; InputError that names the file if it is not one."""
         try:
             values = json.loads(Path(path).read_text())
+            values.setdefault("validation", {})  # runs made before there was one
             groups = {name: group(**_tuples(values[name])) for name, group in _GROUPS.items()}
             return cls(preset=values["preset"], **groups)
         except FileNotFoundError:
@@ -360,6 +391,9 @@ def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("data", "target"):
         if values.get(name) is not None:
             values[name] = str(Path(values[name]).expanduser().absolute())
+    weights = values.get("evaluate_weights")
+    if weights is not None and Path(weights).expanduser().exists():
+        values["evaluate_weights"] = str(Path(weights).expanduser().absolute())
     if "weights" in values:
         files = (Path(entry).expanduser() for entry in values["weights"])
         values["weights"] = tuple(

@@ -15,7 +15,7 @@ from engine.files import write_atomically
 
 class RunFolder:
     """`config.json`, `metrics.jsonl`, `samples/`, `samples.png`, `loss.png`, `checkpoints/`, `generator.safetensors`,
-    `tensorboard/`.
+    `tensorboard/`; with `--evaluate-every`, `generator_best.safetensors` and `checkpoints/best.safetensors`.
 
     Everything but the metrics is written atomically. Metrics are appended; on resume, lines after the checkpoint's
     step, and a line that a kill cut short, are dropped.
@@ -30,6 +30,8 @@ class RunFolder:
         self.loss_plot = self.path / "loss.png"
         self.checkpoints = self.path / "checkpoints"
         self.generator = self.path / "generator.safetensors"
+        self.best_generator = self.path / "generator_best.safetensors"
+        self.best_checkpoint = self.checkpoints / "best.safetensors"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile.json"
 

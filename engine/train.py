@@ -96,7 +96,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = amp_dtype(config)
     target = make_target(config, extractor, dataset, dtype)
     objective = make_objective(config, extractor, target, dtype)
-    trainer = Trainer(generator, objective, config, run, target.fingerprint or {})
+    validation = None
+    if config.validation.evaluate_every is not None:
+        from engine.validation import make_validation  # torch-fidelity takes a second to import
+
+        validation = make_validation(config, dataset, device)
+    trainer = Trainer(generator, objective, config, run, target.fingerprint or {}, validation)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     run.write_config(asked)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import math
 import resource
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,11 @@ from engine.images import grid, save_png
 from engine.matching import MomentMatching
 from engine.profiling import WARMUP, StepProfiler
 from engine.run_folder import RunFolder
+from engine.sampling import draw_z, sample, sample_pixels
 from engine.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from engine.validation import Validation
 
 log = logging.getLogger("gfmn")
 
@@ -47,6 +51,7 @@ class Trainer:
         config: of the run.
         run: the folder, already started.
         fingerprint: of extractor, precision and dataset; a checkpoint with another one is refused.
+        validation: compares samples with the real images now and then; None for never.
     """
 
     def __init__(
@@ -56,9 +61,11 @@ class Trainer:
         config: Config,
         run: RunFolder,
         fingerprint: dict[str, str],
+        validation: Validation | None = None,
     ):
         self.generator, self.objective, self.config, self.run = generator, objective, config, run
         self.fingerprint = fingerprint
+        self.validation = validation
         training = config.training
         self.device = objective.extractor.device
         self.optimizer = torch.optim.Adam(
@@ -119,12 +126,13 @@ class Trainer:
                 profiler.step()
                 bar.update()
                 last = self.step == total
-                if last or self.step % output.log_every == 0:
+                evaluate = self.validation is not None and self.validation.due(self.step, last)
+                if last or evaluate or self.step % output.log_every == 0:
                     self.check_finite()
                     now = time.perf_counter()
                     rate = (self.step - clock_step) * self.config.training.batch_size / (now - clock)
-                    clock, clock_step = now, self.step
-                    entry = self._log(loss, rate, writer)
+                    entry = self._log(loss, rate, writer, self._evaluate() if evaluate else None)
+                    clock, clock_step = time.perf_counter(), self.step
                     bar.set_postfix(loss=f"{entry['loss']:.4g}", images_per_second=f"{rate:.0f}")
                     if plain is not None:
                         plain.show(self.step, entry)
@@ -150,19 +158,28 @@ class Trainer:
 
     def save(self) -> None:
         """Write the generator and a checkpoint, unless something in them is not finite."""
+        self._check_weights()
+        self._save_generator(self.run.generator)
+        self.run.save_checkpoint(self._checkpoint(), keep=self.config.output.keep_checkpoints)
+
+    def _check_weights(self) -> None:
         self.check_finite()
         for name, tensor in self.generator.state_dict().items():
             if not bool(tensor.isfinite().all()):
                 raise self._diverged(self.step, f"the generator's {name}")
+
+    def _save_generator(self, path: Path) -> None:
         networks = self.config.networks
         save_generator(
-            self.run.generator,
+            path,
             self.sampling_generator(),
             name=networks.generator,
             image_size=self.config.data.image_size,
             nz=networks.nz,
             step=self.step,
         )
+
+    def _checkpoint(self) -> Checkpoint:
         parts = {
             "generator": self.generator.state_dict(),
             "optimizer": flatten_optimizer(self.optimizer),
@@ -171,12 +188,12 @@ class Trainer:
         }
         if self.ema is not None:
             parts["ema"] = self.ema.state_dict()
+        if self.validation is not None:
+            parts["validation"] = {**self.validation.state_dict(), "lr": torch.tensor(self.lr, dtype=torch.float64)}
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             parts["scaler"] = {name: torch.tensor(float(value)) for name, value in state.items()}
-        self.run.save_checkpoint(
-            Checkpoint(self.step, parts, self.fingerprint), keep=self.config.output.keep_checkpoints
-        )
+        return Checkpoint(self.step, parts, self.fingerprint)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`; InputError if it was made with other networks or other data."""
@@ -196,6 +213,9 @@ class Trainer:
             self.random.set_state(parts["random"]["z"])
             if self.ema is not None:
                 self.ema.load_state_dict(parts["ema"])
+            if self.validation is not None and "validation" in parts:
+                self.validation.load_state_dict(parts["validation"])
+                self.optimizer.param_groups[0]["lr"] = float(parts["validation"]["lr"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})
         except (KeyError, RuntimeError, ValueError) as error:
@@ -214,7 +234,33 @@ class Trainer:
         kept = f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
         return InputError(f"{what} became NaN or infinite at step {step}; {kept}; try a lower --lr or --ama-lr")
 
-    def _log(self, loss: Tensor, rate: float, writer: SummaryWriter) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
+        """Compare samples of fresh z with the real images; keep the best generator; lower the rate if it is time."""
+        assert self.validation is not None
+        seed = self.config.training.seed
+        evaluation = self.validation.evaluate(
+            lambda count: self._draw(count, seed + 1_000_003 * self.step), self.step, seed
+        )
+        self.optimizer.param_groups[0]["lr"] *= evaluation.lr_factor
+        if evaluation.best:
+            self._check_weights()
+            self._save_generator(self.run.best_generator)
+            self._checkpoint().save(self.run.best_checkpoint)
+        return evaluation.metrics
+
+    def _draw(self, count: int, seed: int) -> Tensor:
+        z = draw_z(count, self.config.networks.nz, seed % 2**63).to(self.device)
+        batches = self.config.networks.sample_bn == "batch"
+        return sample_pixels(self.sampling_generator(), z, batch_statistics=batches)
+
+    @property
+    def lr(self) -> float:
+        """The generator's learning rate now."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _log(
+        self, loss: Tensor, rate: float, writer: SummaryWriter, evaluation: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         loss_mean, loss_variance, mean_norm, variance_norm = self.objective.sums.tolist()
         entry = {
             "step": self.step,
@@ -225,11 +271,15 @@ class Trainer:
             "images_per_second": rate,
             "peak_memory_bytes": peak_memory(self.device),
         }
+        scalars = {name: value for name, value in entry.items() if name != "step"}
+        if evaluation is not None:
+            entry |= {"lr": self.lr, "evaluation": evaluation}
+            numbers = {name: value for name, value in evaluation.items() if isinstance(value, float)}
+            scalars |= {"lr": self.lr, **{f"evaluation/{name}": value for name, value in numbers.items()}}
         with self.run.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        for name, value in entry.items():
-            if name != "step":
-                writer.add_scalar(name, value, self.step)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, self.step)
         return entry
 
     def _sample(self, writer: SummaryWriter) -> None:
@@ -259,17 +309,6 @@ class _PlainProgress:
             entry["images_per_second"],
             left,
         )
-
-
-@torch.no_grad()
-def sample(generator: nn.Module, z: Tensor, *, batch_statistics: bool = False, batch_size: int = 256) -> Tensor:
-    """Images [N, 3, H, W] of `z` [N, nz], float32, in [-1, 1]; the generator itself is left as it was.
-
-    With `batch_statistics` its BatchNorm uses the statistics of each batch of `batch_size` (the authors' code), not
-    the running ones.
-    """
-    module = copy.deepcopy(generator).train(batch_statistics)
-    return torch.cat([module(part).float() for part in z.split(batch_size)])
 
 
 def amp_dtype(config: Config) -> torch.dtype | None:

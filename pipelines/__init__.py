@@ -10,5 +10,16 @@ from pipelines.datasets import DATASETS, open_dataset
 from pipelines.digests import cache_folder
 from pipelines.errors import BadImage, DataError
 from pipelines.loader import Batch, ImageLoader
+from pipelines.pixels import read_pixels
 
-__all__ = ["DATASETS", "BadImage", "Batch", "DataError", "ImageDataset", "ImageLoader", "cache_folder", "open_dataset"]
+__all__ = [
+    "DATASETS",
+    "BadImage",
+    "Batch",
+    "DataError",
+    "ImageDataset",
+    "ImageLoader",
+    "cache_folder",
+    "open_dataset",
+    "read_pixels",
+]
