@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.extractors import Extractor
 from engine.matching import FeatureOrder
+from engine.tapping import activate_
 from kernels import compiled
 from kernels.layout import feature_rows
 
@@ -67,10 +68,7 @@ def _relu_moments(
     x: Tensor, mean: Tensor, m2: Tensor, count: int, bias: None, residual: Tensor | None, activation: str
 ) -> None:
     """`kernels.relu_moments` in plain PyTorch, with `mean` and `m2` in float64 for x of any dtype."""
-    if residual is not None:
-        x += residual
-    if activation != "none":
-        x.clamp_(min=0, max=6 if activation == "relu6" else None)
+    activate_(x, residual, activation)
     rows = feature_rows(x)
     for part in rows.split(max(_BLOCK // rows.shape[1], 1)):
         arriving = len(part)
@@ -93,16 +91,18 @@ def _streamed(
     A loop over all images for each feature jumps by a whole image at every read, which neither the prefetcher nor the
     address cache of a CPU follows; a few images side by side are as many plain streams.
     """
-    # Not with a shortcut: twice as many streams are no faster, and take Inductor minutes to compile.
-    whole = len(x) // STREAMS * STREAMS if count and residual is None else 0
+    if residual is not None:
+        # First on its own: twice as many streams are no faster, and take Inductor minutes to compile.
+        activate_(x, residual, activation)
+        residual, activation = None, "none"
+    whole = len(x) // STREAMS * STREAMS if count else 0
     if whole:
         rows = feature_rows(x).data
         for start in range(0, whole, STREAMS):
             part = list(rows[start : start + STREAMS].unbind())
             _merge_streams(part, mean.data, m2.data, mean.new_tensor(count + start), activation)
     if whole < len(x):
-        rest = None if residual is None else residual[whole:]
-        compiled.relu_moments(x[whole:], mean, m2, count + whole, None, rest, activation)
+        compiled.relu_moments(x[whole:], mean, m2, count + whole, None, None, activation)
 
 
 @torch.compile(dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})

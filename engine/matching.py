@@ -13,6 +13,7 @@ from engine.averagers import Averager, BatchMoments, Direction, TargetMoments
 from engine.extractors import Extractor, Tap
 from engine.feature_pass import FeaturePass
 from engine.moments import Moments, check_fingerprint
+from engine.tapping import activate_
 from kernels.layout import accumulation_dtype
 
 FEATURE_SCALES = ("none", "target-deviation")
@@ -91,11 +92,7 @@ class _Matching(MomentCollector):
         self.direction: Direction | None = None
 
     def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        activation = self.to_apply[tap]
-        if residual is not None:
-            y += residual
-        if activation != "none":
-            y.clamp_(min=0, max=6 if activation == "relu6" else None)
+        activate_(y, residual, self.to_apply[tap])
 
     def finish(self) -> Tensor:
         objective = self.objective

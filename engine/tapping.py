@@ -81,6 +81,14 @@ class TapSite:
         return "none" if self.applied else self.activation
 
 
+def activate_(x: Tensor, residual: Tensor | None, activation: str) -> None:
+    """`x ← activation(x + residual)` in place; "relu", "relu6", or "none"."""
+    if residual is not None:
+        x += residual
+    if activation != "none":
+        x.clamp_(min=0, max=6 if activation == "relu6" else None)
+
+
 @dataclass(frozen=True)
 class Leaves:
     """What tracing shall not look into: module types, and functions by identity."""
