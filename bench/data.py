@@ -33,6 +33,7 @@ from bench.rows import environment, table, write_json
 from engine.cli import Parser, run_command
 from engine.extractors import build_extractor
 from engine.feature_pass import FeaturePass
+from engine.tapping import activate_
 from engine.target import compute_target
 from pipelines import ImageDataset, ImageLoader, open_dataset
 from pipelines.loader import dali_is_importable
@@ -201,10 +202,7 @@ def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) ->
 
     class Activations:
         def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-            if residual is not None:
-                y += residual
-            if feature_pass.prepared.sites[tap].to_apply != "none":
-                y.clamp_(min=0)
+            activate_(y, residual, feature_pass.prepared.sites[tap].to_apply)
 
     def alone() -> int:
         for batch in batches:
@@ -283,15 +281,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--pass-images", type=int, default=12_800, metavar="N", help="for the statistics pass (default: %(default)s)"
     )
+    parser.add_argument(
+        "--only", nargs="+", choices=("jpeg", "arrays", "pass"), default=("jpeg", "arrays", "pass"),
+        help="of the three comparisons (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pass-repetitions", type=int, default=5, metavar="N", help="of the statistics pass (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="small inputs, few repetitions: a try, not a measurement")
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        rows = bench_jpegs(work, 130 if quick else 5000, 2 if quick else 7)
-        rows += bench_arrays(work, 1000 if quick else 50_000, 3 if quick else 15)
-        name = "vgg-small" if quick else "vgg19+resnet18"
-        rows += bench_pass(work, 64 if quick else arguments.pass_images, 2 if quick else 5, name)
+        rows: list[Row] = []
+        if "jpeg" in arguments.only:
+            rows += bench_jpegs(work, 130 if quick else 5000, 2 if quick else 7)
+        if "arrays" in arguments.only:
+            rows += bench_arrays(work, 1000 if quick else 50_000, 3 if quick else 15)
+        if "pass" in arguments.only:
+            name = "vgg-small" if quick else "vgg19+resnet18"
+            count, repetitions = arguments.pass_images, arguments.pass_repetitions
+            rows += bench_pass(work, 64 if quick else count, 2 if quick else repetitions, name)
     print_rows(rows)
     if arguments.json:
         write_json(Path(arguments.json), rows)
