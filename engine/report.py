@@ -30,10 +30,9 @@ from engine.cli import Parser, run_command
 from engine.config import PRESETS, Config
 from engine.devices import choose_device
 from engine.errors import InputError
-from engine.extractors import Extractor
 from engine.files import write_atomically
 from engine.images import grid, to_uint8
-from engine.neighbours import Comparison, channel_means, compare, real_images
+from engine.neighbours import Comparison, Features, channel_means, compare, real_images
 from engine.run_folder import RunFolder
 from engine.sampling import RunSampler
 from pipelines import DataError, ImageDataset
@@ -75,6 +74,13 @@ def parser() -> Parser:
         metavar="N",
         help="look for the nearest among at most this many real images (default: 10000)",
     )
+    arguments.add_argument(
+        "--feature-extractor",
+        metavar="NAME",
+        help="network whose features decide what is near, such as efficientnet-lite0 or inception (default: the "
+        "extractor that the run matched)",
+    )
+    arguments.add_argument("--weights", metavar="FILE", help="of --feature-extractor (default: its own)")
     return arguments
 
 
@@ -92,7 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = Config.load(run.config)
     title = arguments.title or run.path.resolve().name
     device = choose_device(arguments.device, config.training.threads)
-    real = open_real(run, config, device)
+    if arguments.weights is not None and arguments.feature_extractor is None:
+        raise InputError("--weights: are those of --feature-extractor NAME, which is not given")
+    space = None
+    if arguments.feature_extractor is not None:
+        space = chosen_space(arguments.feature_extractor, arguments.weights, config.data.image_size, device)
+    real = open_real(run, config, device, space)
     page = render(
         title=title,
         sampler=sampler,
@@ -107,41 +118,66 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @dataclass(frozen=True)
+class Space:
+    """Where distances between images are measured: the features, and what they are in words."""
+
+    features: Features
+    description: str
+
+
+def chosen_space(name: str, weights: str | None, image_size: int, device: torch.device) -> Space:
+    """The features of an evaluation network; InputError if there is no such network or no weights of it."""
+    from engine.metrics import evaluation_network  # torch-fidelity takes a second to import
+
+    network = evaluation_network(None if name == "inception" else name, weights=weights, image_size=image_size)
+    return Space(lambda images: network.features(images, device=device), f"the features of {network.label}")
+
+
+@dataclass(frozen=True)
 class Real:
-    """The run's dataset and extractor, or why they could not be had.
+    """The run's dataset, and where its images are compared with samples.
 
     Attributes:
+        dataset, space: None if they could not be had.
+        num_features: that were matched, None if that is not known.
         changed: what differs from training, in words.
-        missing: one line, None if both are there.
+        missing: why there is nothing to compare with, one line; None if there is.
     """
 
     dataset: ImageDataset | None = None
-    extractor: Extractor | None = None
+    space: Space | None = None
+    num_features: int | None = None
     changed: tuple[str, ...] = ()
     missing: str | None = None
 
 
-def open_real(run: RunFolder, config: Config, device: torch.device) -> Real:
-    """Open what the run was trained on. What can't be opened any more costs a warning, not the page."""
-    dataset = None
+def open_real(run: RunFolder, config: Config, device: torch.device, space: Space | None = None) -> Real:
+    """Open what the run was trained on; `space` takes the place of its own extractor.
+
+    What can't be opened any more costs a warning, not the page.
+    """
+    dataset, num_features, changed = None, None, []
+    trained = _trained_with(run)
     try:
         dataset = open_data(config)
-        # Batch statistics would let the features of an image depend on the others beside it.
-        extractor = make_extractor(config.replaced({"extractor_bn": "running"}), dataset, device)
+        if trained.get("data_count", str(len(dataset))) != str(len(dataset)):
+            changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
+        if space is None:
+            # Batch statistics would let the features of an image depend on the others beside it.
+            extractor = make_extractor(config.replaced({"extractor_bn": "running"}), dataset, device)
+            weights = extractor.fingerprint["extractor_weights"]
+            if trained.get("extractor_weights", weights) != weights:
+                changed.append("the extractor’s weights are not those of the training")
+            num_features = extractor.num_features
+            space = Space(
+                channel_means(extractor),
+                f"the channels of all {len(extractor.taps)} taps of {extractor.name}, averaged over positions",
+            )
     except (InputError, DataError) as error:
         missing = " ".join(str(error).split())
         log.warning("%s: no nearest real images in the report: %s", run.path, missing)
         return Real(dataset, missing=missing)
-    trained = _trained_with(run)
-    changed = []
-    if (
-        trained.get("extractor_weights", extractor.fingerprint["extractor_weights"])
-        != (extractor.fingerprint["extractor_weights"])
-    ):
-        changed.append("the extractor’s weights are not those of the training")
-    if trained.get("data_count", str(len(dataset))) != str(len(dataset)):
-        changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
-    return Real(dataset, extractor, tuple(changed))
+    return Real(dataset, space, num_features, tuple(changed))
 
 
 def _trained_with(run: RunFolder) -> dict[str, str]:
@@ -191,8 +227,8 @@ def _facts(sampler: RunSampler, config: Config, real: Real, metrics: list[dict[s
     networks, training = config.networks, config.training
     origin = {("pretrain",): "pretrained", ("random",): "random weights", ("imagenet",): "ImageNet weights"}
     extractor = networks.extractor + (f" ({origin[networks.weights]})" if networks.weights in origin else "")
-    if real.extractor is not None:
-        extractor += f", {number(real.extractor.num_features)} features"
+    if real.num_features is not None:
+        extractor += f", {number(real.num_features)} features"
     images = f"{number(len(real.dataset))} images of " if real.dataset is not None else ""
     taken, planned = sampler.saved.step, training.steps
     averager = {"ama": "AMA", "ma": "moving average", "none": "no averager"}[config.matching.averager]
@@ -410,7 +446,7 @@ class Neighbours:
 
 
 def _neighbours(sampler: RunSampler, config: Config, real: Real, seed: int, limit: int) -> Neighbours:
-    if real.dataset is None or real.extractor is None:
+    if real.dataset is None or real.space is None:
         return Neighbours(missing=real.missing)
     samples = to_uint8(sampler.draw(_COMPARED, seed)).permute(0, 3, 1, 2).contiguous()
     try:
@@ -420,7 +456,7 @@ def _neighbours(sampler: RunSampler, config: Config, real: Real, seed: int, limi
         return Neighbours(missing=str(error))
     if len(images) < 2:
         return Neighbours(missing="the data set has a single image")
-    comparison = compare(samples, images, channel_means(real.extractor))
+    comparison = compare(samples, images, real.space.features)
     others = comparison.distances[_FIRST:, 0].argsort()[:_CLOSEST] + _FIRST
     return Neighbours(
         sentence=closeness(comparison),
@@ -438,8 +474,7 @@ def _neighbours(sampler: RunSampler, config: Config, real: Real, seed: int, limi
         ),
         quantile_5=number(comparison.quantile(0.05)),
         median=number(comparison.quantile(0.5)),
-        features=f"the channels of all {len(real.extractor.taps)} taps of {real.extractor.name}, averaged over "
-        "positions and divided by their deviation over the real images",
+        features=real.space.description,
         compared=len(samples),
         real=len(images),
         total=len(real.dataset),

@@ -248,7 +248,12 @@ def test_page_is_one_file_and_well_formed(page: Path) -> None:
 
 def test_page_says_what_the_run_was(page: Path) -> None:
     text = text_of(page.read_text())
-    for fact in ("dcgan generator", "matched to vgg-small (random weights)", "images, 60 images of 32×32", "step 6 ·"):
+    for fact in (
+        "dcgan generator",
+        "matched to vgg-small (random weights)",
+        "images, 60 images of 32×32",
+        "· step 6 ·",
+    ):
         assert fact in text
     assert re.search(r"layers 2 \(preset: –\)", text)
     assert "all 60 real images" in text
@@ -479,6 +484,32 @@ def test_nearest_keeps_its_digits() -> None:
     indices, distances = nearest(points, points, 2, skip_self=True)
     assert indices[:3, 0].tolist() == [1, 0, 1]
     torch.testing.assert_close(distances[:3, 0], torch.tensor([0.01, 0.01, 0.02]), rtol=1e-4, atol=0)
+
+
+def test_another_network_may_decide_what_is_near(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    class Network:
+        label = "brightness"
+
+        def features(self, images: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+            assert images.dtype == torch.uint8
+            return images.float().mean(dim=(2, 3))
+
+    def network(name: str | None, *, weights: str | None, image_size: int) -> Network:
+        asked.append((name, weights, image_size))
+        return Network()
+
+    monkeypatch.setattr("engine.metrics.evaluation_network", network)
+    text = text_of(write(run, "--feature-extractor", "efficientnet-lite0", "--weights", "some.file"))
+    assert "over the features of brightness, each divided" in text
+    write(run, "--feature-extractor", "inception")
+    assert asked == [("efficientnet-lite0", "some.file", 32), (None, None, 32)]
+    monkeypatch.undo()
+    assert "--weights" in error_of(["--run", str(run), "--weights", "some.file"], capsys)
+    assert "--feature-extractor" in error_of(["--run", str(run), "--feature-extractor", "nonsense"], capsys)
 
 
 def test_one_real_image_is_no_yardstick(run: Path, tmp_path: Path) -> None:
