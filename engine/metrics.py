@@ -15,6 +15,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -475,7 +476,14 @@ def _calculate(images: list[ImageSet], extractor: str, options: dict[str, Any]) 
 def _quiet(device: torch.device) -> Iterator[None]:
     """Nothing of torch-fidelity's on stdout, the caller's random numbers untouched, its CUDA device the one given."""
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with contextlib.redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]), on_device:
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        on_device,
+    ):
+        # It reads files in four processes, however few cores there are.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         yield
 
 
