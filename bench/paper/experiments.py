@@ -1,0 +1,187 @@
+"""What the paper compared, and what it found: settings of `engine.train`, and claims about their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SMALL = "digits"
+# Table 3's numbers of layers of VGG19.
+_VGG19_LAYERS = (1, 3, 5, 7, 9, 11, 13, 15, 16)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where an experiment is run.
+
+    Attributes:
+        name: the preset of `engine.train`.
+        extractor: the network that is matched where an experiment does not say another; the classifier of Table 3.
+        layers: how many of its layers `layers` tries.
+        network: whose features judge the samples, as in `engine.metrics.evaluation_network`; None is Inception-v3.
+        samples: that are judged.
+        metrics: of `engine.metrics.METRICS`.
+    """
+
+    name: str
+    extractor: str = "vgg19"
+    layers: tuple[int, ...] = _VGG19_LAYERS
+    network: str | None = None
+    samples: int = 50_000
+    metrics: tuple[str, ...] = ("fid", "kid", "is")
+
+
+SCALES = {
+    SMALL: Scale(
+        SMALL,
+        extractor="vgg-small",
+        layers=(1, 2, 3, 4, 5, 6),
+        network="efficientnet-lite0",
+        samples=2000,
+        metrics=("fid", "kid", "prc"),
+    ),
+    "cifar10": Scale("cifar10"),
+    "stl10": Scale("stl10"),
+    "celeba64": Scale("celeba64"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of an experiment's table.
+
+    Attributes:
+        name: as the table and the claims call it.
+        extractor: the matched network, pretrained on the scale's data set.
+        flags: of `engine.train`.
+    """
+
+    name: str
+    extractor: str
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The paper says that samples of the setting `better` are closer to the real images than those of `worse`."""
+
+    text: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or a figure of the paper.
+
+    Attributes:
+        name: for the command line.
+        title: for people.
+        source: where the paper has it.
+        settings: from a scale to the rows.
+        claims: from a scale to what the paper found.
+        small_steps: training steps on the digits; the paper's scale takes the preset's.
+        evaluations: how many times the samples are judged during training, at equal distances; 0: at the end only.
+    """
+
+    name: str
+    title: str
+    source: str
+    settings: Callable[[Scale], tuple[Setting, ...]]
+    claims: Callable[[Scale], tuple[Claim, ...]]
+    small_steps: int
+    evaluations: int = 0
+
+
+def _layers(scale: Scale) -> tuple[Setting, ...]:
+    return tuple(Setting(f"{k} layer{'s'[: k > 1]}", scale.extractor, ("--layers", str(k))) for k in scale.layers)
+
+
+def _layers_claims(scale: Scale) -> tuple[Claim, ...]:
+    first, *_, last = (setting.name for setting in _layers(scale))
+    middle = _layers(scale)[len(scale.layers) // 2].name
+    return (
+        Claim("all layers are better than one", last, first),
+        Claim("half of the layers are better than one", middle, first),
+        Claim("all layers are better than half of them", last, middle),
+    )
+
+
+_AUTOENCODER, _RESNET, _VGG, _BOTH = "dcgan-encoder", "resnet18", "vgg19", "vgg19+resnet18"
+
+
+def _extractors(scale: Scale) -> tuple[Setting, ...]:
+    return tuple(Setting(name, name) for name in (_AUTOENCODER, _RESNET, _VGG, _BOTH))
+
+
+def _extractors_claims(scale: Scale) -> tuple[Claim, ...]:
+    return (
+        Claim("a classifier is better than an autoencoder's encoder (ResNet18)", _RESNET, _AUTOENCODER),
+        Claim("a classifier is better than an autoencoder's encoder (VGG19)", _VGG, _AUTOENCODER),
+        Claim("both classifiers together are better than VGG19", _BOTH, _VGG),
+        Claim("both classifiers together are better than ResNet18", _BOTH, _RESNET),
+    )
+
+
+_AVERAGERS = (("none", "none"), ("ma", "MA"), ("ama", "AMA"))
+_MINIBATCHES = (64, 512)
+
+
+def _averaging(scale: Scale) -> tuple[Setting, ...]:
+    # 512 images in chunks of 64: the memory of the small minibatch, and the same gradient.
+    return tuple(
+        Setting(
+            f"{label}, {minibatch}",
+            scale.extractor,
+            ("--averager", averager, "--batch-size", str(minibatch))
+            + (("--chunk-size", "64") if minibatch > 64 and scale.name != SMALL else ()),
+        )
+        for minibatch in _MINIBATCHES
+        for averager, label in _AVERAGERS
+    )
+
+
+def _averaging_claims(scale: Scale) -> tuple[Claim, ...]:
+    return (
+        Claim("with MA, minibatch 512 is better than 64", "MA, 512", "MA, 64"),
+        Claim("at minibatch 64, AMA is better than MA", "AMA, 64", "MA, 64"),
+        Claim("at minibatch 64, AMA is better than no average", "AMA, 64", "none, 64"),
+        Claim("AMA at minibatch 64 is better than MA at 512", "AMA, 64", "MA, 512"),
+    )
+
+
+def _single(scale: Scale) -> tuple[Setting, ...]:
+    return (Setting("AMA", scale.extractor),)
+
+
+def _fidelity(scale: Scale) -> tuple[Setting, ...]:
+    return tuple(
+        Setting(f"AMA, {variant}", scale.extractor, ("--ama-variant", variant)) for variant in ("paper", "authors")
+    )
+
+
+def _no_claims(scale: Scale) -> tuple[Claim, ...]:
+    return ()
+
+
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment("layers", "How many layers are matched", "Table 3", _layers, _layers_claims, 300),
+        Experiment("extractors", "Which network is matched", "Table 2", _extractors, _extractors_claims, 200),
+        Experiment(
+            "averaging", "What smooths the differences of moments", "Figure 4", _averaging, _averaging_claims, 200
+        ),
+        Experiment(
+            "loss-vs-quality", "Does the loss follow quality", "Figure 5", _single, _no_claims, 600, evaluations=15
+        ),
+        Experiment(
+            "fidelity",
+            "AMA as in the paper and as in the authors' code",
+            "section 2.2 and the authors' code",
+            _fidelity,
+            _no_claims,
+            400,
+        ),
+    )
+}

