@@ -166,7 +166,7 @@ def table(
     network: EvaluationNetwork,
     generated: ImageSet,
     real: ImageSet | None,
-    step: int | None,
+    step: int | None = None,
 ) -> str:
     """What is printed: a heading that says what was compared by which network, then a line for each number."""
     heading = f"{generated.count} images of {generated.name}" + ("" if step is None else f", step {step}")

@@ -81,6 +81,20 @@ def test_numbers_of_arrays_are_those_of_torch_fidelity_on_the_same_files(network
     assert found == {NAMES[key]: value for key, value in expected.items() if key in NAMES}
 
 
+def test_very_many_files_are_compared_the_sparing_way(network, tmp_path, monkeypatch):
+    folders = [write_folder(tmp_path / "a", digits(0, 60)), write_folder(tmp_path / "b", digits(100, 150))]
+    options = []
+    calculate = torch_fidelity.calculate_metrics
+    monkeypatch.setattr(
+        torch_fidelity, "calculate_metrics", lambda **given: options.append(given) or calculate(**given)
+    )
+    usual = compute_metrics(*folders, network, METRICS, **CPU)
+    monkeypatch.setattr("engine.metrics._distances_fit", lambda count: False)
+    assert compute_metrics(*folders, network, METRICS, **CPU) == usual
+    assert [given["save_cpu_ram"] for given in options] == [False, True]
+    assert not any(given["cache"] for given in options)
+
+
 def test_each_metric_alone_gives_the_same_numbers(network):
     generated, real = digits(0, 60), digits(100, 160)
     together = compute_metrics(generated, real, network, METRICS, **CPU)
