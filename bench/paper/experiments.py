@@ -35,7 +35,7 @@ SCALES = {
     SMALL: Scale(
         SMALL,
         extractor="vgg-small",
-        layers=(1, 2, 3, 4, 5, 6),
+        layers=(1, 2, 4, 6),
         network="efficientnet-lite0",
         samples=2000,
         metrics=("fid", "kid", "prc"),
@@ -98,13 +98,10 @@ def _layers(scale: Scale) -> tuple[Setting, ...]:
 
 
 def _layers_claims(scale: Scale) -> tuple[Claim, ...]:
-    first, *_, last = (setting.name for setting in _layers(scale))
-    middle = _layers(scale)[len(scale.layers) // 2].name
-    return (
-        Claim("all layers are better than one", last, first),
-        Claim("half of the layers are better than one", middle, first),
-        Claim("all layers are better than half of them", last, middle),
-    )
+    names = [setting.name for setting in _layers(scale)]
+    first, middle, last = names[0], names[len(names) // 2], names[-1]
+    pairs = ((last, first), (middle, first), (last, middle))
+    return tuple(Claim(f"{more} are better than {fewer}", more, fewer) for more, fewer in pairs)
 
 
 _AUTOENCODER, _RESNET, _VGG, _BOTH = "dcgan-encoder", "resnet18", "vgg19", "vgg19+resnet18"
@@ -168,9 +165,9 @@ EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
         Experiment("layers", "How many layers are matched", "Table 3", _layers, _layers_claims, 300),
-        Experiment("extractors", "Which network is matched", "Table 2", _extractors, _extractors_claims, 200),
+        Experiment("extractors", "Which network is matched", "Table 2", _extractors, _extractors_claims, 120),
         Experiment(
-            "averaging", "What smooths the differences of moments", "Figure 4", _averaging, _averaging_claims, 200
+            "averaging", "What smooths the differences of moments", "Figure 4", _averaging, _averaging_claims, 120
         ),
         Experiment(
             "loss-vs-quality", "Does the loss follow quality", "Figure 5", _single, _no_claims, 600, evaluations=15
