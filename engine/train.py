@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.validation.evaluate_every is not None:
         from engine.validation import make_validation  # torch-fidelity takes a second to import
 
-        validation = make_validation(config, dataset, device)
+        validation = make_validation(config, device)
     trainer = Trainer(generator, objective, config, run, target.fingerprint or {}, validation)
     if checkpoint is not None:
         trainer.restore(checkpoint)

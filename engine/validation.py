@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,14 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from engine.config import Config, ValidationConfig
+from engine.data import open_data
 from engine.errors import InputError
+from engine.evaluate import was_trained_on
 from engine.metrics import EvaluationNetwork, evaluation_network
 from engine.three_sample import three_sample_test
-from pipelines import ImageDataset, read_pixels
+from pipelines import read_pixels
+
+log = logging.getLogger("gfmn")
 
 SIGNIFICANCE = 0.05
 FACTOR = 0.8
@@ -145,10 +150,12 @@ class Validation:
             self.rate.reference = state.get("reference")
 
 
-def make_validation(config: Config, dataset: ImageDataset, device: torch.device) -> Validation:
-    """What `--evaluate-every` asks for. InputError if the network cannot be had."""
+def make_validation(config: Config, device: torch.device) -> Validation:
+    """What `--evaluate-every` asks for: against all images of the run's data set, none of them mirrored.
+
+    Warns if the network is the one whose features are matched. InputError if it cannot be had.
+    """
     asked = config.validation
-    assert asked.evaluate_every is not None
     try:
         network = evaluation_network(
             asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
@@ -156,4 +163,11 @@ def make_validation(config: Config, dataset: ImageDataset, device: torch.device)
     except InputError as error:
         text = str(error).replace("--weights", "--evaluate-weights")
         raise InputError(text.replace("--feature-extractor", "--evaluate-extractor")) from None
+    if was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
+        log.warning(
+            "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
+            "are",
+            network.label,
+        )
+    dataset = open_data(config.replaced({"horizontal_flip": False}))
     return Validation(network, read_pixels(dataset, backend=config.data.loader), asked, device)

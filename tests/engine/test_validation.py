@@ -139,6 +139,13 @@ def test_evaluating_does_not_change_the_training(flags: list[str], tmp_path: Pat
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_judging_by_the_matched_network_is_warned_of(flags: list[str], judge: Path, tmp_path: Path, caplog) -> None:
+    index = flags.index("random")
+    matched = [*flags[:index], str(judge), *flags[index + 1 :], "--extractor", "vgg-small", "--steps", "2"]
+    train.main([*matched, "--out", str(tmp_path / "run")])
+    assert "vgg-small is the network that is matched" in caplog.text
+
+
 def features(shift: float, seed: int) -> Tensor:
     return torch.relu(torch.randn(400, 8, generator=torch.Generator().manual_seed(seed)) + shift)
 
