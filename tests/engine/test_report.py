@@ -23,12 +23,15 @@ from PIL import Image
 
 from engine import report, train
 from engine.assembly import make_extractor, open_data
-from engine.charts import HEIGHT, WIDTH, line_chart, log_ticks, number, ticks
 from engine.cli import run_command
 from engine.config import Config
 from engine.extractors import Extractor
 from engine.images import to_uint8
-from engine.neighbours import channel_means, compare, nearest, real_images
+from engine.reporting.charts import HEIGHT, WIDTH, line_chart, log_ticks, number, ticks
+from engine.reporting.neighbours import channel_means, compare, nearest, real_images
+from engine.reporting.pictures import sample_steps
+from engine.reporting.settings import train_command
+from engine.run_folder import RunFolder
 from engine.sampling import RunSampler
 from pipelines import ImageLoader, open_dataset
 
@@ -328,7 +331,7 @@ def test_values_that_are_not_finite_or_not_there(run: Path) -> None:
     assert not re.search(r"\bnan\b|\binf\b", markup)
 
 
-def test_a_flipped_pair_of_evaluations(run: Path) -> None:
+def test_evaluations_on_inception_and_on_another_network(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for index, row in enumerate(rows):
         row["lr"] = 1e-4 / (index + 1)
@@ -344,17 +347,18 @@ def test_a_flipped_pair_of_evaluations(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     markup = write(run)
     assert Outline(markup).mistakes == []
-    one, other = markup.split("<h2>Evaluation: ")[1:]
+    one, other = markup.split("<h2>Evaluation on ")[1:]
     assert "Fréchet distance on efficientnet-lite0 features (not FID)" in one
-    assert "0.0123 ± 0.0004" in one
+    assert "0.01230 ± 0.00040" in one
     assert one.count("<svg") == 3
     assert "recall" not in one
-    cells = re.findall(r"<th scope=\"col\">(.*?)</th>", other)
-    assert cells == ["step", "samples", "FID", "KID"]
+    columns = [re.findall(r"<th scope=\"col\">(.*?)</th>", part) for part in (one, other)]
+    assert columns[0] == ["step", "samples", "Fréchet distance (not FID)", "kernel distance (not KID)", "precision"]
+    assert columns[1] == ["step", "samples", "FID", "KID"]
     assert "Learning rate" in markup
 
 
-def test_many_or_large_pictures_stay_few_and_small(run: Path) -> None:
+def test_many_pictures_stay_few(run: Path) -> None:
     with Image.open(run / "samples/step_00000002.png") as picture:
         picture.load()
         for step in range(10, 60):
@@ -363,9 +367,16 @@ def test_many_or_large_pictures_stay_few_and_small(run: Path) -> None:
     shown = re.findall(r'<figure data-step="(.*?)"', markup)
     assert (len(shown), shown[0], shown[-1]) == (24, "2", "59")
     assert "24 of the run’s 53 pictures, evenly chosen" in text_of(markup)
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1042, 1042, 3), dtype=np.uint8))
-    fitted = report.fitting([noise] * 3, 128, 1_000_000)
-    assert [(part.count, part.width, part.cut) for part in fitted] == [(4, 262, True)] * 3
+
+
+def test_large_images_make_a_page_of_a_few_megabytes(run: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1042, 1042, 3), dtype=np.uint8)
+    for step in range(10, 40):
+        Image.fromarray(noise).save(run / f"samples/step_{step:08d}.png")
+    steps = sample_steps(RunFolder(run), 128)
+    assert len(steps.pictures) == 12
+    assert {picture.count for _, picture in steps.pictures} == {4}
+    assert sum(len(picture.png) for _, picture in steps.pictures) < 3_000_000
 
 
 @pytest.mark.parametrize(
@@ -382,7 +393,7 @@ def test_the_command_trains_the_same_again(flags: str) -> None:
         return train.configure(train.parser().parse_args(words))[0]
 
     config = parsed(flags.split())
-    words = shlex.split(report.train_command(config))
+    words = shlex.split(train_command(config))
     assert words[:3] == ["python", "-m", "engine.train"]
     assert asdict(parsed(words[3:])) == asdict(config)
 
