@@ -40,7 +40,13 @@ def row(setting: str, seed: int, distance: float, **other) -> Row:
         "curve": [],
         "seconds": 60.0,
         "smoke": False,
-        "environment": {"commit": "abc", "date": "2026-01-01", "processor": "P", "versions": {"torch": "2"}},
+        "environment": {
+            "commit": "abc",
+            "date": "2026-01-01",
+            "processor": "P",
+            "threads": 1,
+            "versions": {"torch": "2"},
+        },
     }
     return Row(**{**values, **other})
 
