@@ -279,7 +279,8 @@ def _conditions(rows: Sequence[Row]) -> str:
     minibatches = sorted({entry.minibatch for entry in rows})
     return (
         f"{row.steps} steps, minibatch {' and '.join(map(str, minibatches))}, seeds {', '.join(map(str, seeds))}; "
-        f"{row.samples:,} samples against {row.real:,} real images by {judge}. {row.environment['processor']}, {row.environment['threads']} threads, torch "
+        f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
+        f"{row.environment['processor']}, threads: {row.environment['threads']}, torch "
         f"{row.environment['versions']['torch']}, commit {commits}, {row.environment['date']}; "
         f"{sum(entry.seconds for entry in rows) / 60:.0f} minutes of training in all."
     )
