@@ -27,7 +27,7 @@ log = logging.getLogger("gfmn")
 
 _PATHS = 6
 _COMPARED = 256
-_FIRST, _CLOSEST = 6, 4
+_FIRST, _CLOSEST = 6, 6
 _SMALL = 96  # pixels of a larger image beside its neighbours
 _GRID_BYTES = 600_000  # of one picture
 

@@ -155,7 +155,7 @@ def test_in_chromium_every_image_decodes_and_nothing_is_fetched(page: Path, brow
                 const own = text.getBoundingClientRect(), svg = text.closest("svg").getBoundingClientRect();
                 return own.left < svg.left - 1 || own.right > svg.right + 1; }).length}""",
     )
-    assert len(found["sizes"]) == 1 + 3 + (6 + 4) * 6 + 1
+    assert len(found["sizes"]) == 1 + 3 + (6 + 6) * 6 + 1
     assert min(found["sizes"]) >= 32 * 32
     assert all(name.startswith("data:") for name in found["fetched"])
     assert len(found["charts"]) == 3 + 1
