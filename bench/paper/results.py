@@ -275,12 +275,13 @@ def _conditions(rows: Sequence[Row]) -> str:
     row = rows[0]
     seeds = sorted({entry.seed for entry in rows})
     commits = ", ".join(sorted({entry.environment["commit"] for entry in rows}))
+    threads = sorted({entry.environment["threads"] for entry in rows})
     judge = row.network if row.is_inception else f"features of {row.network} (not FID and KID)"
     minibatches = sorted({entry.minibatch for entry in rows})
     return (
         f"{row.steps} steps, minibatch {' and '.join(map(str, minibatches))}, seeds {', '.join(map(str, seeds))}; "
         f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
-        f"{row.environment['processor']}, threads: {row.environment['threads']}, torch "
+        f"{row.environment['processor']}, threads: {', '.join(map(str, threads))}; torch "
         f"{row.environment['versions']['torch']}, commit {commits}, {row.environment['date']}; "
         f"{sum(entry.seconds for entry in rows) / 60:.0f} minutes of training in all."
     )
