@@ -75,6 +75,14 @@ def seeded() -> None:
     torch.manual_seed(20190)
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Nothing is found in a cache, and nothing is left in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GFMN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_extractor() -> Extractor:
     """`TinyResidual` tapped: 5 taps, D = 1,544, float32, 8×8 images. Not to be changed; copy it."""

@@ -35,14 +35,9 @@ from engine.run_folder import RunFolder
 from engine.sampling import RunSampler
 from pipelines import ImageLoader, open_dataset
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 VOID = {"meta", "link", "img", "input", "br", "hr", "line", "polyline", "circle"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GFMN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from engine import sample as sampling
 from engine.cli import run_command
 from pipelines import ImageLoader, open_dataset
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 DETERMINISTIC = ("step", "loss", "loss_mean", "loss_variance", "difference_norm")
 Run = Callable[..., Path]
 
@@ -35,13 +37,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "digits.npy"
     np.save(path, images.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GFMN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,7 @@ from engine.sampling import sample as images_of
 from engine.validation import FACTOR, PATIENCE, KernelRate
 from pipelines import open_dataset, read_pixels
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GFMN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
