@@ -83,20 +83,32 @@ def results_table(rows: Sequence[Row]) -> str:
     return table(["setting", *(names[metric] for metric in metrics), "seeds", "seconds a run"], lines)
 
 
-def verdict(rows: Sequence[Row], claim: Claim) -> str:
-    """A sentence: does the claim hold here, by the kernel distance?
+def compare(rows: Sequence[Row], one: str, other: str) -> tuple[int, Summary, Summary]:
+    """1 if the setting `one` has the smaller mean kernel distance, −1 if `other` has, 0 if that is undecided.
 
-    "Agrees" and "disagrees" need means that differ by more than two standard errors of the difference,
-    √(s₁²/n₁ + s₂²/n₂); anything less is "undecided".
+    Means differ if it is by more than two standard errors of the difference, √(s₁²/n₁ + s₂²/n₂).
     """
-    better, worse = (summarise(of_setting(rows, name, "kernel_distance")) for name in (claim.better, claim.worse))
-    error = (better.deviation**2 / better.count + worse.deviation**2 / worse.count) ** 0.5
-    difference = worse.mean - better.mean
-    if min(better.count, worse.count) < 2 or abs(difference) <= _STANDARD_ERRORS * error:
-        word = "undecided"
-    else:
-        word = "agrees" if difference > 0 else "disagrees"
+    first, second = (summarise(of_setting(rows, name, "kernel_distance")) for name in (one, other))
+    error = (first.deviation**2 / first.count + second.deviation**2 / second.count) ** 0.5
+    difference = second.mean - first.mean
+    if min(first.count, second.count) < 2 or abs(difference) <= _STANDARD_ERRORS * error:
+        return 0, first, second
+    return (1 if difference > 0 else -1), first, second
+
+
+def verdict(rows: Sequence[Row], claim: Claim) -> str:
+    """A sentence: does the claim hold here, by `compare`?"""
+    sign, better, worse = compare(rows, claim.better, claim.worse)
+    word = {1: "agrees", -1: "disagrees", 0: "undecided"}[sign]
     return f"{claim.text}: **{word}** ({claim.better} {better}, {claim.worse} {worse})"
+
+
+def side_by_side(rows: Sequence[Row]) -> str:
+    """A sentence on two settings of which the paper claims nothing."""
+    one, other = settings_of(rows)
+    sign, first, second = compare(rows, one, other)
+    word = {1: f"{one} is closer", -1: f"{other} is closer", 0: "no difference that counts"}[sign]
+    return f"{one} against {other}: {word} ({one} {first}, {other} {second})"
 
 
 def correlations(rows: Sequence[Row]) -> list[str]:
@@ -135,6 +147,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
     sentences = [verdict(rows, claim) for claim in claims]
     if experiment.name == "layers":
         sentences.append(trend(rows))
+    if experiment.name == "fidelity" and len(present) == 2:
+        sentences.append(side_by_side(rows))
     if rows[0].curve:
         sentences += correlations(rows)
     return sentences
@@ -254,7 +268,7 @@ KID, and comparable only with each other. Smaller is better for distances, large
 
 def _section(rows: Sequence[Row], figure: str) -> str:
     experiment = EXPERIMENTS[rows[0].experiment]
-    sentences = "\n".join(f"- {sentence}" for sentence in findings(rows)) or "The paper makes no claim here."
+    sentences = "\n".join(f"- {sentence}" for sentence in findings(rows))
     return "\n\n".join(
         (
             f"## {experiment.title} ({experiment.source})",
