@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
+from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
 from bench.paper.runs import Row
 from bench.rows import table
 from engine.errors import InputError
@@ -258,7 +258,8 @@ This page is written by `python -m bench.paper --document docs/experiments.md RO
 hand. Each experiment is one command, `python -m bench.paper --experiment NAME`; with `--scale cifar10`, `stl10` or
 `celeba64` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS of 50,000 samples).
 **That has not been done yet**: everything below is the small scale, scikit-learn's 1,797 digits and a few hundred steps
-with the digits preset's rates, so it says how the method behaves early in a small training, and no more.
+with large rates, chosen for AMA on its first seed, so it says how the method behaves early in a small training, and no
+more.
 
 Samples are judged by a network that no run was trained on. Where that is not Inception, the distances are not FID and
 KID, and comparable only with each other. Smaller is better for distances, larger for precision and recall. A claim
@@ -292,8 +293,10 @@ def _conditions(rows: Sequence[Row]) -> str:
     threads = sorted({entry.environment["threads"] for entry in rows})
     judge = row.network if row.is_inception else f"features of {row.network} (not FID and KID)"
     minibatches = sorted({entry.minibatch for entry in rows})
+    changed = " ".join(EXPERIMENTS[row.experiment].small_flags) if row.scale == SMALL else ""
+    rates = f" with `{changed}`" if changed else ""
     return (
-        f"{row.steps} steps, minibatch {' and '.join(map(str, minibatches))}, seeds {', '.join(map(str, seeds))}; "
+        f"{row.steps} steps{rates}, minibatch {' and '.join(map(str, minibatches))}, seeds {', '.join(map(str, seeds))}; "
         f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
         f"{row.environment['processor']}, threads: {', '.join(map(str, threads))}; torch "
         f"{row.environment['versions']['torch']}, commit {commits}, {row.environment['date']}; "

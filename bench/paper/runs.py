@@ -160,6 +160,8 @@ def _flags(experiment: Experiment, setting: Setting, plan: Plan, seed: int, weig
     steps = _steps(experiment, plan)
     flags = ["--preset", plan.scale.name, "--extractor", setting.extractor, "--amp", *setting.flags]
     flags += ["--seed", str(seed), "--steps", str(steps), "--log-every", str(max(steps // 200, 1)), *_machine(plan)]
+    if plan.scale.name == SMALL:
+        flags += experiment.small_flags
     if experiment.evaluations:
         flags += ["--evaluate-every", str(max(steps // experiment.evaluations, 1))]
         flags += ["--evaluate-samples", str(64 if plan.smoke else min(plan.scale.samples, 5000))]
