@@ -278,6 +278,7 @@ def _section(rows: Sequence[Row], figure: str) -> str:
             f"![{experiment.title}]({figure})",
             results_table(rows),
             sentences,
+            *([experiment.remark] if experiment.remark and rows[0].scale == SMALL else []),
         )
     )
 
