@@ -31,9 +31,13 @@ def write_folder(folder: Path, images: Tensor) -> Path:
     return folder
 
 
-def write_weights(path: Path, architecture: str = "vgg-small", outputs: int = CLASSES, **metadata: str) -> Path:
-    """Random weights as `engine.pretrain` writes them."""
-    module = enliven(ARCHITECTURES[architecture].make(outputs, 32))
+def write_weights(
+    path: Path, architecture: str = "vgg-small", outputs: int = CLASSES, seed: int = 0, **metadata: str
+) -> Path:
+    """Random weights as `engine.pretrain` writes them; `seed` decides them, whatever was drawn before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = enliven(ARCHITECTURES[architecture].make(outputs, 32))
     save_file(module.state_dict(), path, metadata or None)
     return path
 
