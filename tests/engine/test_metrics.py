@@ -199,7 +199,6 @@ def test_no_scores_without_classes(tmp_path, weights, case):
 def test_names_carry_the_weights(tmp_path, weights, network):
     again = evaluation_network("vgg-small", weights=weights, image_size=32)
     assert again == network
-    torch.manual_seed(1)
     other = evaluation_network(
         "vgg-small", weights=write_weights(tmp_path / "other.safetensors", seed=1), image_size=32
     )
