@@ -26,6 +26,7 @@ from engine.devices import choose_device
 from engine.errors import InputError
 from engine.files import write_atomically
 from engine.metrics import (
+    KID_SUBSET,
     METRICS,
     SEED,
     EvaluationNetwork,
@@ -39,7 +40,7 @@ from engine.networks import brings_weights
 from engine.run_folder import RunFolder
 from engine.sampling import RunSampler
 from engine.weights import read_state_dict, state_digest
-from pipelines import ImageDataset, ImageLoader, read_pixels
+from pipelines import ImageDataset, read_pixels
 from pipelines.arrays import read_pictures
 from pipelines.datasets import ARRAY_SUFFIXES
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "real": None if real is None else {"source": real.name, "images": real.count},
             "image_size": list(generated.size),
             "seed": arguments.seed,
-            "kid_subset_size": arguments.kid_subset_size or 1000,
+            "kid_subset_size": arguments.kid_subset_size or KID_SUBSET,
             "batch_size": arguments.batch_size,
             "device": str(device),
             "versions": {
@@ -274,14 +275,7 @@ def _pixels(dataset: ImageDataset, backend: str, limit: int | None, seed: int) -
     size = count * 3 * dataset.image_size**2
     if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3:
         raise InputError(f"--real-samples: {count} images of {dataset.name} take {size / 2**30:.1f} GiB; take fewer")
-    if count == len(dataset):
-        return read_pixels(dataset, backend=backend)
-    parts: list[Tensor] = []
-    for images, _ in ImageLoader(dataset, 256, backend=backend, shuffle=True, seed=seed):
-        parts.append(images.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8))
-        if sum(map(len, parts)) >= count:
-            break
-    return torch.cat(parts)[:count]
+    return read_pixels(dataset, limit=limit, seed=seed, backend=backend)
 
 
 if __name__ == "__main__":

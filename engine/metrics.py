@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,9 @@ SEED = 2020
 """torch-fidelity's own default: with it, numbers are those of the command `fidelity`."""
 
 _INCEPTION, _VGG16 = "inception-v3-compat", "vgg16"
-_KID_SUBSET, _IS_SPLITS, _NEIGHBOURS = 1000, 10, 3
+KID_SUBSET = 1000
+"""Images in each of KID's subsets, as torch-fidelity has them."""
+_IS_SPLITS, _NEIGHBOURS = 10, 3
 _LAYERS = ("features", "scores")
 _SUFFIXES = "png,jpg,jpeg"
 _KEYS = {
@@ -190,7 +192,7 @@ def compute_metrics(
         **{f"input{number}": entry.source for number, entry in enumerate(inputs, start=1)},
         "cuda": device.type == "cuda",
         "batch_size": batch_size,
-        "kid_subset_size": _KID_SUBSET if kid_subset_size is None else kid_subset_size,
+        "kid_subset_size": KID_SUBSET if kid_subset_size is None else kid_subset_size,
         "rng_seed": seed,
         "save_cpu_ram": in_memory or not _distances_fit(max(entry.count for entry in inputs)),
         "cache": False,
@@ -205,7 +207,12 @@ def compute_metrics(
             if names:
                 wanted = {("isc" if metric == "is" else metric): metric in names for metric in METRICS}
                 found |= _calculate(inputs, extractor, options | wanted)
-    return {_KEYS[key]: found[key] for key in _KEYS if key in found}
+    return common_names(found)
+
+
+def common_names(found: Mapping[str, float]) -> dict[str, float]:
+    """torch-fidelity's numbers under names that say nothing of Inception; others are left out."""
+    return {name: found[key] for key, name in _KEYS.items() if key in found}
 
 
 def check_metrics(
@@ -225,7 +232,7 @@ def check_metrics(
         raise InputError(f"--metrics: is needs a classifier, which {network.label} with these weights is not")
     if "kid" in metrics and kid_subset_size is not None and kid_subset_size < 2:
         raise InputError(f"--kid-subset-size: must be at least 2, got {kid_subset_size}")
-    subset = _KID_SUBSET if kid_subset_size is None else kid_subset_size
+    subset = KID_SUBSET if kid_subset_size is None else kid_subset_size
     needed = {"fid": 2, "kid": subset, "is": _IS_SPLITS, "prc": _NEIGHBOURS + 1}
     for metric in metrics:
         counts = [(generated, "generated")]

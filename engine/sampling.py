@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +24,19 @@ def sample(generator: nn.Module, z: Tensor, *, batch_statistics: bool = False, b
     With `batch_statistics` its BatchNorm uses the statistics of each batch of `batch_size` (the authors' code), not
     the running ones.
     """
-    module = copy.deepcopy(generator).train(batch_statistics)
-    return torch.cat([module(part).float() for part in z.split(batch_size)])
+    return torch.cat([images.float() for images in _batches(generator, z, batch_statistics, batch_size)])
 
 
 @torch.no_grad()
 def sample_pixels(generator: nn.Module, z: Tensor, *, batch_statistics: bool = False, batch_size: int = 256) -> Tensor:
     """As `sample`, but uint8 [N, 3, H, W] on the CPU: a quarter of the memory, and only a batch of it as float32."""
+    batches = _batches(generator, z, batch_statistics, batch_size)
+    return torch.cat([to_uint8(images).permute(0, 3, 1, 2) for images in batches]).contiguous()
+
+
+def _batches(generator: nn.Module, z: Tensor, batch_statistics: bool, batch_size: int) -> Iterator[Tensor]:
     module = copy.deepcopy(generator).train(batch_statistics)
-    return torch.cat([to_uint8(module(part)).permute(0, 3, 1, 2) for part in z.split(batch_size)]).contiguous()
+    return map(module, z.split(batch_size))
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,7 @@ class Trainer:
         # Loss scaling is only needed where gradients underflow: float16.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         self.random = torch.Generator().manual_seed(training.seed)
-        fixed = torch.Generator().manual_seed(training.seed + 1)
-        self.fixed_z = torch.randn(GRID, config.networks.nz, generator=fixed).to(self.device)
+        self.fixed_z = draw_z(GRID, config.networks.nz, training.seed + 1).to(self.device)
         self.step = 0
         self.first_bad_step = torch.tensor(_NEVER, device=self.device)
 

@@ -16,7 +16,7 @@ from engine.config import Config, ValidationConfig
 from engine.data import open_data
 from engine.errors import InputError
 from engine.evaluate import was_trained_on
-from engine.metrics import EvaluationNetwork, evaluation_network
+from engine.metrics import KID_SUBSET, EvaluationNetwork, common_names, evaluation_network
 from engine.three_sample import three_sample_test
 from pipelines import read_pixels
 
@@ -25,7 +25,6 @@ log = logging.getLogger("gfmn")
 SIGNIFICANCE = 0.05
 FACTOR = 0.8
 PATIENCE = 3
-KID_SUBSET = 1000
 
 Draw = Callable[[int], Tensor]
 
@@ -127,11 +126,7 @@ class Validation:
         subset = min(KID_SUBSET, len(samples), len(self.real))
         kid = kid_features_to_metric(samples, self.real, kid_subset_size=subset, rng_seed=seed, verbose=False)
         fid = fid_statistics_to_metric(fid_features_to_statistics(samples), self.real_statistics, verbose=False)
-        return {
-            "frechet_distance": fid["frechet_inception_distance"],
-            "kernel_distance": kid["kernel_inception_distance_mean"],
-            "kernel_distance_std": kid["kernel_inception_distance_std"],
-        }
+        return common_names(fid | kid)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next evaluation depends on."""

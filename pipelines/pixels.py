@@ -10,13 +10,21 @@ from pipelines.loader import ImageLoader
 _BATCH = 256
 
 
-def read_pixels(dataset: ImageDataset, *, backend: str = "auto") -> torch.Tensor:
+def read_pixels(
+    dataset: ImageDataset, *, limit: int | None = None, seed: int = 0, backend: str = "auto"
+) -> torch.Tensor:
     """All images as uint8 [N, 3, H, W], in the dataset's order: round(127.5 · (x + 1)) of what `ImageLoader` gives.
+
+    If there are more than `limit`, only that many, at random: `seed` decides which.
 
     Raises DataError for an image that cannot be used, as the loader does; skipped ones are left out.
     """
-    parts = [
-        batch.images.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        for batch in ImageLoader(dataset, _BATCH, backend=backend)
-    ]
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    parts = [torch.empty(0, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)]
+    read = 0
+    for images, _ in ImageLoader(dataset, _BATCH, backend=backend, shuffle=count < len(dataset), seed=seed):
+        parts.append(images[: count - read].add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8))
+        read += len(parts[-1])
+        if read == count:
+            break
     return torch.cat(parts)

@@ -22,7 +22,7 @@ from engine.assembly import open_data
 from engine.config import Config
 from engine.errors import InputError
 from engine.files import write_atomically
-from engine.metrics import EvaluationNetwork, compute_metrics, evaluation_network
+from engine.metrics import KID_SUBSET, EvaluationNetwork, compute_metrics, evaluation_network
 from engine.run_folder import RunFolder
 from engine.sampling import RunSampler
 from pipelines import read_pixels
@@ -80,6 +80,11 @@ class Plan:
     data: str | None
     device: str
 
+    @property
+    def samples(self) -> int:
+        """That are judged at the end of a run."""
+        return 64 if self.smoke else self.scale.samples
+
 
 def run_experiment(experiment: Experiment, plan: Plan) -> Iterator[Row]:
     """All runs of `experiment`, seed by seed, so that an early end leaves whole comparisons."""
@@ -100,7 +105,7 @@ def run_experiment(experiment: Experiment, plan: Plan) -> Iterator[Row]:
                     continue
                 raise InputError(f"--runs: {folder} was run with other flags; delete it or choose another folder")
             seconds = _train(flags, folder)
-            judge = judge or Judge(plan, Config.load(folder / "config.json"))
+            judge = judge or Judge(plan, Config.load(RunFolder(folder).config))
             row = _row(experiment, setting, plan, seed, flags, folder, seconds, judge)
             write_atomically(done, (json.dumps(dataclasses.asdict(row), indent=1) + "\n").encode())
             yield row
@@ -115,13 +120,13 @@ class Judge:
         self.network: EvaluationNetwork = evaluation_network(plan.scale.network, image_size=size)
         real = read_pixels(open_data(config))
         self.real: Tensor = real[:200] if plan.smoke else real
-        self.samples = 64 if plan.smoke else plan.scale.samples
+        self.samples = plan.samples
         self.device = torch.device(plan.device)
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """Metrics of samples of the run in `folder`, of the same z for every run."""
         samples = RunSampler.load(folder).draw_pixels(self.samples, seed=0, device=self.device)
-        subset = min(1000, len(samples), len(self.real))
+        subset = min(KID_SUBSET, len(samples), len(self.real))
         return compute_metrics(
             samples, self.real, self.network, self.plan.scale.metrics, device=self.device, kid_subset_size=subset
         )
@@ -164,7 +169,7 @@ def _flags(experiment: Experiment, setting: Setting, plan: Plan, seed: int, weig
         flags += experiment.small_flags
     if experiment.evaluations:
         flags += ["--evaluate-every", str(max(steps // experiment.evaluations, 1))]
-        flags += ["--evaluate-samples", str(64 if plan.smoke else min(plan.scale.samples, 5000))]
+        flags += ["--evaluate-samples", str(min(plan.samples, 5000))]
         if plan.scale.network is not None:
             flags += ["--evaluate-extractor", plan.scale.network]
     return [*flags, "--weights", *map(str, weights)]
@@ -210,7 +215,7 @@ def _row(
     seconds: float,
     judge: Judge,
 ) -> Row:
-    config = Config.load(folder / "config.json")
+    config = Config.load(RunFolder(folder).config)
     return Row(
         experiment=experiment.name,
         scale=plan.scale.name,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from engine.extractors import Extractor
 from engine.feature_pass import FeaturePass
-from engine.images import to_uint8
-from pipelines import ImageDataset, ImageLoader
+from engine.tapping import activate_
 
 Features = Callable[[Tensor], Tensor]
 """Pictures uint8 [N, 3, H, W] → features [N, F], on the CPU, in batches."""
@@ -102,18 +101,6 @@ def nearest(queries: Tensor, references: Tensor, k: int, *, skip_self: bool = Fa
     return torch.cat(indices), torch.cat(distances)
 
 
-def real_images(dataset: ImageDataset, limit: int, *, seed: int = 0, loader: str = "auto") -> Tensor:
-    """The dataset's images as uint8 [n, 3, H, W]; `limit` random ones if there are more."""
-    images = ImageLoader(dataset, 64, backend=loader, shuffle=len(dataset) > limit, seed=seed)
-    parts, count = [], 0
-    for batch in images:
-        parts.append(to_uint8(batch.images[: limit - count]).permute(0, 3, 1, 2).contiguous())
-        count += len(parts[-1])
-        if count == limit:
-            break
-    return torch.cat(parts) if parts else torch.empty(0, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
-
-
 def channel_means(extractor: Extractor, batch_size: int = 64) -> Features:
     """The extractor's taps, each averaged over positions to its channels, side by side: [N, ΣC]."""
     feature_pass = FeaturePass(extractor)
@@ -133,9 +120,5 @@ class _ChannelMeans:
 
     def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
         """See `engine.feature_pass.Collector`."""
-        activation = self.to_apply[tap]
-        if residual is not None:
-            y += residual
-        if activation != "none":
-            y.clamp_(min=0, max=6 if activation == "relu6" else None)
+        activate_(y, residual, self.to_apply[tap])
         self.means.append(y.float().mean(dim=(2, 3)))

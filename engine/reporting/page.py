@@ -14,14 +14,14 @@ from torch import Tensor
 from engine.config import Config
 from engine.images import grid, to_uint8
 from engine.reporting.charts import Chart, histogram_chart, number
-from engine.reporting.neighbours import Comparison, compare, real_images
+from engine.reporting.neighbours import Comparison, compare
 from engine.reporting.numbers import evaluations, is_number, loss_charts
 from engine.reporting.pictures import COLUMNS, as_picture, as_png, data_uri, largest_side, sample_steps, upper_left
 from engine.reporting.real import Real
 from engine.reporting.settings import settings, train_command, versions
 from engine.run_folder import RunFolder
 from engine.sampling import RunSampler
-from pipelines import DataError
+from pipelines import DataError, read_pixels
 
 log = logging.getLogger("gfmn")
 
@@ -148,7 +148,7 @@ def _neighbours(sampler: RunSampler, config: Config, real: Real, seed: int, limi
         return Neighbours(missing=real.missing)
     samples = to_uint8(sampler.draw(_COMPARED, seed)).permute(0, 3, 1, 2).contiguous()
     try:
-        images = real_images(real.dataset, limit, seed=seed, loader=config.data.loader)
+        images = read_pixels(real.dataset, limit=limit, seed=seed, backend=config.data.loader)
     except DataError as error:
         log.warning("no nearest real images in the report: %s", error)
         return Neighbours(missing=str(error))

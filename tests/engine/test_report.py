@@ -28,12 +28,12 @@ from engine.config import Config
 from engine.extractors import Extractor
 from engine.images import to_uint8
 from engine.reporting.charts import HEIGHT, WIDTH, line_chart, log_ticks, number, ticks
-from engine.reporting.neighbours import channel_means, compare, nearest, real_images
+from engine.reporting.neighbours import channel_means, compare, nearest
 from engine.reporting.pictures import sample_steps
 from engine.reporting.settings import train_command
 from engine.run_folder import RunFolder
 from engine.sampling import RunSampler
-from pipelines import ImageLoader, open_dataset
+from pipelines import ImageLoader, open_dataset, read_pixels
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -437,7 +437,7 @@ def brute_force(extractor: Extractor, pictures: torch.Tensor) -> np.ndarray:
 
 def test_neighbours_equal_brute_force_and_a_copy_is_found(finished: Path, extractor: Extractor) -> None:
     config = Config.load(finished / "config.json")
-    real = real_images(open_data(config), 1000, loader="torch")
+    real = read_pixels(open_data(config), limit=1000, backend="torch")
     assert len(real) == 60
     samples = to_uint8(RunSampler.load(finished).draw(9, 0)).permute(0, 3, 1, 2)
     samples[4] = real[17]
@@ -478,7 +478,7 @@ def test_the_page_shows_a_copy(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_part_of_the_real_images_is_drawn_by_the_seed(run: Path) -> None:
     dataset = open_data(Config.load(run / "config.json"))
-    one, again, other = (real_images(dataset, 20, seed=seed, loader="torch") for seed in (0, 0, 1))
+    one, again, other = (read_pixels(dataset, limit=20, seed=seed, backend="torch") for seed in (0, 0, 1))
     assert one.shape == (20, 3, 32, 32)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
