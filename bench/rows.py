@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-# Kineto announces every start and stop of the profiler on stderr, unless this is set before the first one.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+from engine.profiling import quiet_profiler
+
 # More than what the caches hold of a GPU, or of the part of a CPU that a few threads reach.
 FLUSHED_BYTES = 2**27
 
@@ -91,6 +91,7 @@ def peak_memory(call: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
+    quiet_profiler()
     with profile(profile_memory=True) as events:
         call()
     kineto = events.profiler.kineto_results.events()

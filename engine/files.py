@@ -15,11 +15,18 @@ from torch import Tensor
 
 from engine.errors import InputError
 
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "larger than a file may be here (ulimit -f)",
+}
+
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader, or a kill at any moment, sees the old file or the new one.
 
-    Raises InputError with one line if the disk is full or the folder cannot be written to; the old file stays.
+    Raises InputError with one line if the disk is full, a quota or limit is reached, or the folder cannot be written
+    to; the old file stays.
     """
     path = Path(path)
     temporary = None
@@ -34,8 +41,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk is full" if full else (error.strerror or str(error))
+        reason = _REASONS.get(error.errno, error.strerror or str(error))
         raise InputError(f"{path}: could not be written, {reason}; what was there before is untouched") from error
     finally:
         if temporary is not None:

@@ -15,6 +15,11 @@ WARMUP = 2
 _ROWS = 15
 
 
+def quiet_profiler() -> None:
+    """Keep Kineto from announcing its starts and stops on stderr; call it before the process's first trace."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
 class StepProfiler:
     """Context around training steps; traces `steps` of them after `WARMUP` others, or does nothing if there are none.
 
@@ -25,8 +30,7 @@ class StepProfiler:
         self.path = path
         self.profiler: profile | None = None
         if steps:
-            # Kineto announces its starts and stops on stderr, unless this is set before the first one.
-            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+            quiet_profiler()
             plan = schedule(wait=WARMUP - 1, warmup=1, active=steps, repeat=1)
             self.profiler = profile(schedule=plan, on_trace_ready=self._write, profile_memory=True)
 

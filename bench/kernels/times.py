@@ -32,11 +32,8 @@ from bench.kernels.workloads import (
     taps_of,
 )
 from bench.rows import Row, compare, environment, table
-from engine.averagers import AMA
-from engine.extractors import build_extractor
-from engine.generators import DCGANGenerator
-from engine.matching import MomentMatching, _Matching
-from engine.moments import Moments
+from bench.scenario import Scenario
+from engine.matching import _Matching
 from kernels import reference
 from kernels.layout import feature_rows
 
@@ -209,15 +206,9 @@ class StepRow:
 
 def measure_step(backend: str, dtype: torch.dtype, repetitions: int, device: str) -> StepRow:
     """Training steps of `EXTRACTOR` with a DCGAN generator; time inside the criterion's methods counts as its share."""
-    torch.manual_seed(0)
-    extractor = build_extractor(EXTRACTOR, image_size=IMAGE_SIZE).to(device)
-    features = extractor.num_features
-    target = Moments(1000, torch.rand(features, dtype=torch.float64), 1000 * torch.rand(features, dtype=torch.float64))
-    objective = MomentMatching(
-        extractor, target, AMA(), kernels=backend, amp_dtype=None if dtype == torch.float32 else dtype
-    )
-    generator = DCGANGenerator(IMAGE_SIZE, 100).to(device).to(memory_format=torch.channels_last)
-    adam = torch.optim.Adam(generator.parameters(), lr=1e-4)
+    scenario = Scenario.build(EXTRACTOR, IMAGE_SIZE, MINIBATCH, device)
+    autocast = None if dtype == torch.float32 else dtype
+    step = scenario.trainer(scenario.ours(autocast, kernels=backend), autocast)
     inside = 0.0
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -237,11 +228,7 @@ def measure_step(backend: str, dtype: torch.dtype, repetitions: int, device: str
             stack.enter_context(patch.object(_Matching, name, timed(getattr(_Matching, name))))
         for n in range(repetitions + 2):
             inside, begun = 0.0, _now(device)
-            adam.zero_grad(set_to_none=True)
-            with torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float32):
-                images = generator(torch.randn(MINIBATCH, 100, device=device))
-            objective(images.float()).backward()
-            adam.step()
+            step()
             if n >= 2:
                 whole.append(_now(device) - begun)
                 criterion.append(inside)

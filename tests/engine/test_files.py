@@ -101,13 +101,17 @@ def test_data_reach_the_disk_before_the_name(path, monkeypatch):
     assert calls == [("fsync", len(NEW)), ("replace", "checkpoint"), ("fsync", "folder")]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT], ids=["full", "quota"])
-def test_disk_full(number, path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used up")],
+    ids=["full", "quota"],
+)
+def test_disk_full(number, reason, path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="the disk is full") as error:
+    with pytest.raises(InputError, match=reason) as error:
         write_atomically(path, NEW)
     assert_one_line(str(error.value), path)
     assert_old_alone(path)
@@ -176,7 +180,7 @@ def test_file_size_limit(path, tmp_path_factory):
     _, status = os.waitpid(fork(limited), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert_one_line(said.read_text(), path)
-    assert "the disk is full" in said.read_text()
+    assert "ulimit -f" in said.read_text()
     assert_old_alone(path)
 
 
