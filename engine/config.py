@@ -262,8 +262,8 @@ _GROUPS: dict[str, type] = {
 
 _PAPER = {"weights": (), "steps": 200_000, "sample_every": 1000, "checkpoint_every": 5000, "log_every": 100}
 PRESETS: dict[str, dict[str, Any]] = {
-    # The embedded demo: larger rates than the paper's and averaged weights, because it has minutes and not days; at such
-    # rates the authors' AMA draws more digits that can be read, and more variety within each, than the paper's.
+    # The embedded demo: larger rates than the paper's and averaged weights, because it has minutes and not days. At such
+    # rates the authors' AMA keeps all classes, and variety within each; the paper's lets the rarest one thin out.
     "digits": {
         "steps": 900,
         "lr": 1e-3,
