@@ -262,7 +262,7 @@ _GROUPS: dict[str, type] = {
 
 _PAPER = {"weights": (), "steps": 200_000, "sample_every": 1000, "checkpoint_every": 5000, "log_every": 100}
 PRESETS: dict[str, dict[str, Any]] = {
-    # The embedded demo: larger rates than the paper's and averaged weights, because it has minutes and not days. At such
+    # The embedded demo: larger rates than the paper's and averaged weights, as it has minutes and not days. At such
     # rates the authors' AMA keeps all classes, and variety within each; the paper's lets the rarest one thin out.
     "digits": {
         "steps": 900,
