@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.errors import InputError
 
-_REASONS = {
+_REASONS: dict[int | None, str] = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "larger than a file may be here (ulimit -f)",
