@@ -13,7 +13,7 @@ import torch
 
 import bench.kernels
 from bench.kernels.audit import audit, print_audit
-from bench.kernels.times import measure, measure_step, print_steps, print_times
+from bench.kernels.times import measure, measure_steps, print_steps, print_times
 from bench.kernels.traffic import count_bytes, print_bytes
 from bench.kernels.workloads import EXTRACTOR, IMAGE_SIZE, taps_of
 from bench.rows import write_json
@@ -49,11 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)
         print_bytes(rows)
     elif args.step:
-        rows = [
-            measure_step(backend, dtype, args.repetitions, args.device)
-            for dtype in (torch.bfloat16, torch.float32)
-            for backend in ("auto", "reference")
-        ]
+        rows = measure_steps(args.device, args.repetitions)
         print_steps(rows)
     else:
         rows = measure(args.device, args.repetitions)

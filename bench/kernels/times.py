@@ -204,9 +204,19 @@ class StepRow:
     environment: dict[str, Any] = field(default_factory=environment, repr=False)
 
 
-def measure_step(backend: str, dtype: torch.dtype, repetitions: int, device: str) -> StepRow:
-    """Training steps of `EXTRACTOR` with a DCGAN generator; time inside the criterion's methods counts as its share."""
+def measure_steps(device: str, repetitions: int) -> list[StepRow]:
+    """Training steps of `EXTRACTOR` with a DCGAN generator: both dtypes, by the fastest backend and by `reference`."""
     scenario = Scenario.build(EXTRACTOR, IMAGE_SIZE, MINIBATCH, device)
+    return [
+        _measure_step(scenario, backend, dtype, repetitions)
+        for dtype in (torch.bfloat16, torch.float32)
+        for backend in ("auto", "reference")
+    ]
+
+
+def _measure_step(scenario: Scenario, backend: str, dtype: torch.dtype, repetitions: int) -> StepRow:
+    """Time inside the criterion's methods counts as its share."""
+    device = scenario.device.type
     autocast = None if dtype == torch.float32 else dtype
     step = scenario.trainer(scenario.ours(autocast, kernels=backend), autocast)
     inside = 0.0
@@ -235,7 +245,7 @@ def measure_step(backend: str, dtype: torch.dtype, repetitions: int, device: str
                 shares.append(inside / whole[-1])
     p20, p50, p80 = np.percentile(whole, (20, 50, 80)).tolist()
     share, inner = float(np.median(shares)), float(np.median(criterion))
-    return StepRow(EXTRACTOR, MINIBATCH, short(dtype), backend, p20, p50, p80, inner, share)
+    return StepRow(scenario.name, scenario.minibatch, short(dtype), backend, p20, p50, p80, inner, share)
 
 
 def _now(device: str) -> float:

@@ -258,8 +258,8 @@ This page is written by `python -m bench.paper --document docs/experiments.md RO
 hand. Each experiment is one command, `python -m bench.paper --experiment NAME`; with `--scale cifar10`, `stl10` or
 `celeba64` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS of 50,000 samples).
 **That has not been done yet**: everything below is the small scale, scikit-learn's 1,797 digits and a few hundred steps
-at large learning rates, so it says how the method behaves early in a small training, and no more. (Where
-the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen by one look at AMA with its first seed.)
+at large learning rates, so it says how the method behaves early in a small training, and no more. (Where the rates
+are `--lr 1e-3 --ama-lr 1e-2`, they were chosen by one look at AMA with its first seed.)
 
 Samples are judged by a network that no run was trained on. Where that is not Inception, the distances are not FID and
 KID, and comparable only with each other. Smaller is better for distances, larger for precision and recall. A claim

@@ -120,12 +120,11 @@ class Judge:
         self.network: EvaluationNetwork = evaluation_network(plan.scale.network, image_size=size)
         real = read_pixels(open_data(config))
         self.real: Tensor = real[:200] if plan.smoke else real
-        self.samples = plan.samples
         self.device = torch.device(plan.device)
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """Metrics of samples of the run in `folder`, of the same z for every run."""
-        samples = RunSampler.load(folder).draw_pixels(self.samples, seed=0, device=self.device)
+        samples = RunSampler.load(folder).draw_pixels(self.plan.samples, seed=0, device=self.device)
         subset = min(KID_SUBSET, len(samples), len(self.real))
         return compute_metrics(
             samples, self.real, self.network, self.plan.scale.metrics, device=self.device, kid_subset_size=subset
@@ -227,7 +226,7 @@ def _row(
         flags=flags,
         network=judge.network.label,
         is_inception=judge.network.is_inception,
-        samples=judge.samples,
+        samples=plan.samples,
         real=len(judge.real),
         metrics=judge(folder),
         curve=_curve(RunFolder(folder)),

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from engine.config import Config
-from engine.images import grid, to_uint8
+from engine.images import grid
 from engine.reporting.charts import Chart, histogram_chart, number
 from engine.reporting.neighbours import Comparison, compare
 from engine.reporting.numbers import evaluations, is_number, loss_charts
@@ -146,7 +146,7 @@ class Neighbours:
 def _neighbours(sampler: RunSampler, config: Config, real: Real, seed: int, limit: int) -> Neighbours:
     if real.dataset is None or real.space is None:
         return Neighbours(missing=real.missing)
-    samples = to_uint8(sampler.draw(_COMPARED, seed)).permute(0, 3, 1, 2).contiguous()
+    samples = sampler.draw_pixels(_COMPARED, seed)
     try:
         images = read_pixels(real.dataset, limit=limit, seed=seed, backend=config.data.loader)
     except DataError as error:

@@ -465,7 +465,8 @@ def test_the_page_shows_a_copy(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     real = next(iter(ImageLoader(open_data(Config.load(run / "config.json")), 60, backend="torch"))).images
     noise = torch.rand(256, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     noise[0], noise[200] = real[5], real[40]
-    monkeypatch.setattr(RunSampler, "draw", lambda self, count, seed: noise[:count])
+    pixels = to_uint8(noise).permute(0, 3, 1, 2).contiguous()
+    monkeypatch.setattr(RunSampler, "draw_pixels", lambda self, count, seed: pixels[:count])
     markup = write(run)
     assert "2 of 256 samples are closer to a real image than 95% of real images" in text_of(markup)
     assert "2 of them equal a real image pixel by pixel" in text_of(markup)
