@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench.rows import environment, table, write_json
-from engine.cli import Parser, run_command
-from engine.extractors import build_extractor
-from engine.feature_pass import FeaturePass
-from engine.tapping import activate_
-from engine.target import compute_target
+from engine.comparison.reference.statistics_pass import compute_target
+from engine.configuration.command import Parser, run_command
+from engine.representation.build import build_extractor
+from engine.representation.feature_pass import FeaturePass
+from engine.representation.tracing.tap import activate_
 from pipelines import ImageDataset, ImageLoader, open_dataset
 from pipelines.loader import dali_is_importable
 

@@ -47,7 +47,18 @@ def digest_of_file(path: Path) -> str:
 def run(flags: list[str], folder: Path) -> dict[str, str]:
     """Train for a few steps in `folder`, which also holds the cache of extractors and targets; returns the digests."""
     out = folder / "run"
-    command = [sys.executable, "-m", "engine.train", *flags, "--steps", str(_STEPS), "--device", "cpu", "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "engine.train",
+        *flags,
+        "--steps",
+        str(_STEPS),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "GFMN_CACHE": str(folder / "cache")}
     subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
     (target,) = (folder / "cache" / "targets").glob("*.safetensors")

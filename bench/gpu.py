@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.rows import environment, table
-from engine.cli import Parser, run_command
+from engine.configuration.command import Parser, run_command
 
 _OUTPUT_LINES = 40
 

@@ -2,8 +2,8 @@
 
 *Measured* is the most that PyTorch's allocator holds at the same time beyond the weights, from before objective and
 optimizer are made to the end of the second step, each variant in a process of its own, where at most
-`--measure-up-to` is predicted. *Modelled* is the same number from `engine.planner`, which allocates nothing: it is
-there for every size. *Resident* is the largest size of that whole process, Python and libraries included.
+`--measure-up-to` is predicted. *Modelled* is the same number from `engine.training.planner`, which allocates nothing:
+it is there for every size. *Resident* is the largest size of that whole process, Python and libraries included.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch import Tensor, nn
 
 from bench.naive import NaiveMatching
 from bench.rows import environment, peak_memory, table, write_json
-from engine.assembly import make_objective
-from engine.averagers import AMA
-from engine.cli import Parser, run_command
-from engine.config import Config, memory_bytes
-from engine.extractors import build_extractor
-from engine.generators import build_generator
-from engine.matching import MomentMatching
-from engine.moments import Moments
-from engine.networks import make_network
-from engine.planner import FakeMode, Footprint, fake_copy, fake_target, predict, shown_bytes, track
-from engine.run_folder import RunFolder
-from engine.trainer import Trainer, amp_dtype
+from engine.comparison.averagers import AMA
+from engine.comparison.distances.moments import Moments
+from engine.comparison.moment_matching import MomentMatching
+from engine.configuration.build import make_objective
+from engine.configuration.command import Parser, run_command
+from engine.configuration.config import Config, memory_bytes
+from engine.generation.networks import build_generator
+from engine.representation.build import build_extractor
+from engine.representation.zoo import make_network
+from engine.training.planner import FakeMode, Footprint, fake_copy, fake_target, predict, shown_bytes, track
+from engine.training.run_folder import RunFolder
+from engine.training.trainer import Trainer, amp_dtype
 
 NZ = 100
 GIB = 2**30
@@ -90,7 +90,7 @@ class MemoryRow:
     Attributes:
         variant, dtype, extractor, generator, image_size, minibatch: what was trained, and how.
         weights: bytes of parameters and buffers, which are not in the other numbers.
-        modelled: bytes at the peak of a step beyond the weights, by `engine.planner`.
+        modelled: bytes at the peak of a step beyond the weights, by `engine.training.planner`.
         measured: the same by PyTorch's allocator; None where it was not measured.
         resident: bytes, the largest size of the process that was measured.
         environment: see `bench.rows.environment`.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from engine.moments import Moments
+from engine.comparison.distances.moments import Moments
 
 # In a pair the paper counts the first 16 layers of each network.
 LAYERS = 16

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from engine.profiling import quiet_profiler
+from engine.training.profiling import quiet_profiler
 
 # More than what the caches hold of a GPU, or of the part of a CPU that a few threads reach.
 FLUSHED_BYTES = 2**27

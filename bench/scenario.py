@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.naive import NaiveMatching
-from engine.averagers import AMA
-from engine.extractors import Extractor, build_extractor
-from engine.generators import build_generator, run_generator
-from engine.matching import MomentMatching
-from engine.moments import Moments
-from engine.networks import make_network
+from engine.comparison.averagers import AMA
+from engine.comparison.distances.moments import Moments
+from engine.comparison.moment_matching import MomentMatching
+from engine.generation.networks import build_generator, run_generator
+from engine.representation.build import build_extractor
+from engine.representation.extractor import Extractor
+from engine.representation.zoo import make_network
 
 NZ = 100
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from bench.rows import environment, interleaved, table, write_json
 from bench.scenario import Scenario
-from engine.cli import Parser, run_command
-from engine.extractors import Extractor
+from engine.configuration.command import Parser, run_command
+from engine.representation.extractor import Extractor
 
 # Relative error of ∂L/∂images against float64: masks and pooling ties flip in float32; bfloat16 has 8 bits.
 TOLERANCE = {None: 5e-3, torch.bfloat16: 0.2, torch.float16: 0.05}

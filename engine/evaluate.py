@@ -19,13 +19,11 @@ import torch_fidelity
 import torchvision
 from torch import Tensor
 
-from engine.cli import Parser, run_command
-from engine.config import PRESETS, Config, DataConfig, add_flags, given_flags
-from engine.data import open_data
-from engine.devices import choose_device
-from engine.errors import InputError
-from engine.files import write_atomically
-from engine.metrics import (
+from engine.configuration.command import Parser, run_command
+from engine.configuration.config import PRESETS, Config, DataConfig, add_flags, given_flags
+from engine.configuration.data import open_data
+from engine.configuration.devices import choose_device
+from engine.evaluation.metrics import (
     KID_SUBSET,
     METRICS,
     SEED,
@@ -36,10 +34,12 @@ from engine.metrics import (
     compute_metrics,
     evaluation_network,
 )
-from engine.networks import brings_weights
-from engine.run_folder import RunFolder
-from engine.sampling import RunSampler
-from engine.weights import read_state_dict, state_digest
+from engine.generation.sampling import RunSampler
+from engine.representation.weights import read_state_dict, state_digest
+from engine.representation.zoo import brings_weights
+from engine.support.errors import InputError
+from engine.support.files import write_atomically
+from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, read_pixels
 from pipelines.arrays import read_pictures
 from pipelines.datasets import ARRAY_SUFFIXES

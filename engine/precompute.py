@@ -7,14 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.assembly import make_extractor, open_data, pass_batch_size
-from engine.cli import Interrupted, Parser, run_command
-from engine.config import PRESETS, Config, add_flags, given_flags
-from engine.devices import choose_device
-from engine.errors import InputError
-from engine.moments import Moments
-from engine.ranks import EndedElsewhere, Ranks
-from engine.target import (
+from engine.comparison.distances.moments import Moments
+from engine.comparison.reference.statistics_pass import (
     compute_target,
     exclusive,
     fingerprint,
@@ -23,7 +17,13 @@ from engine.target import (
     target_loader,
     write_bad_images,
 )
-from engine.trainer import amp_dtype
+from engine.configuration.build import make_extractor, open_data, pass_batch_size
+from engine.configuration.command import Interrupted, Parser, run_command
+from engine.configuration.config import PRESETS, Config, add_flags, given_flags
+from engine.configuration.devices import choose_device
+from engine.support.errors import InputError
+from engine.training.ranks import EndedElsewhere, Ranks
+from engine.training.trainer import amp_dtype
 
 log = logging.getLogger("gfmn")
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.architectures import ARCHITECTURES
-from engine.cli import Parser, run_command
-from engine.config import PRESETS, Config, add_flags, given_flags
-from engine.devices import choose_device
-from engine.errors import InputError
-from engine.pretraining import TASKS, PretrainResult, pretrain
+from engine.configuration.command import Parser, run_command
+from engine.configuration.config import PRESETS, Config, add_flags, given_flags
+from engine.configuration.devices import choose_device
+from engine.representation.architectures import ARCHITECTURES
+from engine.representation.pretraining import TASKS, PretrainResult, pretrain
+from engine.support.errors import InputError
 from pipelines import open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]

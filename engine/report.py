@@ -6,15 +6,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import Parser, run_command
-from engine.config import Config
-from engine.devices import choose_device
-from engine.errors import InputError
-from engine.files import write_atomically
+from engine.configuration.command import Parser, run_command
+from engine.configuration.config import Config
+from engine.configuration.devices import choose_device
+from engine.generation.sampling import RunSampler
 from engine.reporting.page import render
 from engine.reporting.real import chosen_space, open_real
-from engine.run_folder import RunFolder
-from engine.sampling import RunSampler
+from engine.support.errors import InputError
+from engine.support.files import write_atomically
+from engine.training.run_folder import RunFolder
 
 log = logging.getLogger("gfmn")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.cli import Parser, run_command
-from engine.errors import InputError
-from engine.files import write_atomically
-from engine.images import grid, save_png, to_uint8
-from engine.sampling import RunSampler
+from engine.configuration.command import Parser, run_command
+from engine.generation.sampling import RunSampler
+from engine.support.errors import InputError
+from engine.support.files import write_atomically
+from engine.support.pixels import grid, save_png, to_uint8
 
 log = logging.getLogger("gfmn")
 

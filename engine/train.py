@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from engine.assembly import make_extractor, make_objective, make_target, open_data
-from engine.cli import Parser, run_command
-from engine.config import PRESETS, Config, add_flags, given_flags
-from engine.devices import choose_device
-from engine.errors import InputError
-from engine.generators import build_generator
-from engine.images import grid, save_png
-from engine.planner import choose_chunk, print_plans
-from engine.plots import plot_metrics
-from engine.run_folder import RunFolder
-from engine.target import write_bad_images
-from engine.trainer import Trainer, amp_dtype
+from engine.comparison.reference.statistics_pass import write_bad_images
+from engine.configuration.build import make_extractor, make_objective, make_target, open_data
+from engine.configuration.command import Parser, run_command
+from engine.configuration.config import PRESETS, Config, add_flags, given_flags
+from engine.configuration.devices import choose_device
+from engine.generation.networks import build_generator
+from engine.support.errors import InputError
+from engine.support.pixels import grid, save_png
+from engine.training.logbook import plot_metrics
+from engine.training.planner import choose_chunk, print_plans
+from engine.training.run_folder import RunFolder
+from engine.training.trainer import Trainer, amp_dtype
 
 log = logging.getLogger("gfmn")
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     objective = make_objective(config, extractor, target, dtype)
     validation = None
     if config.validation.evaluate_every is not None:
-        from engine.validation import make_validation  # torch-fidelity takes a second to import
+        from engine.training.validation import make_validation  # torch-fidelity takes a second to import
 
         validation = make_validation(config, device)
     trainer = Trainer(generator, objective, config, run, target.fingerprint or {}, validation)

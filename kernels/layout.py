@@ -2,7 +2,7 @@
 
 All three operations work on `[N, F]` rows in the *memory order* of the activations: (H, W, C) when they are
 channels_last, (C, H, W) when they are contiguous. Buffers of per-feature values use the same order, so no
-operation ever permutes anything; `engine.matching` translates to the public (C, H, W) order at its border.
+operation ever permutes anything; callers translate to the public (C, H, W) order at their border.
 """
 
 from __future__ import annotations

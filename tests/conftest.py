@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from oracle import tapped
 from torch import Tensor, nn
 
-from engine.extractors import Extractor, build_extractor
+from engine.representation.build import build_extractor
+from engine.representation.extractor import Extractor
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,7 +1,7 @@
 """The objective written out in float64 with plain autograd and `torch.optim.Adam`: what the engine is compared with.
 
-Nothing here imports `kernels`, `engine.averagers` or `engine.matching`. Features come from `extractor.features`, or,
-for networks that a test makes itself, from forward hooks on the untraced network (`hooked_features`).
+Nothing here imports `kernels`, the averagers or `MomentMatching`. Features come from `extractor.features`, or, for
+networks that a test makes itself, from forward hooks on the untraced network (`hooked_features`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.extractors import Extractor
-from engine.tapping import tap_network
+from engine.representation.extractor import Extractor
+from engine.representation.tracing.tap import tap_network
 
 Features = Callable[[Tensor], Tensor]
 
@@ -122,7 +122,7 @@ def tapped(network: nn.Module, image_size: int) -> Extractor:
     graph, sites = tap_network(copy.deepcopy(network).eval().requires_grad_(False).double(), prefix="own")
     extractor.networks.append(graph.float().requires_grad_(False))
     extractor.sites = tuple(sites)
-    extractor._measure()
+    extractor.measure_taps()
     return extractor
 
 

@@ -17,7 +17,7 @@ from bench.kernels.times import measure, measure_steps, print_steps, print_times
 from bench.kernels.traffic import count_bytes, print_bytes
 from bench.kernels.workloads import EXTRACTOR, IMAGE_SIZE, taps_of
 from bench.rows import write_json
-from engine.cli import Parser, run_command
+from engine.configuration.command import Parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> None:

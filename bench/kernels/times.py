@@ -33,7 +33,7 @@ from bench.kernels.workloads import (
 )
 from bench.rows import Row, compare, environment, table
 from bench.scenario import Scenario
-from engine.matching import _Matching
+from engine.comparison.moment_matching import _Matching
 from kernels import reference
 from kernels.layout import feature_rows
 

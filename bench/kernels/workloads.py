@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.extractors import build_extractor
+from engine.representation.build import build_extractor
 from kernels import reference
 
 EXTRACTOR, IMAGE_SIZE, MINIBATCH = "vgg19+resnet18", 32, 64

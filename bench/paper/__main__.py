@@ -17,8 +17,8 @@ import torch
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL
 from bench.paper.results import draw, findings, page, read_rows, results_table, write_rows
 from bench.paper.runs import Plan, Row, run_experiment, run_folder
-from engine.cli import Parser, run_command
-from engine.files import write_atomically
+from engine.configuration.command import Parser, run_command
+from engine.support.files import write_atomically
 
 
 def parser() -> Parser:

@@ -17,10 +17,10 @@ from scipy.stats import spearmanr
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
 from bench.paper.runs import Row
 from bench.rows import table
-from engine.errors import InputError
-from engine.files import write_atomically
-from engine.images import grid
-from engine.sampling import RunSampler
+from engine.generation.sampling import RunSampler
+from engine.support.errors import InputError
+from engine.support.files import write_atomically
+from engine.support.pixels import grid
 
 DISTANCES = ("kernel_distance", "frechet_distance")
 _INCEPTION_NAMES = {

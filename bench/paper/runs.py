@@ -18,13 +18,13 @@ from torch import Tensor
 
 from bench.paper.experiments import SMALL, Experiment, Scale, Setting
 from bench.rows import environment
-from engine.assembly import open_data
-from engine.config import Config
-from engine.errors import InputError
-from engine.files import write_atomically
-from engine.metrics import KID_SUBSET, EvaluationNetwork, compute_metrics, evaluation_network
-from engine.run_folder import RunFolder
-from engine.sampling import RunSampler
+from engine.configuration.build import open_data
+from engine.configuration.config import Config
+from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, compute_metrics, evaluation_network
+from engine.generation.sampling import RunSampler
+from engine.support.errors import InputError
+from engine.support.files import write_atomically
+from engine.training.run_folder import RunFolder
 from pipelines import read_pixels
 
 
@@ -33,7 +33,7 @@ class Row:
     """One training run and what its samples are worth.
 
     Attributes:
-        metrics: of the samples at the end, as `engine.metrics.compute_metrics` names them.
+        metrics: of the samples at the end, as `engine.evaluation.metrics.compute_metrics` names them.
         curve: at every evaluation during training its step and metrics, and the mean loss and ‖Δ‖ of the steps that
             were logged since the one before.
         seconds: of training, on the machine of `environment`, whatever else it did.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.extractors import Extractor
-from engine.feature_pass import FeaturePass
-from engine.tapping import activate_
+from engine.representation.extractor import Extractor
+from engine.representation.feature_pass import FeaturePass
+from engine.representation.tracing.tap import activate_
 
 Features = Callable[[Tensor], Tensor]
 """Pictures uint8 [N, 3, H, W] → features [N, F], on the CPU, in batches."""
@@ -119,6 +119,6 @@ class _ChannelMeans:
         self.means: list[Tensor] = []
 
     def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """See `engine.feature_pass.Collector`."""
+        """See `engine.representation.feature_pass.Collector`."""
         activate_(y, residual, self.to_apply[tap])
         self.means.append(y.float().mean(dim=(2, 3)))

@@ -11,16 +11,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
-from engine.config import Config
-from engine.images import grid
+from engine.configuration.config import Config
+from engine.generation.sampling import RunSampler
 from engine.reporting.charts import Chart, histogram_chart, number
 from engine.reporting.neighbours import Comparison, compare
 from engine.reporting.numbers import evaluations, is_number, loss_charts
 from engine.reporting.pictures import COLUMNS, as_picture, as_png, data_uri, largest_side, sample_steps, upper_left
 from engine.reporting.real import Real
 from engine.reporting.settings import settings, train_command, versions
-from engine.run_folder import RunFolder
-from engine.sampling import RunSampler
+from engine.support.pixels import grid
+from engine.training.run_folder import RunFolder
 from pipelines import DataError, read_pixels
 
 log = logging.getLogger("gfmn")

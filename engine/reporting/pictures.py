@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from engine.run_folder import RunFolder
+from engine.training.run_folder import RunFolder
 
 log = logging.getLogger("gfmn")
 

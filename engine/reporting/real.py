@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.assembly import make_extractor, open_data
-from engine.config import Config
-from engine.errors import InputError
+from engine.configuration.build import make_extractor, open_data
+from engine.configuration.config import Config
 from engine.reporting.charts import number
 from engine.reporting.neighbours import Features, channel_means
-from engine.run_folder import RunFolder
+from engine.support.errors import InputError
+from engine.training.run_folder import RunFolder
 from pipelines import DataError, ImageDataset
 
 log = logging.getLogger("gfmn")
@@ -30,7 +30,7 @@ class Space:
 
 def chosen_space(name: str, weights: str | None, image_size: int, device: torch.device) -> Space:
     """The features of an evaluation network; InputError if there is no such network or no weights of it."""
-    from engine.metrics import evaluation_network  # torch-fidelity takes a second to import
+    from engine.evaluation.metrics import evaluation_network  # torch-fidelity takes a second to import
 
     network = evaluation_network(None if name == "inception" else name, weights=weights, image_size=image_size)
     return Space(lambda images: network.features(images, device=device), f"the features of {network.label}")

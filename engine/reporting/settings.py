@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from engine.config import PRESETS, Config
+from engine.configuration.config import PRESETS, Config
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "gfmn-engine")
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import memory
 from bench.memory import GIB, VARIANTS, MemoryRow, Problem, largest_minibatch
-from engine.cli import run_command
+from engine.configuration.command import run_command
 
 CPU = torch.device("cpu")
 SMALL = Problem("vgg-small", 32, "dcgan")

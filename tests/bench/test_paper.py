@@ -13,9 +13,9 @@ from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
 from bench.paper.results import correlations, findings, page, read_rows, results_table, summarise, verdict
 from bench.paper.runs import Plan, Row, _flags
-from engine.cli import run_command
-from engine.config import Config, given_flags
-from engine.extractors import build_extractor
+from engine.configuration.command import run_command
+from engine.configuration.config import Config, given_flags
+from engine.representation.build import build_extractor
 from engine.train import parser
 
 ROOT = Path(__file__).parents[2]

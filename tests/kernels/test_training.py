@@ -10,10 +10,10 @@ from cases import device_of
 from oracle import relative_error
 from torch import Tensor, nn
 
-from engine.averagers import AMA, Averager, MovingAverage, NoAverage
-from engine.extractors import Extractor
-from engine.matching import MomentMatching
-from engine.moments import Moments
+from engine.comparison.averagers import AMA, Averager, MovingAverage, NoAverage
+from engine.comparison.distances.moments import Moments
+from engine.comparison.moment_matching import MomentMatching
+from engine.representation.extractor import Extractor
 
 DEVICE = device_of("triton")
 AVERAGERS: dict[str, Callable[[], Averager]] = {

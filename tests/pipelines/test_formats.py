@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_datasets import make_celeba, make_cifar10, make_lsun, make_stl10
 from PIL import Image
-from tiny_datasets import make_celeba, make_cifar10, make_lsun, make_stl10
 
 import pipelines
 from pipelines import DataError, ImageLoader, open_dataset

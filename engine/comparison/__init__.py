@@ -1,0 +1,1 @@
+"""How features of two sets are compared: criteria, averagers, distances, references."""

@@ -1,0 +1,1 @@
+"""Pure functions of two sets of features; nothing here knows a network."""

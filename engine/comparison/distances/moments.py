@@ -1,0 +1,136 @@
+"""Per-feature moments that merge exactly: one type for chunks, ranks, shards and whole datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.support.errors import InputError
+from engine.support.files import save_safetensors
+
+_FORMAT = "gfmn-moments-1"
+
+
+class Moments:
+    """Count, mean and centred second moment of every feature over a set of images.
+
+    Args:
+        count: number of images, n ≥ 0.
+        mean: `[D]`, 1/n Σ x; converted to float64.
+        m2: `[D]`, Σ (x − mean)²; converted to float64.
+        fingerprint: what the features came from (extractor weights, taps, image size, precision, dataset, …), each
+            entry a name and a value; None means unchecked.
+        skipped: the images that were left out of a dataset, a line each: which, and why.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        mean: Tensor,
+        m2: Tensor,
+        fingerprint: Mapping[str, str] | None = None,
+        skipped: Sequence[str] = (),
+    ):
+        if mean.dim() != 1 or mean.shape != m2.shape:
+            raise ValueError(f"mean, m2: must both be [D], got {tuple(mean.shape)} and {tuple(m2.shape)}")
+        if count < 0:
+            raise ValueError(f"count: must not be negative, got {count}")
+        self.count = int(count)
+        self.mean = mean.detach().to(torch.float64)
+        self.m2 = m2.detach().to(torch.float64)
+        self.fingerprint = None if fingerprint is None else dict(fingerprint)
+        self.skipped = tuple(skipped)
+
+    @classmethod
+    def of(cls, features: Tensor) -> Moments:
+        """Moments of `features` [n, D], computed in float64; zeros if n = 0."""
+        if len(features) == 0:
+            zeros = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+            return cls(0, zeros, zeros.clone())
+        m2, mean = torch.var_mean(features.detach().to(torch.float64), dim=0, correction=0)
+        return cls(len(features), mean, m2 * len(features))
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return self.mean.numel()
+
+    def variance(self, correction: int = 1) -> Tensor:
+        """`[D]`, M2 / (n − correction); ValueError if there are too few images."""
+        if self.count <= correction:
+            raise ValueError(f"count: variance with correction {correction} needs more than {self.count} images")
+        return self.m2 / (self.count - correction)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the union of two disjoint sets (Chan, Golub, LeVeque 1979):
+
+        δ = mean_B − mean_A,  n = n_A + n_B,  mean = mean_A + δ n_B/n,  M2 = M2_A + M2_B + δ² n_A n_B/n
+        """
+        if other.num_features != self.num_features:
+            raise ValueError(f"other: has {other.num_features} features, not {self.num_features}")
+        if self.fingerprint is not None and other.fingerprint is not None:
+            check_fingerprint(self.fingerprint, other.fingerprint, "other")
+        fingerprint = self.fingerprint if self.fingerprint is not None else other.fingerprint
+        skipped = tuple(dict.fromkeys(self.skipped + other.skipped))
+        # No images, no values: whatever the buffers of an empty set hold (a zero-size batch leaves NaN) stays out.
+        if self.count == 0 or other.count == 0:
+            filled = other if self.count == 0 else self
+            return Moments(filled.count, filled.mean, filled.m2, fingerprint, skipped)
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
+        return Moments(count, mean, m2, fingerprint, skipped)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        metadata = {"format": _FORMAT, "count": str(self.count), "fingerprint": json.dumps(self.fingerprint)}
+        if self.skipped:
+            metadata["skipped"] = json.dumps(self.skipped)
+        save_safetensors(path, {"mean": self.mean.cpu(), "m2": self.m2.cpu()}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, expected: Mapping[str, str] | None = None) -> Moments:
+        """Read a file that `save` wrote; `expected` entries must equal those of the file's fingerprint.
+
+        Raises InputError that names the file if it is missing, damaged, of another kind, or differs from `expected`.
+        """
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise InputError(f"{path}: is not a target of moments; make one with python -m engine.precompute")
+                moments = cls(
+                    int(metadata["count"]),
+                    file.get_tensor("mean"),
+                    file.get_tensor("m2"),
+                    json.loads(metadata["fingerprint"]),
+                    json.loads(metadata.get("skipped", "[]")),
+                )
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such target file; make one with python -m engine.precompute") from None
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: is not a readable target of moments ({reason}); make it again") from None
+        if expected is not None and moments.fingerprint is not None:
+            check_fingerprint(expected, moments.fingerprint, str(path))
+        return moments
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, num_features={self.num_features})"
+
+
+def check_fingerprint(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
+    """Compare the entries that both fingerprints have; InputError names every one that differs."""
+    differing = [key for key in expected if key in found and found[key] != expected[key]]
+    if differing:
+        details = "; ".join(f"{key} is {found[key]}, expected {expected[key]}" for key in differing)
+        raise InputError(f"{what}: these moments are of something else: {details}")

@@ -1,0 +1,1 @@
+"""From flags and presets to the parts of a run."""

@@ -1,0 +1,1 @@
+"""How good samples are: metrics, judges, image sets, the three-sample test."""

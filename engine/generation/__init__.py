@@ -1,0 +1,1 @@
+"""What draws: generators, priors, sampling, saved generators."""

@@ -1,0 +1,209 @@
+"""Generators `G(z; θ)`: noise z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from engine.support.errors import InputError
+
+_BASE_WIDTH = 64
+_MAX_WIDTH = 512
+_FIRST_SIDE = 4
+GENERATOR_SIZES = (32, 64, 128)
+
+
+class FirstLayer(nn.Module):
+    """z [N, nz] to [N, C, 4, 4]: the 4×4 transposed convolution of a 1×1 image, which is one matrix product.
+
+    Its rows are in the order (H, W, C), so the result is channels_last without a copy.
+    """
+
+    def __init__(self, nz: int, width: int, *, bias: bool):
+        super().__init__()
+        self.nz, self.width = nz, width
+        self.linear = nn.Linear(nz, _FIRST_SIDE * _FIRST_SIDE * width, bias=bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """ValueError unless z is [N, nz]."""
+        if z.dim() != 2 or z.shape[1] != self.nz:
+            raise ValueError(f"z: expected [N, {self.nz}], got {list(z.shape)}")
+        return self.linear(z).view(len(z), _FIRST_SIDE, _FIRST_SIDE, self.width).permute(0, 3, 1, 2)
+
+
+class DCGANGenerator(nn.Module):
+    """The DCGAN-like generator (paper, section 5.1; Radford et al. 2016), with two extra layers before the last.
+
+    z → 4×4, then 4×4 stride-2 transposed convolutions that double the side and halve the width down to 64 channels at
+    half the image's side, two 3×3 convolutions of 64, one last transposed convolution, tanh. BatchNorm and ReLU after
+    all but the last. Widths are 256, 128, 64 for 32 pixels; 64 pixels start at 512, and so do 128 with one stage more.
+    Weights start N(0, 0.02), BatchNorm's scales N(1, 0.02).
+    """
+
+    def __init__(self, image_size: int, nz: int):
+        super().__init__()
+        # From the last stage back: 64 at half the side, doubling up to 512 on the way to 4×4.
+        stages = (image_size // _FIRST_SIDE).bit_length() - 1
+        widths = [min(_BASE_WIDTH << (stages - 1 - stage), _MAX_WIDTH) for stage in range(stages)]
+        self.first = FirstLayer(nz, widths[0], bias=False)
+        layers: list[nn.Module] = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        for width, following in itertools.pairwise(widths):
+            layers += _normalised(nn.ConvTranspose2d(width, following, 4, 2, padding=1, bias=False), following)
+        for _ in range(2):
+            layers += _normalised(nn.Conv2d(_BASE_WIDTH, _BASE_WIDTH, 3, padding=1, bias=False), _BASE_WIDTH)
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.ConvTranspose2d(_BASE_WIDTH, 3, 4, 2, padding=1)
+        self.apply(_initialise_normal)
+
+    def stages(self) -> list[nn.Sequential]:
+        """The generator as modules that run one after the other, none of which holds many activations."""
+        layers = list(self.layers)
+        groups = [[self.first, *layers[:2]], *(layers[n : n + 3] for n in range(2, len(layers), 3))]
+        return [nn.Sequential(*group) for group in (*groups, [self.last, nn.Tanh()])]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
+        return self.last(self.layers(self.first(z))).tanh()
+
+
+class UpsamplingBlock(nn.Module):
+    """Residual block that doubles the side (Gulrajani et al. 2017): BatchNorm, ReLU, nearest upsampling, 3×3,
+    BatchNorm, ReLU, 3×3, plus an upsampled 1×1 shortcut.
+
+    The shortcut's 1×1 convolution goes before its upsampling: the same numbers at a quarter of the work.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.shortcut = nn.Conv2d(channels, width, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, H, W] to [N, width, 2H, 2W]."""
+        out = self.conv1(self.upsample(self.bn1(x).relu()))
+        return self.conv2(self.bn2(out).relu()) + self.upsample(self.shortcut(x))
+
+
+class ResNetGenerator(nn.Module):
+    """The residual generator of Gulrajani et al. 2017 (paper, section 5.1).
+
+    z → 4×4×512, one `UpsamplingBlock` per doubling (512 → 256 → 128 → 64 for 32 pixels; one more of 512 → 512 for 64,
+    two for 128), BatchNorm, ReLU, 3×3 convolution to 3, tanh. Xavier initialisation, zero biases.
+    """
+
+    def __init__(self, image_size: int, nz: int):
+        super().__init__()
+        blocks = (image_size // _FIRST_SIDE).bit_length() - 1
+        widths = [min(_BASE_WIDTH << (blocks - block), _MAX_WIDTH) for block in range(blocks + 1)]
+        self.first = FirstLayer(nz, widths[0], bias=True)
+        self.blocks = nn.Sequential(
+            *(UpsamplingBlock(width, following) for width, following in itertools.pairwise(widths))
+        )
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.apply(_initialise_xavier)
+
+    def stages(self) -> list[nn.Sequential]:
+        """The generator as modules that run one after the other, none of which holds many activations."""
+        return [
+            nn.Sequential(self.first),
+            *map(nn.Sequential, self.blocks),
+            nn.Sequential(self.bn, nn.ReLU(), self.last, nn.Tanh()),
+        ]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
+        return self.last(self.bn(self.blocks(self.first(z))).relu()).tanh()
+
+
+GENERATORS: dict[str, type[DCGANGenerator] | type[ResNetGenerator]] = {
+    "dcgan": DCGANGenerator,
+    "resnet": ResNetGenerator,
+}
+
+
+def build_generator(name: str, *, image_size: int, nz: int = 100) -> nn.Module:
+    """A generator of image_size × image_size images, in channels_last, initialised from torch's default random state.
+
+    Args:
+        name: "dcgan" or "resnet".
+        image_size: 32, 64 or 128.
+        nz: length of z.
+
+    Raises InputError for an unknown name, or a size the networks cannot make.
+    """
+    if name not in GENERATORS:
+        raise InputError(f"--generator: {name!r} is not known; choose one of {', '.join(GENERATORS)}")
+    if image_size not in GENERATOR_SIZES:
+        sizes = ", ".join(map(str, GENERATOR_SIZES))
+        raise InputError(f"--generator: {name} makes images of {sizes} pixels, not {image_size}")
+    if nz < 1:
+        raise InputError(f"--nz: must be at least 1, got {nz}")
+    return GENERATORS[name](image_size, nz).to(memory_format=torch.channels_last)
+
+
+def run_generator(generator: nn.Module, z: Tensor, *, checkpoint: bool = False) -> Tensor:
+    """Images of `z`; with `checkpoint`, backward keeps the inputs of `stages()` alone and computes each again.
+
+    Gradients, and BatchNorm's running statistics, are those of the plain call: the second computation uses the batch's
+    statistics but doesn't count it again.
+    """
+    if not checkpoint or not torch.is_grad_enabled():
+        return generator(z)
+    x = z
+    for stage in generator.stages():  # type: ignore[operator]  # a method of every generator
+        x = torch.utils.checkpoint.checkpoint(
+            stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
+        )
+    return x
+
+
+def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the first computation, and for the second."""
+    return contextlib.nullcontext(), _statistics_left_alone(stage)
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm updates copies of its running statistics, which nobody sees again."""
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    buffers = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update((name, value if value is None else value.clone()) for name, value in norm._buffers.items())
+    try:
+        yield
+    finally:
+        for norm, own in zip(norms, buffers, strict=True):
+            norm._buffers.update(own)
+
+
+def _normalised(layer: nn.Module, width: int) -> list[nn.Module]:
+    return [layer, nn.BatchNorm2d(width), nn.ReLU()]
+
+
+def _initialise_normal(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _initialise_xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,1 @@
+"""What of an image is compared: frozen extractors, their taps, and the pass over their features."""

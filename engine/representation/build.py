@@ -1,0 +1,141 @@
+"""From a name to a frozen extractor with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from engine.representation.extractor import Extractor, Normalisation, Normalised
+from engine.representation.tracing.folding import freeze
+from engine.representation.tracing.tap import NoMatch, TapSite, tap_network
+from engine.representation.weights import copy_weights, read_state_dict, state_digest
+from engine.representation.zoo import Network, make_network
+from engine.support.errors import InputError
+
+_LAYERS_IN_A_PAIR = 16
+
+
+def build_extractor(
+    name: str,
+    *,
+    image_size: int,
+    weights: str | Path | Sequence[str | Path] | None = None,
+    layers: int | None = None,
+    layers_from: str = "bottom",
+    taps: str | None = None,
+    bn: str = "running",
+) -> Extractor:
+    """Build a frozen extractor, taps at every activation, BatchNorm folded into the convolutions.
+
+    The paper's networks at 32×32: `vgg19` has 16 taps and 303,104 features (its 296K), `resnet18` 17 and 557,056
+    (544K), `vgg19+resnet18` 851,968 (832K, of the first 16 taps each), `dcgan-encoder` 5 and 61,440 (60K).
+
+    Args:
+        name: a network, or several joined by "+": "vgg19", "resnet18", "vgg19+resnet18", "dcgan-encoder", "vgg-small",
+            "efficientnet-lite0", "torchvision:NAME", "timm:NAME".
+        image_size: H = W.
+        weights: None for random weights; otherwise for each network a path to safetensors (or to a plain state dict,
+            loaded with `weights_only=True`), or "imagenet" (torchvision's, with its own download and cache, timm's, or
+            those of an installed package), which alone stands for all networks.
+        layers: match min(layers, its taps) taps of each network; None is all of them, or 16 in a pair.
+        layers_from: count `layers` from the "bottom" (the images) or the "top". From the bottom, 1, 3, 5, 7, 9, 11,
+            13, 15 and 16 layers of VGG19 have the 64K, 160K, 208K, 240K, 264K, 280K, 290K, 294K and 296K features of
+            the paper's Table 3: the first layers after the images, in forward order.
+        taps: glob over the names of activations ("layer1.*"), or several separated by commas; None is all of them.
+            `layers` counts those that match.
+        bn: "running" statistics (the paper's fixed networks) or "batch" (the authors' code).
+
+    Raises InputError for an unknown name, an image size the network cannot take, a pattern that matches nothing, or
+    weights that do not fit.
+    """
+    names = name.split("+")
+    sources: list[str | Path | None]
+    if weights is None or weights == "imagenet":
+        sources = [weights] * len(names)
+    else:
+        sources = [weights] if isinstance(weights, str | Path) else list(weights)
+    if len(sources) != len(names):
+        raise InputError(f"--weights: {name} needs {len(names)} files, one for each network, got {len(sources)}")
+    if image_size < 1:
+        raise InputError(f"--image-size: must be at least 1, got {image_size}")
+    if bn not in ("running", "batch"):
+        raise InputError(f"--extractor-bn: {bn!r} is not one of running, batch")
+    if layers_from not in ("bottom", "top"):
+        raise InputError(f"--layers-from: {layers_from!r} is not one of bottom, top")
+    if layers is not None and layers < 1:
+        raise InputError(f"--layers: must be at least 1, got {layers}")
+    if layers is None and len(names) > 1:
+        layers = _LAYERS_IN_A_PAIR
+    extractor = Extractor(name, image_size, batch_statistics=bn == "batch")
+    digests, normalisations = [], []
+    for part, source in zip(names, sources, strict=True):
+        network = make_network(part, image_size)
+        graph, sites = _tap(network, image_size, len(extractor.sites), layers, layers_from, taps)
+        digests.append(_set_weights(network, graph, source))
+        if bn == "batch":
+            _use_batch_statistics(graph)
+        graph = freeze(graph, fold=bn == "running")
+        normalisations.append(f"{network.mean} {network.std}" if network.mean else "none")
+        if network.mean is not None and network.std is not None:
+            extractor.networks.append(Normalised(Normalisation(network.mean, network.std), graph))
+        else:
+            extractor.networks.append(graph)
+        extractor.sites += tuple(sites)
+    extractor.measure_taps()
+    extractor.fingerprint = {
+        "extractor": name,
+        "extractor_weights": " ".join(digests),
+        "taps": hashlib.sha256(repr([(tap.name, tap.shape) for tap in extractor.taps]).encode()).hexdigest()[:16],
+        "image_size": str(image_size),
+        "extractor_bn": bn,
+        "normalisation": "; ".join(normalisations),
+    }
+    return extractor.to(memory_format=torch.channels_last)
+
+
+def _tap(
+    network: Network, image_size: int, first_index: int, layers: int | None, layers_from: str, pattern: str | None
+) -> tuple[fx.GraphModule, list[TapSite]]:
+    try:
+        return tap_network(
+            network.module,
+            prefix=network.name,
+            first_index=first_index,
+            pattern=pattern,
+            layers=layers,
+            layers_from=layers_from,
+            example=torch.zeros(2, 3, image_size, image_size),
+            fold=False,
+            leaves=network.leaves,
+        )
+    except NoMatch as error:
+        raise InputError(f"--taps: {error}") from None
+    except ValueError as error:
+        raise InputError(f"--extractor: {error}") from None
+
+
+def _set_weights(network: Network, graph: fx.GraphModule, source: str | Path | None) -> str:
+    """Load `source` into what the taps need, and return its digest."""
+    kept = {id(tensor) for tensor in graph.state_dict(keep_vars=True).values()}
+    needed = {key: tensor for key, tensor in network.state.items() if id(tensor) in kept}
+    if source == "imagenet":
+        if network.imagenet is None:
+            known = "vgg19, efficientnet-lite0, torchvision:NAME or timm:NAME"
+            raise InputError(f"--weights: there are no ImageNet weights of {network.name}; use {known}, or give a file")
+        copy_weights(network.state, needed, network.imagenet(), f"--weights: imagenet, {network.name}")
+        if network.imagenet_normalisation is not None:
+            network.mean, network.std = network.imagenet_normalisation
+    elif source is not None:
+        copy_weights(network.state, needed, read_state_dict(source), f"{source}: for {network.name}")
+    return state_digest(needed)
+
+
+def _use_batch_statistics(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None

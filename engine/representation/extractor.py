@@ -1,0 +1,188 @@
+"""Extractors: frozen networks, side by side, whose every activation is a tap."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from engine.representation.tracing.convolutions import can_fuse, fuse
+from engine.representation.tracing.stages import cut
+from engine.representation.tracing.tap import TapSite, Visitor
+
+_ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6, "none": lambda x: x}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One matched activation's output.
+
+    Attributes:
+        name: network and layer.
+        shape: (C, H, W).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+
+    @property
+    def num_features(self) -> int:
+        """d_j = C·H·W."""
+        channels, height, width = self.shape
+        return channels * height * width
+
+
+class Normalisation(nn.Module):
+    """Images in [-1, 1] to what a network was trained on: `((x + 1)/2 − mean)/std`, per channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        scale = torch.tensor([0.5 / s for s in std], dtype=torch.float64).view(1, 3, 1, 1)
+        shift = torch.tensor([(0.5 - m) / s for m, s in zip(mean, std, strict=True)], dtype=torch.float64)
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("shift", shift.view(1, 3, 1, 1).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W], in x's dtype."""
+        return x * self.scale + self.shift
+
+
+class Extractor(nn.Module):
+    """Frozen networks side by side.
+
+    Attributes:
+        name: as given to `build_extractor`.
+        image_size: H = W of the images.
+        taps: tuple of `Tap`, in forward order, network by network.
+        sites: tuple of `TapSite`, one per tap: how the graph may treat the activation.
+        num_features: D = Σ d_j.
+        batch_statistics: whether BatchNorm uses the batch's statistics, so that images depend on each other.
+        fingerprint: str → str, everything of the extractor that decides the features of an image.
+    """
+
+    def __init__(self, name: str, image_size: int, *, batch_statistics: bool):
+        super().__init__()
+        self.name = name
+        self.image_size = image_size
+        self.batch_statistics = batch_statistics
+        self.networks = nn.ModuleList()
+        self.taps: tuple[Tap, ...] = ()
+        self.sites: tuple[TapSite, ...] = ()
+        self.fingerprint: dict[str, str] = {}
+
+    @property
+    def num_features(self) -> int:
+        """D = Σ d_j."""
+        return sum(tap.num_features for tap in self.taps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> Extractor:
+        """Does nothing: an extractor is frozen."""
+        return self
+
+    def forward(self, images: Tensor, visit: Visitor) -> None:
+        """Run all networks on `images` [N, 3, H, W] in [-1, 1]; `visit` sees every tap (see `tracing.tap`)."""
+        for network in self.networks:
+            network(images, visit)
+
+    def prepared(self) -> Extractor:
+        """The same extractor, of the same weights, as it runs fastest on its device; itself where nothing is faster."""
+        if not can_fuse(next(self.parameters())):
+            return self
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "networks": nn.ModuleList()}
+        sites = list(self.sites)
+        for network in self.networks:
+            graph, normalised = _unwrapped(network)
+            fused, changed = fuse(graph, sites)
+            twin.networks.append(normalised(fused))
+            for index, site in changed.items():
+                sites[index] = site
+        twin.sites = tuple(sites)
+        return twin
+
+    def stages(self) -> list[list[nn.Module]]:
+        """Every network as stages `(x, visit) -> y` that run one after the other (see `tracing.stages`)."""
+        sizes = [tap.num_features for tap in self.taps]
+        found: list[list[nn.Module]] = []
+        for network in self.networks:
+            graph, normalised = _unwrapped(network)
+            first, *others = cut(graph, sizes)
+            found.append([normalised(first), *others])
+        return found
+
+    @torch.no_grad()
+    def measure_taps(self) -> None:
+        """Fill in `taps` from `sites`, by running the networks on two black images."""
+        shapes: list[tuple[int, int, int]] = []
+
+        def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
+            shapes.append((x.shape[1], x.shape[2], x.shape[3]))
+            return x
+
+        self(torch.zeros(2, 3, self.image_size, self.image_size), visit)
+        self.taps = tuple(Tap(site.name, shape) for site, shape in zip(self.sites, shapes, strict=True))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Every feature of every image, `[N, D]`: taps in order, each flattened (C, H, W).
+
+        The slow, obvious path, differentiable by autograd, in x's dtype (which must be the extractor's).
+        """
+        self.check_images(x)
+        taps: list[Tensor] = []
+
+        def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
+            y = _ACTIVATIONS[self.sites[index].activation](x if residual is None else x + residual)
+            taps.append(y.flatten(1))
+            return y
+
+        self(x, visit)
+        return torch.cat(taps, dim=1)
+
+    def check_images(self, images: Tensor) -> None:
+        """ValueError unless `images` is [N, 3, image_size, image_size] on the extractor's device."""
+        size = self.image_size
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(f"images: expected [N, 3, {size}, {size}], got {list(images.shape)}")
+        if images.device != self.device:
+            raise ValueError(f"images: are on {images.device}, the extractor is on {self.device}")
+
+
+class Normalised(nn.Module):
+    """A network with its normalisation in front."""
+
+    def __init__(self, normalisation: Normalisation, network: nn.Module):
+        super().__init__()
+        self.normalisation = normalisation
+        self.network = network
+
+    def forward(self, images: Tensor, visit: Visitor) -> Tensor:
+        """As the network."""
+        return self.network(self.normalisation(images), visit)
+
+
+def _unwrapped(network: nn.Module) -> tuple[fx.GraphModule, Callable[[nn.Module], nn.Module]]:
+    """The graph of one of an extractor's networks, and what puts the network's normalisation before another graph."""
+    normalised: Callable[[nn.Module], nn.Module]
+    if isinstance(network, Normalised):
+        graph, normalised = network.network, partial(Normalised, network.normalisation)
+    else:
+        graph, normalised = network, lambda other: other
+    assert isinstance(graph, fx.GraphModule)
+    return graph, normalised

@@ -1,0 +1,177 @@
+"""The images that pretraining learns from, and the tenth of them that it is judged by and never learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.support.errors import InputError
+from pipelines import ImageDataset, ImageLoader
+from pipelines.dataset import ArrayDataset
+
+_HELD_OUT = 10
+"""One image in this many is held out."""
+_MEMORY = 4 * 2**30
+"""Datasets of up to this many bytes live on the device as one uint8 tensor."""
+_READING_BATCH = 256
+_BLACK = -1.0
+
+Images = tuple[Tensor, Tensor]
+"""float32 [n, 3, H, W] in [-1, 1], channels_last, on the device; int64 [n] on the CPU, which pictures they show."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to every training image: a random crop of the image padded with black, perhaps mirrored.
+
+    Attributes:
+        padding: pixels added on each side before a window of the old size is cut out at random; 0 is no crop.
+        flip: mirror every second image on average. Not for digits: a mirrored digit is another symbol.
+    """
+
+    padding: int
+    flip: bool
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise InputError(f"--crop-padding: must not be negative, got {self.padding}")
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment `images` [n, 3, H, W]; the random numbers come from `generator`, a CPU generator."""
+        count, _, height, width = images.shape
+        pad = self.padding
+        top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+        mirrored = torch.rand((count, 1), generator=generator) < (0.5 if self.flip else 0.0)
+        rows = top + torch.arange(height)
+        columns = left + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
+        rows, columns = rows.to(images.device), columns.to(images.device)
+        padded = F.pad(images, (pad, pad, pad, pad), value=_BLACK).permute(0, 2, 3, 1)
+        every = torch.arange(count, device=images.device)[:, None, None]
+        # One gather in the order (N, H, W, C): crop and flip at once, and channels_last without a copy.
+        return padded[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class TrainingImages(Protocol):
+    """Where batches come from.
+
+    Attributes:
+        steps_per_epoch: batches of one pass over the training images.
+    """
+
+    steps_per_epoch: int
+
+    def epoch(self, number: int, first: int) -> Iterator[Images]:
+        """The batches of epoch `number` from batch `first` on, in an order decided by the seed and `number`."""
+        ...
+
+    def held_out(self) -> Iterator[Images]:
+        """The images that `epoch` never shows."""
+        ...
+
+
+def open_images(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    device: torch.device,
+    loader: str = "auto",
+    progress: bool = False,
+) -> TrainingImages:
+    """Images in memory if they fit, streamed from their files otherwise.
+
+    Args:
+        loader: backend of `ImageLoader`.
+        progress: show a bar while files are read into memory.
+
+    Raises InputError if there are too few of them, or if the batches are too small.
+    """
+    if batch_size < 2:
+        raise InputError(f"--batch-size: BatchNorm needs at least 2 images, got {batch_size}")
+    if dataset.num_pictures < 2 * _HELD_OUT:
+        raise InputError(
+            f"--data: pretraining holds out one image in {_HELD_OUT} and needs at least {2 * _HELD_OUT} images, "
+            f"{dataset.name} has {dataset.num_pictures}"
+        )
+    if isinstance(dataset, ArrayDataset) or dataset.num_pictures * dataset.image_size**2 * 3 <= _MEMORY:
+        images, shown = _read(dataset, loader, progress)
+        return _InMemory(images.to(device), shown, batch_size, seed=seed)
+    return _Streamed(dataset, batch_size, seed=seed, device=device, loader=loader)
+
+
+class _InMemory:
+    """All images as one uint8 tensor on the device, [N, H, W, 3], and the numbers of the pictures, int64 [N]."""
+
+    def __init__(self, images: Tensor, shown: Tensor, batch_size: int, *, seed: int):
+        self.images, self.shown, self.batch_size, self.seed = images, shown, batch_size, seed
+        # The same images are held out whatever the seed, so that runs compare.
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+        self.outside, self.inside = order.tensor_split([len(images) // _HELD_OUT])
+        self.steps_per_epoch = -(-len(self.inside) // batch_size)
+        if len(self.inside) % batch_size == 1 and self.steps_per_epoch > 1:
+            self.steps_per_epoch -= 1  # a last batch of one image has no BatchNorm statistics
+
+    def epoch(self, number: int, first: int) -> Iterator[Images]:
+        permutation = np.random.default_rng([self.seed, number]).permutation(len(self.inside))
+        batches = self.inside[torch.from_numpy(permutation)].split(self.batch_size)
+        for chosen in batches[first : self.steps_per_epoch]:
+            yield self._images(chosen)
+
+    def held_out(self) -> Iterator[Images]:
+        for chosen in self.outside.split(_READING_BATCH):
+            yield self._images(chosen)
+
+    def _images(self, chosen: Tensor) -> Images:
+        pictures = self.images[chosen.to(self.images.device)].permute(0, 3, 1, 2)
+        return pictures.float().sub_(127.5).div_(127.5), self.shown[chosen]
+
+
+def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, Tensor]:
+    """All pictures uint8 [N, H, W, 3], and their numbers int64 [N]; those that had to be skipped are left out."""
+    if isinstance(dataset, ArrayDataset):
+        return torch.from_numpy(dataset.images), torch.arange(dataset.num_pictures)
+    size = dataset.image_size
+    images = torch.empty(dataset.num_pictures, size, size, 3, dtype=torch.uint8)
+    seen = torch.zeros(dataset.num_pictures, dtype=torch.bool)
+    loader = ImageLoader(dataset, _READING_BATCH, backend=backend)
+    for batch in tqdm(loader, desc="reading images", unit="batch", disable=None if progress else True):
+        pictures, mirrored = (torch.from_numpy(array) for array in dataset.pictures(batch.indices.numpy()))
+        values = batch.images.add(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1)
+        images[pictures[~mirrored]] = values[~mirrored]
+        seen[pictures[~mirrored]] = True
+    return images[seen], seen.nonzero().flatten()
+
+
+class _Streamed:
+    """Every epoch decodes all images anew; the batches lose those that are held out."""
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, *, seed: int, device: torch.device, loader: str):
+        self.dataset = dataset
+        self.loader = ImageLoader(dataset, batch_size, device=device, backend=loader, shuffle=True, seed=seed)
+        self.steps_per_epoch = len(self.loader)
+        # The first tenth of one fixed permutation.
+        self.outside = ImageLoader(dataset, _READING_BATCH, device=device, shuffle=True, shard=0, num_shards=_HELD_OUT)
+        order = np.random.default_rng([0, 0]).permutation(len(dataset))[: len(dataset) // _HELD_OUT]
+        self.is_outside = np.zeros(dataset.num_pictures, dtype=bool)
+        self.is_outside[dataset.pictures(order)[0]] = True
+
+    def epoch(self, number: int, first: int) -> Iterator[Images]:
+        self.loader.epoch = number
+        for batch in self.loader.batches(first):
+            pictures = self.dataset.pictures(batch.indices.numpy())[0]
+            inside = torch.from_numpy(~self.is_outside[pictures])
+            yield batch.images[inside.to(batch.images.device)], torch.from_numpy(pictures)[inside]
+
+    def held_out(self) -> Iterator[Images]:
+        self.outside.epoch = 0
+        for images, indices in self.outside.batches():
+            pictures = self.dataset.pictures(indices.numpy())[0]
+            assert self.is_outside[pictures].all()
+            yield images, torch.from_numpy(pictures)

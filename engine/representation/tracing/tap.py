@@ -1,0 +1,314 @@
+"""From a network to a graph that hands every activation to a visitor.
+
+`tap_network` traces a module with torch.fx, replaces each activation by a call to a visitor, and drops what comes after
+the last tap. The result computes `graph(x, visit)` where
+
+    visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor
+
+receives the index of the tap, the value before the activation (and the shortcut that is to be added first, if any) and
+returns the activation's output. So the passes over the features (plain, fused, chunked) share one graph. Activations
+whose derivative is no function of their output (SiLU, GELU) stay in the graph, and the visitor gets their output.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from engine.representation.tracing.folding import drop_identities, freeze
+
+Visitor = Callable[[int, Tensor, "Tensor | None"], Tensor]
+
+# "none": the activation stays in the graph, and the tap is what it returns.
+_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "none", nn.GELU: "none"}
+_ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "none",
+    F.gelu: "none",
+}
+_ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
+_OUT_OF_PLACE: dict[Any, Any] = {
+    F.relu_: F.relu,
+    torch.relu_: F.relu,
+    operator.iadd: operator.add,
+    operator.imul: operator.mul,
+    "relu_": "relu",
+    "add_": "add",
+    "mul_": "mul",
+}
+_ADDITIONS = (operator.add, torch.add)
+_FRESH_MODULES = (nn.Conv2d, nn.BatchNorm2d)
+_OWN_GRADIENT_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+@dataclass(frozen=True)
+class TapSite:
+    """One activation of a traced network.
+
+    Attributes:
+        name: of the network and of the module (for functions: the module that calls it, and the function's name).
+        activation: what turns the visitor's input into the tap: "relu", "relu6", or "none" (done already).
+        index: position among all taps of the extractor, in forward order.
+        owns_input: nothing else reads the site's input, so the activation may happen in place.
+        owns_gradient: the gradient that arrives in backward is referenced by nobody else, so it may be overwritten.
+        applied: the activation has happened already when the visitor is called; its mask in backward has not.
+    """
+
+    name: str
+    activation: str
+    index: int
+    owns_input: bool
+    owns_gradient: bool
+    applied: bool = False
+
+    @property
+    def to_apply(self) -> str:
+        """The activation that is left to the visitor."""
+        return "none" if self.applied else self.activation
+
+
+def activate_(x: Tensor, residual: Tensor | None, activation: str) -> None:
+    """`x ← activation(x + residual)` in place; "relu", "relu6", or "none"."""
+    if residual is not None:
+        x += residual
+    if activation != "none":
+        x.clamp_(min=0, max=6 if activation == "relu6" else None)
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """What tracing shall not look into: module types, and functions by identity."""
+
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[Callable, ...] = ()
+
+
+class NoMatch(ValueError):
+    """A pattern that matches no tap."""
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: Leaves):
+        super().__init__(autowrap_functions=tuple(f for f in leaves.functions if isinstance(f, FunctionType)))
+        self.leaves = leaves.modules
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
+
+
+def tap_network(
+    network: nn.Module,
+    *,
+    prefix: str,
+    first_index: int = 0,
+    pattern: str | None = None,
+    layers: int | None = None,
+    layers_from: str = "bottom",
+    example: Tensor | None = None,
+    fold: bool = True,
+    leaves: Leaves | None = None,
+) -> tuple[fx.GraphModule, list[TapSite]]:
+    """Trace `network`, in evaluation mode, tap its activations, and drop everything after the last tap.
+
+    Args:
+        prefix: goes before every tap's name.
+        first_index: index of the first tap.
+        pattern: tap only activations whose name matches this glob, or one of several separated by commas, with or
+            without the prefix.
+        layers: of those tap only this many (all if None or more than there are) ...
+        layers_from: ... counted from the "bottom" (the images) or the "top".
+        example: images that the network is run on once, to leave out activations that are no feature maps [N, C, H, W].
+        fold: also `freeze` the graph, in the network's dtype.
+        leaves: what tracing shall not look into.
+
+    Raises ValueError if there is nothing to tap, or if the network cannot be traced; NoMatch if it is the pattern.
+    """
+    try:
+        traced = fx.GraphModule(network, _Tracer(leaves or Leaves()).trace(network))
+    except Exception as error:  # whatever the network's own code does with a symbolic value
+        raise ValueError(f"{prefix}: torch.fx cannot trace this network ({_first_line(error)})") from error
+    drop_identities(traced)
+    modules = dict(traced.named_modules())
+    _make_out_of_place(traced.graph, modules)
+    if example is not None:
+        try:
+            ShapeProp(traced).propagate(example)
+        except Exception as error:  # a network's own way to say that a size is wrong
+            raise ValueError(f"{prefix}: cannot take images {list(example.shape)} ({_first_line(error)})") from error
+    found = [node for node in traced.graph.nodes if _activation_of(node, modules) and _may_be_feature_map(node)]
+    if not found:
+        raise ValueError(f"{prefix}: the network has no feature maps behind ReLU, ReLU6, SiLU or GELU to tap")
+    names = _names(found, prefix)
+    taps = [node for node in found if pattern is None or _matches(names[node], prefix, pattern)]
+    if not taps:
+        known = list(names.values())
+        listed = ", ".join(known[:4]) + (f", … {known[-1]}" if len(known) > 4 else "")
+        raise NoMatch(f"no tap of {prefix} matches {pattern!r}; its taps are {listed}")
+    if layers is not None:
+        taps = taps[:layers] if layers_from == "bottom" else taps[-layers:]
+    activations = [(names[node], str(_activation_of(node, modules))) for node in taps]
+    visits = _insert_visits(traced.graph, taps, modules, first_index)
+    traced.delete_all_unused_submodules()
+    graph_module = fx.GraphModule(traced, traced.graph, f"{type(network).__name__}Taps")
+    sites = [
+        _site(visit, name, activation, modules) for visit, (name, activation) in zip(visits, activations, strict=True)
+    ]
+    return freeze(graph_module, dtype=next(network.parameters()).dtype) if fold else graph_module, sites
+
+
+def is_visit(node: fx.Node) -> bool:
+    """Whether the node of a tapped graph calls the visitor: `_visit(visit, index, x, residual)`."""
+    return node.op == "call_function" and node.target is _visit
+
+
+def _visit(visit: Visitor, index: int, x: Tensor, residual: Tensor | None) -> Tensor:
+    return visit(index, x, residual)
+
+
+def _activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    if node.op == "call_module":
+        return _ACTIVATION_MODULES.get(type(modules[str(node.target)]))
+    if node.op == "call_function":
+        return _ACTIVATION_FUNCTIONS.get(node.target)
+    if node.op == "call_method":
+        return _ACTIVATION_METHODS.get(str(node.target))
+    return None
+
+
+def _calls(node: fx.Node, kinds: tuple[type, ...], modules: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(modules[str(node.target)], kinds)
+
+
+def _may_be_feature_map(node: fx.Node) -> bool:
+    """Whether the node's value is [N, C, H, W], as far as `ShapeProp` has told."""
+    seen = node.meta.get("tensor_meta")
+    return seen is None or len(seen.shape) == 4
+
+
+def _make_out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """What changed its input in place returns a new value instead, which later readers of the input read.
+
+    A tap keeps its output for backward, so nothing else may write to it.
+    """
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    writing = {name for name, module in modules.items() if getattr(module, "inplace", False) is True}
+    for name in writing:
+        modules[name].inplace = False  # type: ignore[assignment]
+    for node in graph.nodes:
+        if node.op == "call_module":
+            in_place = node.target in writing
+        else:
+            in_place = node.kwargs.get("inplace") is True or node.target in _OUT_OF_PLACE
+            node.target = _OUT_OF_PLACE.get(node.target, node.target)
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+        if in_place:
+            source = node.args[0]
+            for reader in list(source.users):
+                if order[reader] > order[node]:
+                    reader.replace_input_with(source, node)
+
+
+def _names(nodes: Sequence[fx.Node], prefix: str) -> dict[fx.Node, str]:
+    """`prefix.module` for modules, `prefix.caller.function` for functions; `_1`, `_2`, … for further calls."""
+    names: dict[fx.Node, str] = {}
+    calls: Counter[str] = Counter()
+    for node in nodes:
+        if node.op == "call_module":
+            parts = [prefix, str(node.target)]
+        else:
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            function = node.target if isinstance(node.target, str) else node.target.__name__
+            parts = [prefix, *([stack[-1][0]] if stack else []), function]
+        name = ".".join(parts)
+        names[node] = f"{name}_{calls[name]}" if calls[name] else name
+        calls[name] += 1
+    return names
+
+
+def _matches(name: str, prefix: str, pattern: str) -> bool:
+    short = name.removeprefix(f"{prefix}.")
+    return any(fnmatchcase(candidate, part.strip()) for part in pattern.split(",") for candidate in (name, short))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _insert_visits(
+    graph: fx.Graph, taps: Sequence[fx.Node], modules: dict[str, nn.Module], first_index: int
+) -> list[fx.Node]:
+    """Call the visitor at every tap, return the last one's output, and drop what nobody needs any more."""
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(images):
+        visit = graph.placeholder("visit")
+    visits = []
+    for index, node in enumerate(taps, first_index):
+        if _activation_of(node, modules) == "none":
+            with graph.inserting_after(node):
+                visited = graph.call_function(_visit, (visit, index, node, None))
+            for reader in list(node.users):
+                if reader is not visited:
+                    reader.replace_input_with(node, visited)
+        else:
+            x, residual = _split_residual(node, modules)
+            with graph.inserting_before(node):
+                visited = graph.call_function(_visit, (visit, index, x, residual))
+            node.replace_all_uses_with(visited)
+            graph.erase_node(node)
+        visits.append(visited)
+    output = next(node for node in graph.nodes if node.op == "output")
+    output.args = (visits[-1],)
+    for node in list(graph.nodes):  # other inputs than the images, at their defaults
+        if node.op == "placeholder" and node not in (images, visit) and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.target is _visit or node.op in ("placeholder", "output"))
+    graph.lint()
+    return visits
+
+
+def _split_residual(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, fx.Node | None]:
+    """The activation's input as (x, residual), with a residual if it is a sum made for this activation alone."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if source.op == "call_function" and source.target in _ADDITIONS and len(source.users) == 1:
+        terms = [term for term in source.args if isinstance(term, fx.Node)]
+        if len(terms) == len(source.args) == 2 and not source.kwargs:
+            for x, residual in (terms, terms[::-1]):
+                if _calls(x, _FRESH_MODULES, modules) and len(x.users) == 1 and x is not residual:
+                    return x, residual
+    return source, None
+
+
+def _site(visit: fx.Node, name: str, activation: str, modules: dict[str, nn.Module]) -> TapSite:
+    _, index, x, _ = visit.args
+    assert isinstance(index, int)
+    assert isinstance(x, fx.Node)
+    fresh = _calls(x, _FRESH_MODULES, modules) or x.target in _ADDITIONS or activation == "none"
+    readers = [user for user in visit.users if user.op != "output"]
+    fresh_gradients = [_calls(reader, _OWN_GRADIENT_MODULES, modules) for reader in readers]
+    # Gradients of several readers are summed into a tensor of its own, if all of them do send one.
+    sends = [
+        own or reader.target is _visit or reader.target in _ADDITIONS
+        for reader, own in zip(readers, fresh_gradients, strict=True)
+    ]
+    return TapSite(
+        name=name,
+        activation=activation,
+        index=index,
+        owns_input=fresh and len(x.users) == 1,
+        owns_gradient=all(fresh_gradients if len(readers) == 1 else sends),
+    )

@@ -1,0 +1,80 @@
+"""Weights from files: read without executing anything, and checked against the network that is to have them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.support.errors import InputError
+
+_UNUSED = "num_batches_tracked"
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a plain state dict; nothing in the file is executed.
+
+    Raises InputError that names the file if it is missing, damaged, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--weights: {path} does not exist")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: is not a readable file of weights ({_first_line(error)})") from None
+    except Exception as error:  # pickle.UnpicklingError and whatever else a foreign file provokes
+        raise InputError(f"{path}: is not a plain state dict ({type(error).__name__})") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: is not a plain state dict: expected names and tensors only")
+    return dict(state)
+
+
+def copy_weights(own: Mapping[str, Tensor], needed: Collection[str], state: Mapping[str, Tensor], what: str) -> None:
+    """Copy `state` into the tensors `own` that are `needed`, in place.
+
+    What the taps do not need (the classifier of a network) may be missing, or differ, or be another one altogether.
+
+    Raises InputError that starts with `what` and names the first keys that differ.
+    """
+    needed = [key for key in needed if not key.endswith(_UNUSED)]
+    missing = [key for key in needed if key not in state]
+    shapes = [key for key in needed if key in state and state[key].shape != own[key].shape]
+    # Tensors of parts that are needed, yet unknown: the file is of a larger network of the same family.
+    parts = {_part(key) for key in needed}
+    unknown = [key for key in state if key not in own and _part(key) in parts and not key.endswith(_UNUSED)]
+    reasons = [
+        f"{reason} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        for reason, keys in (("lacks", missing), ("has another shape for", shapes), ("has", unknown))
+        if keys
+    ]
+    if reasons:
+        raise InputError(f"{what}: these are weights of another network: the file {'; it '.join(reasons)}")
+    with torch.no_grad():
+        for key in needed:
+            if not state[key].isfinite().all():
+                raise InputError(f"{what}: {key} holds values that are not finite")
+            own[key].copy_(state[key])
+
+
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        if not key.endswith(_UNUSED):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _part(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

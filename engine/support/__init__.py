@@ -1,0 +1,1 @@
+"""A drawer of three files: errors, files, pixels."""

@@ -1,0 +1,32 @@
+"""Pictures: from tensors in [-1, 1] to uint8 and to files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from engine.support.files import write_atomically
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] as uint8 [N, H, W, 3] on the CPU: round(255 · (x + 1)/2)."""
+    scaled = images.detach().float().add(1).mul(127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] as one uint8 picture [3, H', W'], row by row, two pixels apart."""
+    pixels = to_uint8(images).permute(0, 3, 1, 2)
+    return make_grid(pixels, nrow=columns, padding=2, pad_value=64)
+
+
+def save_png(path: Path, picture: Tensor) -> None:
+    """Write a uint8 picture [3, H, W], whole or not at all."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,1 @@
+"""Time, memory and machines: the loop, its run folder, checkpoints, validation, ranks, planner."""

@@ -1,0 +1,168 @@
+"""Evaluation during training: how far the samples are from the real images, and what follows for the learning rate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+
+from engine.configuration.config import Config, ValidationConfig
+from engine.configuration.data import open_data
+from engine.evaluate import was_trained_on
+from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, common_names, evaluation_network
+from engine.evaluation.three_sample import three_sample_test
+from engine.support.errors import InputError
+from pipelines import read_pixels
+
+log = logging.getLogger("gfmn")
+
+SIGNIFICANCE = 0.05
+FACTOR = 0.8
+PATIENCE = 3
+
+Draw = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        metrics: for `metrics.jsonl`: the network, numbers of images, distances, and the three-sample test if it ran.
+        best: whether no earlier evaluation of the run had a smaller kernel distance.
+        lr_factor: what the learning rate is to be multiplied with: 1, or less where samples stopped getting closer.
+    """
+
+    metrics: dict[str, Any]
+    best: bool
+    lr_factor: float
+
+
+class KernelRate:
+    """Lowers the learning rate when samples stop getting closer (Bińkowski et al. 2018, section 5).
+
+    Every evaluation asks the three-sample test whether the new samples are significantly closer to the real images
+    than the reference: the first evaluation's, later those of the last evaluation that was. After `PATIENCE` times no
+    in a row the rate is multiplied by `FACTOR`, and the count starts again.
+
+    Args:
+        real: features [M, F] of the real images.
+    """
+
+    def __init__(self, real: Tensor):
+        self.real = real
+        self.reference: Tensor | None = None
+        self.failures = 0
+
+    def update(self, samples: Tensor) -> tuple[float | None, bool]:
+        """The test's p-value for new samples' features [N, F] (None the first time), and whether to lower the rate."""
+        if self.reference is None:
+            self.reference = samples
+            return None, False
+        p_value = three_sample_test(self.real, samples, self.reference).p_value
+        if p_value < SIGNIFICANCE:
+            self.reference, self.failures = samples, 0
+            return p_value, False
+        self.failures += 1
+        if self.failures < PATIENCE:
+            return p_value, False
+        self.failures = 0
+        return p_value, True
+
+
+class Validation:
+    """Compares samples with real images every so many steps.
+
+    Args:
+        network: whose features are compared.
+        real: uint8 [M, 3, H, W].
+        config: how often, how many, and what follows.
+        device: where features are computed.
+    """
+
+    def __init__(self, network: EvaluationNetwork, real: Tensor, config: ValidationConfig, device: torch.device):
+        self.network, self.config, self.device = network, config, device
+        self.real = network.features(real, device=device)
+        self.real_statistics = fid_features_to_statistics(self.real)
+        self.best = float("inf")
+        self.rate = KernelRate(self.real) if config.lr_adapt == "kid" else None
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether to evaluate after `step` steps."""
+        assert self.config.evaluate_every is not None
+        return last or step % self.config.evaluate_every == 0
+
+    def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation:
+        """Evaluate `draw(n)`, uint8 [n, 3, H, W] of fresh random z, after `step` steps; `seed` decides KID's subsets.
+
+        The last step of a run may lie between two evaluations: it changes no rate, so that a run that is gone on with
+        is the one that never stopped.
+        """
+        samples = self.network.features(draw(self.config.evaluate_samples), device=self.device)
+        metrics: dict[str, Any] = {
+            "network": self.network.label,
+            "is_inception": self.network.is_inception,
+            "samples": len(samples),
+            "real": len(self.real),
+            **self._distances(samples, seed),
+        }
+        lower = False
+        if self.rate is not None and self.due(step, last=False):
+            p_value, lower = self.rate.update(samples)
+            if p_value is not None:
+                metrics["three_sample_p"] = p_value
+        best = metrics["kernel_distance"] < self.best
+        self.best = min(self.best, metrics["kernel_distance"])
+        return Evaluation(metrics, best, FACTOR if lower else 1.0)
+
+    def _distances(self, samples: Tensor, seed: int) -> dict[str, float]:
+        """torch-fidelity's numbers. With fewer images than KID's subsets usually have, every subset is all of them."""
+        subset = min(KID_SUBSET, len(samples), len(self.real))
+        kid = kid_features_to_metric(samples, self.real, kid_subset_size=subset, rng_seed=seed, verbose=False)
+        fid = fid_statistics_to_metric(fid_features_to_statistics(samples), self.real_statistics, verbose=False)
+        return common_names(fid | kid)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next evaluation depends on."""
+        state = {"best": torch.tensor(self.best, dtype=torch.float64)}
+        if self.rate is not None:
+            state["failures"] = torch.tensor(self.rate.failures)
+            if self.rate.reference is not None:
+                state["reference"] = self.rate.reference
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.best = float(state["best"])
+        if self.rate is not None and "failures" in state:
+            self.rate.failures = int(state["failures"])
+            self.rate.reference = state.get("reference")
+
+
+def make_validation(config: Config, device: torch.device) -> Validation:
+    """What `--evaluate-every` asks for: against all images of the run's data set, none of them mirrored.
+
+    Warns if the network is the one whose features are matched. InputError if it cannot be had.
+    """
+    asked = config.validation
+    try:
+        network = evaluation_network(
+            asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
+        )
+    except InputError as error:
+        text = str(error).replace("--weights", "--evaluate-weights")
+        raise InputError(text.replace("--feature-extractor", "--evaluate-extractor")) from None
+    if was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
+        log.warning(
+            "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
+            "are",
+            network.label,
+        )
+    dataset = open_data(config.replaced({"horizontal_flip": False}))
+    return Validation(network, read_pixels(dataset, backend=config.data.loader), asked, device)

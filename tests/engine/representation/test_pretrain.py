@@ -1,0 +1,340 @@
+import itertools
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from engine.configuration.command import Interrupted, run_command
+from engine.pretrain import main
+from engine.representation.build import build_extractor
+from engine.representation.pretraining import images as sources
+from engine.representation.pretraining import pretrain
+from engine.representation.pretraining.images import Augmentation, open_images
+from engine.representation.pretraining.tasks import Rotate, one_cycle
+from engine.representation.pretraining.training import _Pretraining
+from engine.support.errors import InputError
+from pipelines import open_dataset
+
+CPU = torch.device("cpu")
+
+
+def make_array(path, count=44, size=16, labels=True):
+    """Pictures of noise whose brightness tells their class, in a .npz file."""
+    random = np.random.default_rng(0)
+    classes = np.arange(count) % 2
+    pictures = random.integers(0, 120, (count, size, size, 3), dtype=np.uint8) + (100 * classes[:, None, None, None])
+    arrays = {"images": pictures.astype(np.uint8)}
+    np.savez(path, **(arrays | {"labels": classes} if labels else arrays))
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return open_dataset("images", make_array(tmp_path / "tiny.npz"), image_size=16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "pictures"
+    for number in range(43):
+        place = root / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 20, 3), 5 * number, dtype=np.uint8)).save(place / f"{number:02}.png")
+    return open_dataset("images", root, image_size=16)
+
+
+def short(dataset, **options):
+    options = {"steps": 7, "batch_size": 16, "progress": False} | options
+    return pretrain(options.pop("architecture", "vgg-small"), dataset, **options)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_digits_classifier_reaches_98_percent_of_images_it_never_saw():
+    result = pretrain("vgg-small", open_dataset("digits"), epochs=5, amp=True, progress=False)
+    assert result.metric == "accuracy"
+    assert result.validation >= 0.98
+    assert [entry["epoch"] for entry in result.history] == [1, 2, 3, 4, 5]
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@pytest.mark.parametrize("task", ["classify", "rotate"])
+def test_same_seed_same_bits(tiny, task):
+    first, again, other = (short(tiny, task=task, seed=seed) for seed in (3, 3, 4))
+    assert same(first.state_dict, again.state_dict)
+    assert first.history == again.history
+    assert not same(first.state_dict, other.state_dict)
+
+
+def test_callers_random_state_is_left_alone(tiny):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    short(tiny, steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["in-memory", "streamed"])
+def test_every_image_is_either_trained_on_or_held_out(folder, streamed, monkeypatch):
+    if streamed:
+        monkeypatch.setattr(sources, "_MEMORY", 0)
+    source = open_images(folder, 8, seed=1, device=CPU, loader="torch")
+    epochs = [[shown for _, shown in source.epoch(number, 0)] for number in (0, 1)]
+    trained = [torch.cat(epoch).tolist() for epoch in epochs]
+    held_out = torch.cat([shown for _, shown in source.held_out()]).tolist()
+    assert sorted(trained[0] + held_out) == list(range(43))
+    assert sorted(trained[0]) == sorted(trained[1])
+    assert trained[0] != trained[1]
+    assert len(held_out) == 4
+    assert len(epochs[0]) == source.steps_per_epoch
+    again = [shown.tolist() for _, shown in source.epoch(1, 2)]
+    assert again == [shown.tolist() for shown in epochs[1][2:]]
+    for pictures, shown in (*source.epoch(0, 0), *source.held_out()):
+        # Picture k of this folder is class (k % 2)'s, in the order of the names: 10·i or 10·i + 5 for the i-th.
+        numbers = torch.where(shown < 22, 2 * shown, 2 * (shown - 22) + 1)
+        expected = (5 * numbers / 127.5 - 1)[:, None, None, None].expand_as(pictures)
+        torch.testing.assert_close(pictures, expected.float(), rtol=0, atol=1e-5)
+
+
+def test_held_out_images_do_not_depend_on_the_seed(tiny):
+    shown = [torch.cat([shown for _, shown in open_images(tiny, 8, seed=s, device=CPU).held_out()]) for s in (1, 2)]
+    assert torch.equal(*shown)
+
+
+def test_both_copies_of_a_mirrored_picture_are_held_out(folder, monkeypatch):
+    monkeypatch.setattr(sources, "_MEMORY", 0)
+    mirrored = open_dataset("images", folder.files.root, image_size=16, horizontal_flip=True)
+    source = open_images(mirrored, 8, seed=1, device=CPU, loader="torch")
+    trained = {number for _, shown in source.epoch(0, 0) for number in shown.tolist()}
+    held_out = {number for _, shown in source.held_out() for number in shown.tolist()}
+    assert not trained & held_out
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_augmentation_is_a_window_of_the_padded_image(padding, flip):
+    images = torch.rand(40, 3, 8, 8)
+    result = Augmentation(padding, flip)(images, torch.Generator().manual_seed(0))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    seen = set()
+    for image, augmented in zip(images, result, strict=True):
+        padded = np.pad(image.numpy(), ((0, 0), (padding, padding), (padding, padding)), constant_values=-1)
+        found = {
+            (top, left, mirrored)
+            for top in range(2 * padding + 1)
+            for left in range(2 * padding + 1)
+            for mirrored in (False, True)
+            if np.array_equal(
+                padded[:, top : top + 8, left : left + 8][:, :, :: -1 if mirrored else 1], augmented.numpy()
+            )
+        }
+        assert len(found) == 1
+        seen |= found
+    assert {mirrored for _, _, mirrored in seen} == ({False, True} if flip else {False})
+    assert {top for top, _, _ in seen} == set(range(2 * padding + 1))
+    assert {left for _, left, _ in seen} == set(range(2 * padding + 1))
+
+
+def test_rotate_names_the_quarter_turns():
+    images = torch.rand(6, 3, 5, 5)
+    turned, classes = Rotate.posed(None, images, None)
+    assert classes.tolist() == [0, 0, 1, 1, 2, 3]
+    for image, result, turns in zip(images, turned, classes.tolist(), strict=True):
+        np.testing.assert_array_equal(np.rot90(image.numpy(), turns, (1, 2)), result.numpy())
+
+
+def test_one_cycle_rises_for_a_fifth_and_falls_to_zero():
+    rates = [one_cycle(step, 50) for step in range(50)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[9:]))
+    assert rates[-1] < 0.01
+    assert all(0 < one_cycle(step, 1) <= 1 for step in range(1))
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "size"),
+    [
+        ("classify", "resnet18", 8),
+        ("rotate", "vgg-small", 16),
+        ("autoencode", "dcgan-encoder", 32),
+        ("autoencode", "vgg-small", 32),
+    ],
+)
+def test_result_is_weights_that_build_extractor_takes(tmp_path, task, architecture, size):
+    dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", count=24, size=size), image_size=size)
+    result = short(dataset, task=task, architecture=architecture, steps=2, batch_size=8)
+    result.save(tmp_path / "weights.safetensors")
+    trained = build_extractor(architecture, image_size=size, weights=tmp_path / "weights.safetensors")
+    assert trained.fingerprint != build_extractor(architecture, image_size=size).fingerprint
+    with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+        for name, tensor in result.state_dict.items():
+            assert torch.equal(file.get_tensor(name), tensor)
+    assert metadata["task"] == task
+    assert metadata["architecture"] == architecture
+    assert metadata["dataset_sha256"] == dataset.fingerprint()["content_sha256"]
+    assert float(metadata[result.metric]) == pytest.approx(result.validation, rel=1e-5)
+
+
+def test_autoencoder_learns_and_reports_the_error_of_unseen_pixels():
+    digits = open_dataset("digits")
+    digits.images, digits.num_pictures = digits.images[:200], 200
+    first = short(digits, task="autoencode", architecture="dcgan-encoder", steps=1, batch_size=16)
+    last = short(digits, task="autoencode", architecture="dcgan-encoder", steps=24, batch_size=16)
+    assert last.metric == "reconstruction_error"
+    assert last.validation < 0.5 * first.validation
+
+
+def interrupt_at(monkeypatch, step):
+    """A real Ctrl-C in the middle of training step `step`."""
+    train_step = _Pretraining._train_step
+
+    def interrupted(self, *arguments):
+        train_step(self, *arguments)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(_Pretraining, "_train_step", interrupted)
+
+
+@pytest.mark.parametrize(
+    ("task", "step"), [("classify", 1), ("classify", 3), ("classify", 5), ("autoencode", 4)], ids=str
+)
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, task, step):
+    size, architecture = (32, "dcgan-encoder") if task == "autoencode" else (16, "vgg-small")
+    dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", size=size), image_size=size)
+    options = {"task": task, "architecture": architecture, "steps": 7, "checkpoint": tmp_path / "checkpoint"}
+    whole = short(dataset, **options)
+    (tmp_path / "checkpoint").unlink(missing_ok=True)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Interrupted, match=f"step {step} of 7"):
+            short(dataset, **options)
+    resumed = short(dataset, **options, resume=True)
+    assert same(whole.state_dict, resumed.state_dict)
+    assert whole.history == resumed.history
+
+
+def test_checkpoint_of_other_settings_or_damaged_is_refused(tiny, tmp_path, monkeypatch):
+    file = tmp_path / "checkpoint"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Interrupted):
+            short(tiny, checkpoint=file)
+    with pytest.raises(InputError, match=r"--lr: .* 0.1, not 0.2"):
+        short(tiny, checkpoint=file, resume=True, lr=0.2)
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"{}" * 40):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=str(file)):
+            short(tiny, checkpoint=file, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "sort"}, "--task: 'sort' is not one of classify, rotate, autoencode"),
+        ({"task": "autoencode"}, "--task: autoencode decodes to images of 32, 64, 128 pixels, not 16"),
+        ({"architecture": "vgg16"}, "--arch: 'vgg16' is not known"),
+        ({"architecture": "vgg19"}, "--arch: vgg19 needs images whose side is a multiple of 32, got 16"),
+        ({"architecture": "dcgan-encoder"}, "--arch: dcgan-encoder takes images of 32, 64, 128 pixels, not 16"),
+        ({"image_size": 32}, "--image-size"),
+        ({"steps": 0}, "--steps: must be at least 1"),
+        ({"epochs": 1}, "not both"),
+        ({"batch_size": 1}, "--batch-size"),
+        ({"lr": 0.0}, "--lr"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"weight_decay": -1.0}, "--weight-decay"),
+        ({"crop_padding": -1}, "--crop-padding"),
+        ({"lr": 1e30}, "--lr: the loss became"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_bad_input_is_one_line(tiny, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        short(tiny, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_classify_without_labels_says_what_to_do(tmp_path):
+    dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", labels=False), image_size=16)
+    with pytest.raises(
+        InputError, match=r"--task: classify needs .* no labels; use --task rotate or --task autoencode"
+    ):
+        short(dataset)
+    assert short(dataset, task="rotate", steps=2).metric == "accuracy"
+
+
+def test_too_few_images(tmp_path):
+    dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", count=19), image_size=16)
+    with pytest.raises(InputError, match="needs at least 20 images, images has 19"):
+        short(dataset)
+
+
+def command(tmp_path, *flags):
+    data = tmp_path / "tiny.npz"
+    if not data.exists():
+        make_array(data)
+    main(["--data", str(data), "--image-size", "16", "--arch", "vgg-small", "--steps", "3", *flags])
+
+
+def test_command_line_writes_weights_and_prints_the_validation(tmp_path, capsys):
+    out = tmp_path / "made" / "extractor.safetensors"
+    command(tmp_path, "--out", str(out), "--batch-size", "8", "--horizontal-flip", "--seed", "5")
+    printed = capsys.readouterr().out
+    assert "accuracy on held-out images: " in printed
+    assert str(out) in printed
+    assert [path.name for path in out.parent.iterdir()] == ["extractor.safetensors"]
+    with safe_open(out, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["seed"], metadata["flip"], metadata["batch_size"]) == ("5", "True", "8")
+    with pytest.raises(InputError, match=r"--out: .* exists"):
+        command(tmp_path, "--out", str(out))
+    command(tmp_path, "--out", str(out), "--resume")
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_command_line_resumes_after_ctrl_c(tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    command(tmp_path, "--out", str(whole))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Interrupted, match="--resume"):
+            command(tmp_path, "--out", str(out))
+    with pytest.raises(InputError, match=r"--out: .*parts.safetensors.checkpoint exists"):
+        command(tmp_path, "--out", str(out))
+    command(tmp_path, "--out", str(out), "--resume")
+    assert same(load_file(out), load_file(whole))
+    assert not out.with_name(out.name + ".checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "vgg16"], "error: --arch: 'vgg16' is not known"),
+        (["--threads", "0"], "error: --threads"),
+        (["--device", "cuda"], "error: --device"),
+        (["--steps", "many"], "invalid int value"),
+    ],
+)
+def test_command_line_fails_with_one_line(tmp_path, capsys, flags, message):
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit) as exit_:
+        run_command(lambda argv: command(tmp_path, "--out", str(tmp_path / "out.safetensors"), *flags))
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_history_can_be_written_as_json(tiny):
+    assert json.loads(json.dumps(short(tiny).history))[-1]["step"] == 7

@@ -1,0 +1,92 @@
+"""The engine on a CUDA device: against float64 on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from oracle import in_float64, relative_error
+from test_matching import AVERAGERS, MINIBATCH, real_features, run_step
+
+from engine.comparison.distances.moments import Moments
+from engine.comparison.moment_matching import MomentMatching
+from engine.generation.networks import build_generator, run_generator
+from engine.representation.extractor import Extractor
+from engine.train import main
+from pipelines import ImageLoader, open_dataset
+
+pytestmark = pytest.mark.requires_gpu
+
+
+@pytest.fixture
+def on_gpu(tiny_extractor: Extractor) -> Extractor:
+    return copy.deepcopy(tiny_extractor).cuda()
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "stages"])
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("name", AVERAGERS)
+def test_gradients(name, chunk, checkpoint, tiny_extractor, on_gpu, draw_images):
+    target = Moments.of(real_features(tiny_extractor, draw_images))
+    make_averager, _ = AVERAGERS[name]
+    oracle = MomentMatching(in_float64(tiny_extractor), target, make_averager(), kernels="reference")
+    objective = MomentMatching(on_gpu, target, make_averager(), chunk_size=chunk, checkpoint=checkpoint)
+    assert objective.kernels.__name__ == "kernels.triton_ops"
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for _ in range(3):
+            images = draw_images(MINIBATCH, torch.float32)
+            loss, gradient = run_step(oracle, images)
+            found_loss, found = run_step(objective, images.cuda())
+            assert relative_error(found_loss.cpu(), loss) <= 2e-3
+            assert relative_error(found.cpu(), gradient) <= (2e-3 if name.startswith("ama") else 5e-5)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.999), (torch.float16, 0.9999)], ids=["bf16", "fp16"])
+def test_low_precision(dtype, least, tiny_extractor, on_gpu, draw_images):
+    target = Moments.of(real_features(tiny_extractor, draw_images))
+    images = draw_images(MINIBATCH, torch.float32)
+    make_averager, _ = AVERAGERS["none"]
+    _, gradient = run_step(MomentMatching(in_float64(tiny_extractor), target, make_averager()), images)
+    _, found = run_step(MomentMatching(on_gpu, target, make_averager(), amp_dtype=dtype), images.cuda())
+    assert float(torch.cosine_similarity(found.cpu().double().flatten(), gradient.flatten(), dim=0)) >= least
+
+
+def test_checkpointed_generator():
+    plain = build_generator("dcgan", image_size=32, nz=10).cuda()
+    twin = copy.deepcopy(plain)
+    z = torch.randn(16, 10, device="cuda")
+    for generator, checkpoint in ((plain, False), (twin, True)):
+        run_generator(generator, z, checkpoint=checkpoint).square().sum().backward()
+    for ours, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(twin.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "--amp-dtype", "fp16"]], ids=["float32", "bf16", "fp16"])
+def test_training(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    common = ["--device", "cuda", "--weights", "random", "--steps", "5", "--log-every", "1", "--chunk-size", "24"]
+    main([*common, "--checkpoint", "stages", "--checkpoint-generator", "--out", str(run), *flags])
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 5
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_dali_decodes_on_the_device(tmp_path):
+    pytest.importorskip("nvidia.dali")
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    for n, photo in enumerate(load_sample_images().images):
+        Image.fromarray(photo[:218, :178]).save(tmp_path / f"{n}.jpg", quality=95)
+    dataset = open_dataset("images", tmp_path, image_size=64, center_crop=160)
+    batches = {
+        device: torch.cat([batch.images.cpu() for batch in ImageLoader(dataset, 1, device=device, backend="dali")])
+        for device in ("cpu", "cuda")
+    }
+    # nvJPEG and libjpeg-turbo differ by a few levels of 255; images are in [-1, 1].
+    assert (batches["cpu"] - batches["cuda"]).abs().mean() <= 2 * 2 / 255
