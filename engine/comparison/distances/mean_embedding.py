@@ -1,0 +1,129 @@
+"""The maximum mean discrepancy: the squared distance of two sets' mean embeddings in a kernel's Hilbert space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from engine.comparison.distances.kernels import Kernel, check_features
+from engine.support.errors import InputError
+
+_CONSTANT_BLOCK = 1024  # rows of y in float64 that the constant's blocks have
+_BLOCK_FEATURES = 2**24  # features of y that a discrepancy sees at once: 64 MiB in float32
+
+
+def mmd(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = False) -> Tensor:
+    """MMD² of features x [n, F] and y [m, F], as [] (Gretton et al. 2012, equations 3 to 5).
+
+        biased:    1/n² Σ_ij k(x_i, x_j) − 2/(nm) Σ_ij k(x_i, y_j) + 1/m² Σ_ij k(y_i, y_j)
+        unbiased:  1/(n(n−1)) Σ_i≠j k(x_i, x_j) − 2/(nm) Σ_ij k(x_i, y_j) + 1/(m(m−1)) Σ_i≠j k(y_i, y_j)
+
+    The biased one is never negative but for rounding, and 0 if x and y are equal. The unbiased one has the mean of the
+    two laws' MMD², and may be negative. KID is the unbiased one with `kernels.polynomial(3)` (Bińkowski et al. 2018).
+
+    Differentiable in x and y as often as the kernel is. Kernels are in x's dtype (float32 for half precision), their
+    sums in float64, the result in the kernels' dtype. Memory: a few matrices [n, n], [n, m] and [m, m].
+
+    Raises:
+        InputError: "x" or "y", if it isn't [n, F] with at least one row, or two if unbiased; "y", if its F isn't x's.
+    """
+    x, y = _checked(x, y, unbiased)
+    found = _within(x, kernel, unbiased) - 2 * _across(x, y, kernel) + _within(y, kernel, unbiased)
+    return found.to(x.dtype)
+
+
+class MMD:
+    """MMD² to a fixed set of features: `mmd` as a function of x alone.
+
+    The mean of k(y, y) is computed once, in float64, a block of rows at a time: m²/2 kernels. A call evaluates
+    n² + n·m kernels, y a block at a time; with several blocks each is computed again in backward, so that memory is
+    for [n, n] and [n, block] kernels and one block of y, whatever m. Values and gradients don't depend on the block
+    but for rounding.
+
+    Args:
+        y: features [m, F] of the real images; kept without a graph.
+        kernel: k(x, y) → [n, m].
+        unbiased: as for `mmd`.
+        block: how many rows of y a call sees at once; by default as many as have 2^24 features.
+
+    Attributes:
+        constant: the mean of k(y, y), of i ≠ j if unbiased; [] float64.
+
+    Raises:
+        InputError: "y", as for `mmd`; "block", if it is below 1.
+    """
+
+    def __init__(self, y: Tensor, kernel: Kernel, unbiased: bool = False, block: int | None = None):
+        check_features("y", y, at_least=2 if unbiased else 1)
+        if block is not None and block < 1:
+            raise InputError("block", f"must be at least 1, got {block}")
+        self.y, self.kernel, self.unbiased = y.detach(), kernel, unbiased
+        self.block = max(1, _BLOCK_FEATURES // y.shape[1]) if block is None else block
+        self.constant = _mean_within(self.y, kernel, unbiased)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """MMD² of x [n, F] and y, as []; differentiable in x as often as the kernel is.
+
+        Raises:
+            InputError: "x", if it isn't [n, F] with y's F and at least one row, or two if unbiased.
+        """
+        check_features("x", x, at_least=2 if self.unbiased else 1, size=self.y.shape[1])
+        x = _wide(x)
+        blocks = torch.split(self.y, self.block)
+        if len(blocks) == 1:
+            across = _sum_across(x, self.y, self.kernel)
+        else:
+            across = torch.zeros((), dtype=torch.float64, device=x.device)
+            for part in blocks:
+                across = across + checkpoint(
+                    _sum_across, x, part, self.kernel, use_reentrant=False, preserve_rng_state=False
+                )
+        within = _within(x, self.kernel, self.unbiased)
+        return (within - 2 * across / (len(x) * len(self.y)) + self.constant).to(x.dtype)
+
+
+def _checked(x: Tensor, y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Both as `_wide` has them, and still one tensor if they were: kernels have an exact diagonal then."""
+    check_features("x", x, at_least=2 if unbiased else 1)
+    check_features("y", y, at_least=2 if unbiased else 1, size=x.shape[1])
+    wide = _wide(x)
+    return wide, wide if x is y else y.to(wide.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision in float32: a small difference of means would have no digits left."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _within(x: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+    """The mean of k(x_i, x_j), of i ≠ j if unbiased; [] float64."""
+    matrix = kernel(x, x)
+    total = matrix.sum(dtype=torch.float64)
+    if not unbiased:
+        return total / len(x) ** 2
+    return (total - matrix.diagonal().sum(dtype=torch.float64)) / (len(x) * (len(x) - 1))
+
+
+def _sum_across(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
+    """Σ_ij k(x_i, y_j); [] float64."""
+    return kernel(x, y).sum(dtype=torch.float64)
+
+
+def _across(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
+    """The mean of k(x_i, y_j); [] float64."""
+    return _sum_across(x, y, kernel) / (len(x) * len(y))
+
+
+def _mean_within(y: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+    """`_within` of a set of any size: blocks in float64, each pair of blocks once since k(x, y) = k(y, x)."""
+    with torch.no_grad():
+        total = torch.zeros((), dtype=torch.float64, device=y.device)
+        parts = torch.split(y, _CONSTANT_BLOCK)
+        for index, part in enumerate(parts):
+            rows = part.double()
+            matrix = kernel(rows, rows)
+            total += matrix.sum() - (matrix.diagonal().sum() if unbiased else 0)
+            for other in parts[index + 1 :]:
+                total += 2 * kernel(rows, other.double()).sum()
+        return total / (len(y) * (len(y) - 1 if unbiased else len(y)))
