@@ -19,10 +19,13 @@ import torch_fidelity
 import torchvision
 from torch import Tensor
 
+from engine.configuration.build import choose_device, load_run_sampler, open_data
 from engine.configuration.command import Parser, run_command
-from engine.configuration.config import PRESETS, Config, DataConfig, add_flags, given_flags
-from engine.configuration.data import open_data
-from engine.configuration.devices import choose_device
+from engine.configuration.config import Config
+from engine.configuration.flags import add_flags, given_flags
+from engine.configuration.groups import DataConfig
+from engine.configuration.presets import PRESETS
+from engine.configuration.provenance import was_trained_on
 from engine.evaluation.metrics import (
     KID_SUBSET,
     METRICS,
@@ -34,9 +37,6 @@ from engine.evaluation.metrics import (
     compute_metrics,
     evaluation_network,
 )
-from engine.generation.sampling import RunSampler
-from engine.representation.weights import read_state_dict, state_digest
-from engine.representation.zoo import brings_weights
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
@@ -56,8 +56,6 @@ _INCEPTION_KEYS = {
 }
 _LABELS = {"fid": "FID", "kid": "KID", "is": "Inception score"}
 _DIGITS = {"kernel_distance": 6}
-# The same ImageNet weights under two names.
-_ALIASES = {"vgg19": "torchvision:vgg19_bn", "timm:tf_efficientnet_lite0": "efficientnet-lite0"}
 
 
 def parser() -> Parser:
@@ -103,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = choose_device(arguments.device, arguments.threads)
     config, sampler, step = None, None, None
     if arguments.run is not None:
-        sampler = RunSampler.load(arguments.run, best=arguments.best)
-        config, step = Config.load(RunFolder(arguments.run).config), sampler.saved.step
-        count, side = arguments.samples or 5000, sampler.saved.image_size
+        sampler = load_run_sampler(arguments.run, best=arguments.best)
+        config, step = Config.load(RunFolder(arguments.run).config), sampler.step
+        count, side = arguments.samples or 5000, sampler.generator.spec.image_size
         generated = ImageSet(torch.zeros(1, 3, side, side, dtype=torch.uint8), arguments.run)
     else:
         generated = _open(arguments.images, "--images")
@@ -120,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             network.label,
         )
     if sampler is not None:
-        log.info("%s: drawing %d samples of step %d", arguments.run, count, sampler.saved.step)
-        generated = ImageSet(sampler.draw_pixels(count, arguments.seed, device), arguments.run)
+        log.info("%s: drawing %d samples of step %d", arguments.run, count, sampler.step)
+        generated = ImageSet(sampler.to(device).draw_pixels(count, arguments.seed), arguments.run)
     values = compute_metrics(
         generated,
         real,
@@ -189,31 +187,6 @@ def table(
         rows.append((_LABELS.get(name, name), f"{value:.{digits}f}{spread}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([heading, by, *(f"{name:{width}}  {value}" for name, value in rows)])
-
-
-def was_trained_on(config: Config, name: str | None, weights: str | Path | None) -> bool:
-    """Whether a run of `config` matched the features of the network `name` with `weights`, as far as can be told.
-
-    Weights that a run pretrained for itself count as those of any file of the same architecture.
-    """
-    if name is None:
-        return False
-    parts, sources = config.networks.extractor.split("+"), config.networks.weights
-    for part, source in zip(parts, sources if len(sources) == len(parts) else sources[:1] * len(parts)):
-        if _ALIASES.get(part, part) != _ALIASES.get(name, name) or source == "random":
-            continue
-        if source == "imagenet" or (source == "pretrain" and brings_weights(part)):
-            if weights is None:
-                return True
-        elif source == "pretrain" or (weights is not None and _same_weights(source, weights)):
-            return True
-    return False
-
-
-def _same_weights(trained_on: str, weights: str | Path) -> bool:
-    if not Path(trained_on).is_file():
-        return False
-    return state_digest(read_state_dict(trained_on)) == state_digest(read_state_dict(weights))
 
 
 def _check(arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""`python -m engine.precompute`: the target moments of a dataset, once, in a file."""
+"""`python -m engine.precompute`: what a method knows of the real images (the target), once, in a file."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from engine.comparison.distances.moments import Moments
-from engine.comparison.reference.statistics_pass import (
-    compute_target,
-    exclusive,
-    fingerprint,
-    forget_partial,
-    put_in_cache,
-    target_loader,
-    write_bad_images,
+from engine.comparison.reference.cache import exclusive, put_in_cache, write_bad_images
+from engine.comparison.reference.protocols import Kind
+from engine.comparison.reference.saved_pass import forget_partial
+from engine.comparison.reference.statistics_pass import compute_reference, fingerprint, reference_loader
+from engine.configuration.build import (
+    amp_dtype,
+    choose_device,
+    make_extractor,
+    open_data,
+    pass_batch_size,
+    reference_kind,
 )
-from engine.configuration.build import make_extractor, open_data, pass_batch_size
-from engine.configuration.command import Interrupted, Parser, run_command
-from engine.configuration.config import PRESETS, Config, add_flags, given_flags
-from engine.configuration.devices import choose_device
-from engine.support.errors import InputError
+from engine.configuration.command import Parser, run_command
+from engine.configuration.config import Config
+from engine.configuration.flags import add_flags, given_flags
+from engine.configuration.presets import PRESETS
+from engine.support.errors import InputError, Interrupted
 from engine.training.ranks import EndedElsewhere, Ranks
-from engine.training.trainer import amp_dtype
 
 log = logging.getLogger("gfmn")
 
@@ -32,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, stream the dataset, write."""
     parser = Parser(
         prog="python -m engine.precompute",
-        description="Stream a dataset once through the extractor and write the moments of every feature, for "
-        "engine.train --target FILE. Flags as for engine.train. Ctrl-C (or a kill) loses nothing: the same command "
-        "goes on from where it was. Several processes: torchrun --nproc-per-node N -m engine.precompute ...",
+        description="Stream a dataset once through the extractor and write the moments of every feature "
+        "(or what else the method compares with), for engine.train --target FILE. Flags as for engine.train. Ctrl-C "
+        "(or a kill) loses nothing: the same command resumes where it was. "
+        "Several processes: torchrun --nproc-per-node N -m engine.precompute ...",
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="digits", help="settings to start from")
     parser.add_argument("--out", required=True, metavar="FILE", help="target.safetensors")
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = Ranks.join()
     try:
         if out.is_dir():
-            raise InputError(f"--out: {out} is a folder; name a file, such as {out}/target.safetensors")
+            raise InputError("out", f"{out} is a folder; name a file, such as {out}/target.safetensors")
         config = Config.build(arguments.preset, given_flags(arguments))
         _precompute(config, out, ranks)
     except EndedElsewhere:
@@ -58,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
     device = ranks.device(choose_device(config.training.device, config.training.threads))
-    dtype = amp_dtype(config)
+    dtype, kind = amp_dtype(config), reference_kind(config)
 
     def prepare():
         dataset = open_data(config)
         extractor = make_extractor(config, dataset, device)
-        images = target_loader(
+        images = reference_loader(
             extractor,
             dataset,
             batch_size=pass_batch_size(config),
@@ -72,19 +75,18 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
             shard=ranks.rank,
             num_shards=ranks.size,
         )
-        return extractor, images, fingerprint(extractor, images, dtype)
+        return extractor, images, fingerprint(kind, extractor, images, dtype)
 
     # Rank 0 first: it downloads, digests and pretrains, and the others find the results in the cache.
     extractor, images, entries = ranks.first("prepared", prepare)
     with exclusive(_own(out, ranks)):
-        target, done = None, False
-        if ranks.rank == 0:
-            done = _is_done(out, entries)
+        done = ranks.rank == 0 and _is_done(kind, out, entries)
         if any(ranks.meet("done", done)):
-            log.info("%s: holds exactly these moments already", out)
+            log.info("%s: holds exactly this target already", out)
             forget_partial(_partial(out, ranks), ranks)
             return
-        target = compute_target(
+        target = compute_reference(
+            kind,
             extractor,
             images,
             amp_dtype=dtype,
@@ -95,9 +97,9 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
         if ranks.rank == 0:
             # First what `out` depends on: once `out` is there, nothing is left to do.
             write_bad_images(out.with_suffix(".bad_images.txt"), target)
-            put_in_cache(target, extractor, images, dtype)
+            put_in_cache(target, fingerprint(kind, extractor, images, dtype))
             target.save(out)
-            log.info("%s: moments of %d features over %d images", out, target.num_features, target.count)
+            log.info("%s: %d features of %d images", out, extractor.num_features, target.count)
         forget_partial(_partial(out, ranks), ranks)
 
 
@@ -112,12 +114,12 @@ def _partial(out: Path, ranks: Ranks) -> Path:
     return own.with_name(f"{own.name}.partial")
 
 
-def _is_done(out: Path, entries: dict[str, str]) -> bool:
+def _is_done(kind: Kind[Any], out: Path, entries: dict[str, str]) -> bool:
     """Whether `out` holds a target of exactly this; any other file is about to be replaced."""
     if not out.exists():
         return False
     try:
-        return Moments.load(out).fingerprint == entries
+        return kind.load(out).fingerprint == entries
     except InputError:
         return False
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.configuration.build import choose_device
 from engine.configuration.command import Parser, run_command
-from engine.configuration.config import PRESETS, Config, add_flags, given_flags
-from engine.configuration.devices import choose_device
+from engine.configuration.config import Config
+from engine.configuration.flags import add_flags, given_flags
+from engine.configuration.presets import PRESETS
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError

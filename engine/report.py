@@ -6,10 +6,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.configuration.build import choose_device, load_run_sampler
 from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
-from engine.configuration.devices import choose_device
-from engine.generation.sampling import RunSampler
 from engine.reporting.page import render
 from engine.reporting.real import chosen_space, open_real
 from engine.support.errors import InputError
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--seed: must be from 0 to 2^63 − 1, got {arguments.seed}")
     if arguments.neighbours_of < 2:
         raise InputError(f"--neighbours-of: must be at least 2, got {arguments.neighbours_of}")
-    run, sampler = RunFolder(arguments.run), RunSampler.load(arguments.run)
+    run, sampler = RunFolder(arguments.run), load_run_sampler(arguments.run)
     out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
     if out.is_dir():
         raise InputError(f"--out: {out} is a folder; name a file, such as {out}/report.html")
@@ -78,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit=arguments.neighbours_of,
     )
     write_atomically(out, page.encode())
-    log.info("%s: %s of step %d, %.1f MB", out, title, sampler.saved.step, len(page.encode()) / 1e6)
+    log.info("%s: %s of step %d, %.1f MB", out, title, sampler.step, len(page.encode()) / 1e6)
 
 
 if __name__ == "__main__":

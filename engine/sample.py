@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.configuration.build import load_run_sampler
 from engine.configuration.command import Parser, run_command
-from engine.generation.sampling import RunSampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.support.pixels import grid, save_png, to_uint8
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--count: must be at least 1, got {arguments.count}")
     if out.suffix not in (".png", ".npy"):
         raise InputError(f"--out: {out} must end in .png or .npy")
-    sampler = RunSampler.load(arguments.run, best=arguments.best)
+    sampler = load_run_sampler(arguments.run, best=arguments.best)
     if arguments.interpolate:
         rows = math.ceil(arguments.count / _STEPS)
         images = sampler.draw_paths(rows, _STEPS, arguments.seed)[: arguments.count]
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         buffer = io.BytesIO()
         np.save(buffer, to_uint8(images).numpy())
         write_atomically(out, buffer.getvalue())
-    log.info("%s: %d images of step %d", out, len(images), sampler.saved.step)
+    log.info("%s: %d images of step %d", out, len(images), sampler.step)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
 from bench.paper.runs import Row
 from bench.rows import table
-from engine.generation.sampling import RunSampler
+from engine.configuration.build import load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.support.pixels import grid
@@ -173,7 +173,7 @@ def draw(path: Path, rows: Sequence[Row], folders: dict[str, Path]) -> None:
             _draw_settings(axis, rows, names, metric)
             axis.set_title(labels[metric], fontsize=10)
     for axis, name in zip(np.atleast_1d(lower.subplots(len(folders), 1)), folders):
-        picture = grid(RunSampler.load(folders[name]).draw(20, seed=0), columns=20)
+        picture = grid(load_run_sampler(folders[name]).draw(20, seed=0), columns=20)
         axis.imshow(picture.permute(1, 2, 0).numpy())
         axis.set_xticks([])
         axis.set_yticks([])

@@ -21,7 +21,7 @@ from bench.rows import environment
 from engine.configuration.build import open_data
 from engine.configuration.config import Config
 from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, compute_metrics, evaluation_network
-from engine.generation.sampling import RunSampler
+from engine.configuration.build import load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
@@ -124,7 +124,7 @@ class Judge:
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """Metrics of samples of the run in `folder`, of the same z for every run."""
-        samples = RunSampler.load(folder).draw_pixels(self.plan.samples, seed=0, device=self.device)
+        samples = load_run_sampler(folder).to(self.device).draw_pixels(self.plan.samples, seed=0)
         subset = min(KID_SUBSET, len(samples), len(self.real))
         return compute_metrics(
             samples, self.real, self.network, self.plan.scale.metrics, device=self.device, kid_subset_size=subset

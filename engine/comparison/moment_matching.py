@@ -8,116 +8,66 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-import kernels as kernel_backends
 from engine.comparison.averagers import Averager, BatchMoments, Direction, TargetMoments
 from engine.comparison.distances.moments import Moments, check_fingerprint
-from engine.representation.extractor import Extractor, Tap
+from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.feature_pass import FeaturePass
-from engine.representation.tracing.tap import activate_
+from engine.representation.memory_order import FeatureOrder
+from engine.representation.protocols import ALONE, Affine, Ranks, TapInput
 from kernels.layout import accumulation_dtype
 
 FEATURE_SCALES = ("none", "target-deviation")
 _DEVIATION_FLOOR = 0.05
 
 
-class FeatureOrder:
-    """Where each tap's features lie in a flat `[D]` buffer, and the way between the two orders of a tap.
+class MomentCriterion:
+    """The criterion of one minibatch: moments of every tap over its chunks, one averager step, two coefficients.
 
-    Kernels keep every tap in the memory order of its activations, (H, W, C); everything public is in (C, H, W).
+    Args:
+        objective: whose averager, target and buffers' order are used.
+        advance: whether the averager takes a step, or is only read.
+
+    Attributes:
+        sums: [4] after `finish`: loss over means, loss over variances, ‖Δ^μ‖², ‖Δ^σ‖².
     """
 
-    def __init__(self, taps: tuple[Tap, ...]):
-        self.taps = taps
-        self.sizes = [tap.num_features for tap in taps]
-
-    def slices(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        """Views of `buffer` [D], one per tap."""
-        return buffer.split(self.sizes)
-
-    def to_memory(self, public: Tensor) -> Tensor:
-        """[..., D] in public order to memory order."""
-        return torch.cat(
-            [
-                part.unflatten(-1, tap.shape).movedim(-3, -1).flatten(-3)
-                for part, tap in zip(public.split(self.sizes, dim=-1), self.taps, strict=True)
-            ],
-            dim=-1,
-        )
-
-    def to_public(self, memory: Tensor) -> Tensor:
-        """[..., D] in memory order to public order."""
-        return torch.cat(
-            [
-                part.unflatten(-1, (*tap.shape[1:], tap.shape[0])).movedim(-1, -3).flatten(-3)
-                for part, tap in zip(memory.split(self.sizes, dim=-1), self.taps, strict=True)
-            ],
-            dim=-1,
-        )
-
-
-class MomentCollector:
-    """Accumulates the moments of every tap over the chunks of one minibatch, in memory order."""
-
-    def __init__(self, extractor: Extractor, order: FeatureOrder, kernels: ModuleType, dtype: torch.dtype):
-        self.kernels = kernels
-        self.activations = [site.activation for site in extractor.sites]
-        self.to_apply = [site.to_apply for site in extractor.sites]
-        self.mean = torch.empty(extractor.num_features, dtype=dtype, device=extractor.device)
-        self.m2 = torch.empty_like(self.mean)
-        self.means, self.m2s = order.slices(self.mean), order.slices(self.m2)
-        self.counts = [0] * len(self.activations)
-
-    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """See `engine.representation.feature_pass.Collector`."""
-        self.kernels.relu_moments(
-            y, self.means[tap], self.m2s[tap], self.counts[tap], None, residual, self.to_apply[tap]
-        )
-        self.counts[tap] += len(y)
-
-    @property
-    def count(self) -> int:
-        """Images seen by every tap."""
-        return self.counts[0]
-
-
-class _Matching(MomentCollector):
-    """The criterion of one call of `MomentMatching`."""
-
     def __init__(self, objective: MomentMatching, advance: bool):
-        super().__init__(
-            objective.feature_pass.prepared, objective.order, objective.kernels, objective.accumulation_dtype
-        )
-        self.objective = objective
-        self.advance = advance
-        self.direction: Direction | None = None
+        self.objective, self.advance = objective, advance
+        self.kernels: ModuleType = objective.feature_pass.kernels
+        extractor = objective.feature_pass.prepared
+        mean = torch.empty(extractor.num_features, dtype=objective.accumulation_dtype, device=extractor.device)
+        self.buffers: tuple[Tensor, Tensor] | None = (mean, torch.empty_like(mean))
+        self.means, self.m2s = (objective.order.slices(buffer) for buffer in self.buffers)
+        self.counts = [0] * len(extractor.taps)
+        self.gradients: list[Affine] = []
+        self.sums = torch.zeros(4)
 
-    def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        activate_(y, residual, self.to_apply[tap])
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        """See `engine.representation.protocols.Collector`."""
+        self.kernels.relu_moments(x.x, self.means[tap], self.m2s[tap], self.counts[tap], None, x.residual, x.activation)
+        self.counts[tap] += len(x.x)
 
-    def finish(self) -> Tensor:
-        objective = self.objective
-        self.direction = objective.averager.step(
-            objective.kernels,
-            BatchMoments(self.count, self.mean, self.m2),
+    def finish(self, ranks: Ranks) -> Tensor:
+        """L, from the moments of all ranks; then the coefficients are known."""
+        assert self.buffers is not None
+        objective, order = self.objective, self.objective.order
+        direction: Direction = objective.averager.step(
+            self.kernels,
+            ranks.merge(BatchMoments(self.counts[0], *self.buffers)),
             objective.target,
             correction=objective.correction,
             advance=self.advance,
             weight=objective.weight,
         )
         # Backward needs the coefficients alone, which `step` made afresh.
-        del self.mean, self.m2, self.means, self.m2s
-        objective.sums = self.direction.sums
-        return self.direction.sums[:2].sum().to(objective.accumulation_dtype)
+        self.buffers, self.means, self.m2s = None, (), ()
+        self.gradients = [Affine(a, b) for a, b in zip(order.slices(direction.a), order.slices(direction.b))]
+        self.sums = direction.sums
+        return direction.sums[:2].sum().to(objective.accumulation_dtype)
 
-    def scale(self, grad_loss: Tensor) -> None:
-        assert self.direction is not None
-        # In float32, before anything is stored in a low dtype: coefficients near 1e-7 would underflow in float16.
-        order = self.objective.order
-        self.a = order.slices(self.direction.a * grad_loss)
-        self.b = order.slices(self.direction.b * grad_loss)
-
-    def gradient(self, tap: int, grad: Tensor, y: Tensor) -> None:
-        self.kernels.relu_moments_backward(grad, y, self.a[tap], self.b[tap], self.activations[tap])
+    def gradient(self, tap: int, images: slice) -> Affine:
+        """∂L/∂x = a + b·x, the same for all images."""
+        return self.gradients[tap]
 
 
 class MomentMatching(nn.Module):
@@ -127,7 +77,8 @@ class MomentMatching(nn.Module):
 
         L = Σ_d v^μ_d (μ_d − m_d) + v^σ_d (σ_d − s_d)            (for `NoAverage`: L = Σ_d Δ_d², paper's equation 1)
 
-    The gradient with respect to the images is exact and needs two coefficients per feature (DESIGN, identity 1).
+    The gradient with respect to the images is exact and needs two coefficients per feature
+    (docs/method.md, identity 1).
     Everything lives on the extractor's device; `.to()` moves nothing.
 
     Args:
@@ -135,12 +86,14 @@ class MomentMatching(nn.Module):
         target: moments of the real dataset, `[D]`, in the order of `extractor.features`.
         averager: `AMA`, `MovingAverage` or `NoAverage`; its state starts anew here.
         chunk_size: images that the extractor sees at once, None for all. The result does not depend on it.
-        kernels: "auto", "reference", "compiled" or "triton".
+        kernels: "auto", "reference", "compiled" or "triton", or a backend itself.
         correction: c of the variances' N − c, 0 or 1, for the batch and the target alike.
-        feature_scale: "none" (the paper), or "target-deviation": match w·x for every feature x, with `feature_weights`.
-        checkpoint: "none", or "stages" to keep few activations for backward and compute the others again.
         amp_dtype: dtype of the extractor's arithmetic (bfloat16 or float16), None for the extractor's own. Moments,
             averager and coefficients stay in float32.
+        recompute: "none", or "stages" to keep few activations for backward and compute the others again.
+        ranks: the processes that share the minibatch.
+        weights: `[D]`, w of every feature: match w·x in place of x (see `feature_weights`); None is the paper's 1.
+        max_chunks: see `FeaturePass`.
 
     Raises ValueError for arguments that do not fit, InputError if the target's fingerprint is another extractor's.
     """
@@ -152,30 +105,36 @@ class MomentMatching(nn.Module):
         averager: Averager,
         *,
         chunk_size: int | None = None,
-        kernels: str = "auto",
+        kernels: str | ModuleType = "auto",
         correction: int = 1,
-        feature_scale: str = "none",
         amp_dtype: torch.dtype | None = None,
-        checkpoint: str = "none",
-        process_group: None = None,
+        recompute: str = "none",
+        ranks: Ranks = ALONE,
+        weights: Tensor | None = None,
+        max_chunks: int | None = None,
     ):
         super().__init__()
         if correction not in (0, 1):
             raise ValueError(f"correction: must be 0 or 1, got {correction}")
-        if feature_scale not in FEATURE_SCALES:
-            raise ValueError(f"feature_scale: {feature_scale!r} is not one of {', '.join(FEATURE_SCALES)}")
         if target.num_features != extractor.num_features:
             raise ValueError(
                 f"target: has {target.num_features} features, the extractor {extractor.name} {extractor.num_features}"
             )
-        if process_group is not None:
-            raise ValueError("process_group: training over several ranks is not there yet")
+        if weights is not None and weights.shape != (extractor.num_features,):
+            raise ValueError(f"weights: must be [{extractor.num_features}], got {list(weights.shape)}")
         if target.fingerprint is not None:
-            check_fingerprint(target_fingerprint(extractor, amp_dtype), target.fingerprint, "target")
+            check_fingerprint(feature_fingerprint(extractor, amp_dtype), target.fingerprint, "target")
         self.averager = averager
         self.correction = correction
-        self.feature_pass = FeaturePass(extractor, dtype=amp_dtype, chunk_size=chunk_size, checkpoint=checkpoint)
-        self.kernels = kernel_backends.select(kernels, extractor.device, self.feature_pass.dtype)
+        self.ranks = ranks
+        self.feature_pass = FeaturePass(
+            extractor,
+            dtype=amp_dtype,
+            chunk_size=chunk_size,
+            recompute=recompute,
+            kernels=kernels,
+            max_chunks=max_chunks,
+        )
         self.order = FeatureOrder(extractor.taps)
         self.accumulation_dtype = accumulation_dtype(self.feature_pass.dtype)
         dtype, device = self.accumulation_dtype, extractor.device
@@ -184,8 +143,8 @@ class MomentMatching(nn.Module):
             self.order.to_memory(target.variance(correction)).to(device, dtype),
         )
         self.weight: Tensor | None = None
-        if feature_scale == "target-deviation":
-            self.weight = self.order.to_memory(feature_weights(target, correction)).to(device, dtype)
+        if weights is not None:
+            self.weight = self.order.to_memory(weights).to(device, dtype)
         averager.reset(extractor.num_features, dtype=dtype, device=device)
         for name in averager.state_names:
             setattr(averager, name, self.order.to_memory(getattr(averager, name)))
@@ -197,18 +156,31 @@ class MomentMatching(nn.Module):
         """The one that runs, in the arithmetic's dtype. Not a submodule: a run's state does not hold frozen weights."""
         return self.feature_pass.extractor
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    @property
+    def kernels(self) -> ModuleType:
+        """The backend of the fused kernels."""
+        return self.feature_pass.kernels
+
+    def forward(self, images: Tensor) -> Tensor:
         """The loss of `images` [N, 3, H, W] in [-1, 1], a scalar.
 
         In train mode with grad enabled the averager takes one step; otherwise its state is only read.
         """
-        if labels is not None:
-            raise ValueError("labels: moments per class are not there yet")
         self.extractor.check_images(images)
         if len(images) < 2:
             raise ValueError("images: a minibatch of 1 has no variance; give at least 2 images")
-        advance = self.training and torch.is_grad_enabled()
-        return self.feature_pass.loss(images, _Matching(self, advance))
+        criterion = MomentCriterion(self, advance=self.training and torch.is_grad_enabled())
+        loss = self.feature_pass.loss(images, criterion, self.ranks)
+        self.sums = criterion.sums
+        return loss
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Of the last call: the loss's parts over means and over variances, and ‖Δ‖."""
+        return {
+            "loss_mean": self.sums[0],
+            "loss_variance": self.sums[1],
+            "difference_norm": self.sums[2:].double().sum().sqrt(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor], *args, **kwargs) -> None:  # type: ignore[override]
         """Restore what `state_dict` returned; ValueError if it is another averager's or another extractor's.
@@ -262,9 +234,3 @@ def feature_weights(target: Moments, correction: int = 1) -> Tensor:
     if not mean > 0:
         raise ValueError("feature_scale: no feature of the target varies, so there is nothing to scale by")
     return 1 / (deviation + _DEVIATION_FLOOR * mean)
-
-
-def target_fingerprint(extractor: Extractor, amp_dtype: torch.dtype | None) -> dict[str, str]:
-    """What of extractor and precision decides the features; a target must have been computed with the same."""
-    precision = str(amp_dtype or extractor.dtype).removeprefix("torch.")
-    return {**extractor.fingerprint, "precision": precision}

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: device, dataset, extractor, target, objective."""
+"""From a configuration to the parts of a run: device, dataset, extractor, reference, method, validation."""
 
 from __future__ import annotations
 
@@ -6,24 +6,75 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine.comparison.averagers import AMA, Averager, MovingAverage, NoAverage
+from engine.comparison.distances import MMD, kernels
 from engine.comparison.distances.moments import Moments
-from engine.comparison.moment_matching import MomentMatching
-from engine.comparison.reference.statistics_pass import cached_target, fingerprint, target_loader
+from engine.comparison.moment_matching import MomentMatching, feature_weights
+from engine.comparison.on_features import OnFeatures
+from engine.comparison.reference.bank import BankKind, FeatureBank
+from engine.comparison.reference.cache import cached_reference
+from engine.comparison.reference.collector import MomentsKind
+from engine.comparison.reference.protocols import Kind, Reference
+from engine.comparison.reference.statistics_pass import fingerprint, reference_loader
+from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
-from engine.configuration.data import open_data as open_data
+from engine.generation.networks import Generator, build_generator
+from engine.generation.priors import make_prior
+from engine.generation.saved import SavedSampler, load_sampler
+from engine.methods.matching import Matching
+from engine.methods.protocols import Method
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
 from engine.representation.pretraining import pretrain
+from engine.representation.protocols import Objective
 from engine.representation.zoo import brings_weights
 from engine.support.errors import InputError
-from pipelines import ImageDataset, cache_folder
+from engine.training.precision import AMP_DTYPES
+from engine.training.run_folder import RunFolder
+from engine.training.trainer import Schedule
+from pipelines import ImageDataset, cache_folder, open_dataset, read_pixels
+
+if TYPE_CHECKING:
+    from engine.training.validation import Validation
 
 log = logging.getLogger("gfmn")
+
+
+def choose_device(name: str, threads: int | None = None) -> torch.device:
+    """The device "auto", "cpu" or "cuda", with `threads` on the CPU; InputError if it is not there."""
+    if threads is not None:
+        if threads < 1:
+            raise InputError("threads", f"must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", "cuda is not available here (no GPU, or no driver); use --device cpu")
+    return torch.device(name)
+
+
+def open_data(config: Config) -> ImageDataset:
+    """The real images that a configuration names."""
+    data = config.data
+    return open_dataset(
+        data.dataset,
+        data.data,
+        image_size=data.image_size,
+        center_crop=data.center_crop,
+        horizontal_flip=data.horizontal_flip,
+        skip_bad_images=data.skip_bad_images,
+    )
+
+
+def amp_dtype(config: Config) -> torch.dtype | None:
+    """The low precision of the run, None without mixed precision."""
+    return AMP_DTYPES[config.training.amp_dtype] if config.training.amp else None
 
 
 def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) -> Extractor:
@@ -32,8 +83,9 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
     weights: list[Path | str] | list[str] | str | None
     if not networks.weights:
         raise InputError(
-            f"--weights: the preset {config.preset} needs weights for {networks.extractor}: files from python -m "
-            "engine.pretrain, 'imagenet', 'pretrain', or 'random' if you mean it"
+            "weights",
+            f"the preset {config.preset} needs weights for {networks.extractor}: files from python -m "
+            "engine.pretrain, 'imagenet', 'pretrain', or 'random' if you mean it",
         )
     if networks.weights == ("random",):
         torch.manual_seed(config.training.seed)
@@ -45,16 +97,22 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
         ]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
-    extractor = build_extractor(
-        networks.extractor,
-        image_size=config.data.image_size,
-        weights=weights,
-        layers=networks.layers,
-        layers_from=networks.layers_from,
-        taps=networks.taps,
-        bn=networks.extractor_bn,
-    )
-    return extractor.to(device)
+    return bare_extractor(config, weights).to(device)
+
+
+def bare_extractor(config: Config, weights: Any = None) -> Extractor:
+    """The configured extractor with these weights, on the CPU."""
+    networks = config.networks
+    with arguments_as(name="extractor", bn="extractor_bn"):
+        return build_extractor(
+            networks.extractor,
+            image_size=config.data.image_size,
+            weights=weights,
+            layers=networks.layers,
+            layers_from=networks.layers_from,
+            taps=networks.taps,
+            bn=networks.extractor_bn,
+        )
 
 
 def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, seed: int) -> Path:
@@ -68,13 +126,22 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
         return path
     log.info("extractor %s: pretraining on %s (%s)", architecture, dataset.name, task)
     begun = time.perf_counter()
-    result = pretrain(architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device))
+    with arguments_as(architecture="extractor"):
+        result = pretrain(
+            architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device)
+        )
     result.save(path)
     seconds = time.perf_counter() - begun
     log.info(
         "extractor %s: %s %.3f on held-out images, %.0f s", architecture, result.metric, result.validation, seconds
     )
     return path
+
+
+def make_generator(config: Config) -> Generator:
+    """The configured generator, initialised from torch's random state, on the CPU."""
+    networks = config.networks
+    return build_generator(networks.generator, image_size=config.data.image_size, nz=networks.nz)
 
 
 def pass_batch_size(config: Config) -> int:
@@ -88,13 +155,15 @@ def pass_batch_size(config: Config) -> int:
     return 2 * (chunk if isinstance(chunk, int) else batch)
 
 
-def make_target(config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None) -> Moments:
-    """The target: the file of `--target`, or computed once and cached."""
+def make_reference(config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None) -> Reference:
+    """What the method knows of the real images: a given file, or computed once and cached."""
+    kind = reference_kind(config)
     batch_size, seed, loader = pass_batch_size(config), config.training.seed, config.data.loader
-    if config.output.target is not None:
-        images = target_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
-        return Moments.load(config.output.target, fingerprint(extractor, images, dtype))
-    return cached_target(
+    if config.matching.target is not None:
+        images = reference_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
+        return kind.load(config.matching.target, fingerprint(kind, extractor, images, dtype))
+    return cached_reference(
+        kind,
         extractor,
         dataset,
         amp_dtype=dtype,
@@ -107,29 +176,161 @@ def make_target(config: Config, extractor: Extractor, dataset: ImageDataset, dty
 
 def make_averager(config: Config) -> Averager:
     """The configured averager, before its first step."""
-    matching = config.matching
-    if matching.averager == "ama":
-        return AMA(lr=matching.ama_lr, variant=matching.ama_variant, seed=config.training.seed)
-    if matching.averager == "ma":
-        return MovingAverage(alpha=matching.ma_alpha, variant=matching.ma_variant)
+    gfmn = config.gfmn
+    if gfmn.averager == "ama":
+        return AMA(lr=gfmn.ama_lr, variant=gfmn.ama_variant, seed=config.training.seed)
+    if gfmn.averager == "ma":
+        return MovingAverage(alpha=gfmn.ma_alpha, variant=gfmn.ma_variant)
     return NoAverage()
 
 
-def make_objective(config: Config, extractor: Extractor, target: Moments, dtype: torch.dtype | None) -> MomentMatching:
-    """The matching objective of a run."""
+def _moments_kind(config: Config) -> Kind[Any]:
+    return MomentsKind()
+
+
+def _bank_kind(config: Config) -> Kind[Any]:
+    return BankKind(config.mmd.pool, config.mmd.mmd_images)
+
+
+def _pass_options(config: Config, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What every objective takes of the settings on how features are computed."""
+    matching = config.matching
+    return {
+        "chunk_size": matching.images_per_chunk,
+        "kernels": matching.backend,
+        "recompute": matching.recompute,
+        "amp_dtype": dtype,
+    }
+
+
+def _moment_matching(config: Config, extractor: Extractor, target: Any, options: dict[str, Any]) -> Objective:
+    assert isinstance(target, Moments)
+    correction = config.gfmn.correction
+    if config.gfmn.feature_scale == "target-deviation" and "weights" not in options:
+        options = {**options, "weights": feature_weights(target, correction)}
+    return MomentMatching(extractor, target, make_averager(config), correction=correction, **options)
+
+
+def _mmd(config: Config, extractor: Extractor, bank: Any, options: dict[str, Any]) -> Objective:
+    assert isinstance(bank, FeatureBank)
+    settings, options = config.mmd, dict(options)
+    # The unit of the bandwidths is the median distance between real images.
+    scales = options.pop("scales", None)
+    if scales is None:
+        scales = bank.scales()
+        scales = scales / kernels.median_distance(bank.features * scales)
+    scales = scales.to(extractor.device)
+    real = bank.features.to(extractor.device) * scales
+    factory = kernels.KERNELS[settings.mmd_kernel]
+    if settings.mmd_kernel == "polynomial":
+        kernel = factory(settings.mmd_degree)
+    else:
+        kernel = factory(settings.mmd_bandwidths) if settings.mmd_bandwidths else factory()
+    distance = MMD(real, kernel, unbiased=settings.mmd_unbiased)
+    return OnFeatures(extractor, lambda features: distance(features * scales), pool=settings.pool, **options)
+
+
+_KINDS: dict[str, Callable[[Config], Kind[Any]]] = {"gfmn": _moments_kind, "mmd": _bank_kind}
+_OBJECTIVES: dict[str, Callable[[Config, Extractor, Any, dict[str, Any]], Objective]] = {
+    "gfmn": _moment_matching,
+    "mmd": _mmd,
+}
+
+
+def reference_kind(config: Config) -> Kind[Any]:
+    """What the configured method has to know of the real images."""
+    return _KINDS[config.method.method](config)
+
+
+def make_method(config: Config, generator: Generator, extractor: Extractor, reference: Any, **options: Any) -> Method:
+    """The configured method; its networks are on their device.
+
+    Args:
+        options: take the place of what the configuration says for the objective's arguments of these names.
+    """
+    dtype, training, networks = amp_dtype(config), config.training, config.networks
+    make = _OBJECTIVES[config.method.method]
     try:
-        return MomentMatching(
-            extractor,
-            target,
-            make_averager(config),
-            chunk_size=config.matching.images_per_chunk,
-            kernels=config.matching.backend,
-            correction=config.matching.correction,
-            amp_dtype=dtype,
-            checkpoint=config.matching.checkpoint,
-            feature_scale=config.matching.feature_scale,
-        )
+        objective = make(config, extractor, reference, {**_pass_options(config, dtype), **options})
     except InputError:
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
+    return Matching(
+        generator,
+        make_prior(networks.prior, networks.nz),
+        objective,
+        batch_size=training.batch_size,
+        lr=training.lr,
+        betas=(training.beta1, training.beta2),
+        amp_dtype=dtype,
+        recompute_generator=training.recompute_generator,
+        batch_statistics=networks.sample_bn == "batch",
+    )
+
+
+def make_schedule(config: Config) -> Schedule:
+    """How long the run is, and when it writes what."""
+    training, output = config.training, config.output
+    return Schedule(
+        steps=training.steps,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        generator_ema=training.generator_ema,
+        log_every=output.log_every,
+        sample_every=output.sample_every,
+        checkpoint_every=output.checkpoint_every,
+        keep_checkpoints=output.keep_checkpoints,
+        profile=output.profile,
+    )
+
+
+def make_validation(config: Config, device: torch.device) -> Validation | None:
+    """Evaluation during training: against all images of the run's data set, none of them mirrored; None for none.
+
+    Warns if the network is the one whose features are matched. InputError if it is unavailable.
+    """
+    asked = config.validation
+    if asked.evaluate_every is None:
+        return None
+    # torch-fidelity takes a second to import.
+    from engine.configuration.provenance import was_trained_on
+    from engine.evaluation.metrics import evaluation_network
+    from engine.training.validation import Validation
+
+    with arguments_as(name="evaluate_extractor", feature_extractor="evaluate_extractor", weights="evaluate_weights"):
+        network = evaluation_network(
+            asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
+        )
+    if was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
+        log.warning(
+            "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
+            "are",
+            network.label,
+        )
+    dataset = open_data(config.replaced({"horizontal_flip": False}))
+    return Validation(
+        network,
+        read_pixels(dataset, backend=config.data.loader),
+        every=asked.evaluate_every,
+        samples=asked.evaluate_samples,
+        adapt_lr=asked.lr_adapt == "kid",
+        device=device,
+    )
+
+
+def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:
+    """The newest generator of a run's folder, or with `best` the one that was closest to the real images in training.
+
+    InputError on "run" if the folder holds no run, or on "best" if the run was not evaluated.
+    """
+    run = RunFolder(path)
+    if not run.path.is_dir():
+        raise InputError("run", f"{run.path} is not a folder")
+    if not run.generator.exists():
+        raise InputError(
+            "run", f"{run.path} has no generator yet; train it with python -m engine.train --out {run.path}"
+        )
+    if best and not run.best_generator.exists():
+        raise InputError("best", f"{run.path} was not evaluated during training (--evaluate-every)")
+    return load_sampler(run.best_generator if best else run.generator)

@@ -1,31 +1,50 @@
-"""What the command lines share: exit codes, one-line errors, logging."""
+"""What the command lines share: exit codes, one-line errors, logging, and flags for arguments."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from engine.support.errors import InputError
+from engine.support.errors import InputError, Interrupted
 from pipelines import DataError
 
 log = logging.getLogger("gfmn")
 
 
-class Interrupted(Exception):
-    """Ctrl-C, after what had to be saved was saved; the text says where."""
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and not the whole usage."""
+    """argparse, but a mistake is one line and not the whole usage, and a flag has one name."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+@contextlib.contextmanager
+def arguments_as(**names: str) -> Iterator[None]:
+    """Inside, an InputError on the argument `a` becomes one on `names[a]`: the setting that it came from."""
+    try:
+        yield
+    except InputError as error:
+        if isinstance(error.argument, str) and error.argument in names:
+            raise InputError(names[error.argument], error.message) from None
+        raise
+
+
+def shown(error: Exception) -> str:
+    """An error as one line; an InputError's argument as the flag that sets it."""
+    text = str(error)
+    if isinstance(error, InputError) and isinstance(error.argument, str) and error.argument:
+        text = f"--{error.argument.replace('_', '-')}: {error.message}"
+    return " ".join(text.split())
 
 
 def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
@@ -37,7 +56,7 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     try:
         main(argv)
     except (InputError, DataError) as error:
-        sys.exit(_fail(2, f"error: {' '.join(str(error).split())}"))
+        sys.exit(_fail(2, f"error: {shown(error)}"))
     except Interrupted as interruption:
         sys.exit(_fail(130, str(interruption)))
     except KeyboardInterrupt:

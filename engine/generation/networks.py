@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,6 +20,35 @@ _BASE_WIDTH = 64
 _MAX_WIDTH = 512
 _FIRST_SIDE = 4
 GENERATOR_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """What a generator is built from.
+
+    Attributes:
+        name: as in `GENERATORS`.
+        image_size: side of its images.
+        nz: length of z.
+    """
+
+    name: str
+    image_size: int
+    nz: int
+
+
+class Generator(nn.Module):
+    """G(z; θ): z [N, nz] to images [N, 3, H, W] in [-1, 1].
+
+    Attributes:
+        spec: what it was built from; `build_generator` makes the same network again.
+    """
+
+    spec: GeneratorSpec
+
+    @abstractmethod
+    def stages(self) -> list[nn.Sequential]:
+        """The generator as modules that run one after the other, none of which holds many activations."""
 
 
 class FirstLayer(nn.Module):
@@ -38,7 +69,7 @@ class FirstLayer(nn.Module):
         return self.linear(z).view(len(z), _FIRST_SIDE, _FIRST_SIDE, self.width).permute(0, 3, 1, 2)
 
 
-class DCGANGenerator(nn.Module):
+class DCGANGenerator(Generator):
     """The DCGAN-like generator (paper, section 5.1; Radford et al. 2016), with two extra layers before the last.
 
     z → 4×4, then 4×4 stride-2 transposed convolutions that double the side and halve the width down to 64 channels at
@@ -49,6 +80,7 @@ class DCGANGenerator(nn.Module):
 
     def __init__(self, image_size: int, nz: int):
         super().__init__()
+        self.spec = GeneratorSpec("dcgan", image_size, nz)
         # From the last stage back: 64 at half the side, doubling up to 512 on the way to 4×4.
         stages = (image_size // _FIRST_SIDE).bit_length() - 1
         widths = [min(_BASE_WIDTH << (stages - 1 - stage), _MAX_WIDTH) for stage in range(stages)]
@@ -95,7 +127,7 @@ class UpsamplingBlock(nn.Module):
         return self.conv2(self.bn2(out).relu()) + self.upsample(self.shortcut(x))
 
 
-class ResNetGenerator(nn.Module):
+class ResNetGenerator(Generator):
     """The residual generator of Gulrajani et al. 2017 (paper, section 5.1).
 
     z → 4×4×512, one `UpsamplingBlock` per doubling (512 → 256 → 128 → 64 for 32 pixels; one more of 512 → 512 for 64,
@@ -104,6 +136,7 @@ class ResNetGenerator(nn.Module):
 
     def __init__(self, image_size: int, nz: int):
         super().__init__()
+        self.spec = GeneratorSpec("resnet", image_size, nz)
         blocks = (image_size // _FIRST_SIDE).bit_length() - 1
         widths = [min(_BASE_WIDTH << (blocks - block), _MAX_WIDTH) for block in range(blocks + 1)]
         self.first = FirstLayer(nz, widths[0], bias=True)
@@ -127,13 +160,13 @@ class ResNetGenerator(nn.Module):
         return self.last(self.bn(self.blocks(self.first(z))).relu()).tanh()
 
 
-GENERATORS: dict[str, type[DCGANGenerator] | type[ResNetGenerator]] = {
+GENERATORS: dict[str, Callable[[int, int], Generator]] = {
     "dcgan": DCGANGenerator,
     "resnet": ResNetGenerator,
 }
 
 
-def build_generator(name: str, *, image_size: int, nz: int = 100) -> nn.Module:
+def build_generator(name: str, *, image_size: int, nz: int = 100) -> Generator:
     """A generator of image_size × image_size images, in channels_last, initialised from torch's default random state.
 
     Args:
@@ -144,25 +177,25 @@ def build_generator(name: str, *, image_size: int, nz: int = 100) -> nn.Module:
     Raises InputError for an unknown name, or a size the networks cannot make.
     """
     if name not in GENERATORS:
-        raise InputError(f"--generator: {name!r} is not known; choose one of {', '.join(GENERATORS)}")
+        raise InputError("generator", f"{name!r} is not known; choose one of {', '.join(GENERATORS)}")
     if image_size not in GENERATOR_SIZES:
         sizes = ", ".join(map(str, GENERATOR_SIZES))
-        raise InputError(f"--generator: {name} makes images of {sizes} pixels, not {image_size}")
+        raise InputError("generator", f"{name} makes images of {sizes} pixels, not {image_size}")
     if nz < 1:
-        raise InputError(f"--nz: must be at least 1, got {nz}")
+        raise InputError("nz", f"must be at least 1, got {nz}")
     return GENERATORS[name](image_size, nz).to(memory_format=torch.channels_last)
 
 
-def run_generator(generator: nn.Module, z: Tensor, *, checkpoint: bool = False) -> Tensor:
-    """Images of `z`; with `checkpoint`, backward keeps the inputs of `stages()` alone and computes each again.
+def run_generator(generator: Generator, z: Tensor, *, recompute: bool = False) -> Tensor:
+    """Images of `z`; with `recompute`, backward keeps the inputs of `stages()` alone and computes each again.
 
     Gradients, and BatchNorm's running statistics, are those of the plain call: the second computation uses the batch's
     statistics but doesn't count it again.
     """
-    if not checkpoint or not torch.is_grad_enabled():
+    if not recompute or not torch.is_grad_enabled():
         return generator(z)
     x = z
-    for stage in generator.stages():  # type: ignore[operator]  # a method of every generator
+    for stage in generator.stages():
         x = torch.utils.checkpoint.checkpoint(
             stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
         )

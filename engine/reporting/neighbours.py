@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
-from engine.representation.tracing.tap import activate_
+from engine.representation.protocols import TapInput
 
 Features = Callable[[Tensor], Tensor]
 """Pictures uint8 [N, 3, H, W] → features [N, F], on the CPU, in batches."""
@@ -106,7 +106,7 @@ def channel_means(extractor: Extractor, batch_size: int = 64) -> Features:
     feature_pass = FeaturePass(extractor)
 
     def of_batch(pictures: Tensor) -> Tensor:
-        collector = _ChannelMeans(feature_pass.prepared)
+        collector = _ChannelMeans()
         feature_pass.collect(pictures.to(extractor.device).float().div(127.5).sub(1), collector)
         return torch.cat(collector.means, dim=1).cpu()
 
@@ -114,11 +114,9 @@ def channel_means(extractor: Extractor, batch_size: int = 64) -> Features:
 
 
 class _ChannelMeans:
-    def __init__(self, extractor: Extractor):
-        self.to_apply = [site.to_apply for site in extractor.sites]
+    def __init__(self) -> None:
         self.means: list[Tensor] = []
 
-    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """See `engine.representation.feature_pass.Collector`."""
-        activate_(y, residual, self.to_apply[tap])
-        self.means.append(y.float().mean(dim=(2, 3)))
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        """See `engine.representation.protocols.Collector`."""
+        self.means.append(x.activate_().float().mean(dim=(2, 3)))

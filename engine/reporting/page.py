@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from engine.configuration.config import Config
-from engine.generation.sampling import RunSampler
+from engine.generation.saved import SavedSampler
 from engine.reporting.charts import Chart, histogram_chart, number
 from engine.reporting.neighbours import Comparison, compare
 from engine.reporting.numbers import evaluations, is_number, loss_charts
@@ -33,7 +33,7 @@ _GRID_BYTES = 600_000  # of one picture
 
 
 def render(
-    *, title: str, sampler: RunSampler, config: Config, run: RunFolder, real: Real, seed: int, limit: int
+    *, title: str, sampler: SavedSampler, config: Config, run: RunFolder, real: Real, seed: int, limit: int
 ) -> str:
     """The page."""
     size = config.data.image_size
@@ -53,7 +53,7 @@ def render(
     return environment.get_template("report.html").render(
         title=title,
         facts=_facts(sampler, config, real, metrics),
-        step=sampler.saved.step,
+        step=sampler.step,
         seed=seed,
         size=size,
         scale=max(1, min(3, 64 // size)),
@@ -71,15 +71,15 @@ def render(
     )
 
 
-def _facts(sampler: RunSampler, config: Config, real: Real, metrics: list[dict[str, Any]]) -> list[str]:
+def _facts(sampler: SavedSampler, config: Config, real: Real, metrics: list[dict[str, Any]]) -> list[str]:
     networks, training = config.networks, config.training
     origin = {("pretrain",): "pretrained", ("random",): "random weights", ("imagenet",): "ImageNet weights"}
     extractor = networks.extractor + (f" ({origin[networks.weights]})" if networks.weights in origin else "")
     if real.num_features is not None:
         extractor += f", {number(real.num_features)} features"
     images = f"{number(len(real.dataset))} images of " if real.dataset is not None else ""
-    taken, planned = sampler.saved.step, training.steps
-    averager = {"ama": "AMA", "ma": "moving average", "none": "no averager"}[config.matching.averager]
+    taken, planned = sampler.step, training.steps
+    averager = {"ama": "AMA", "ma": "moving average", "none": "no averager"}[config.gfmn.averager]
     facts = [
         f"{networks.generator} generator",
         f"matched to {extractor}",
@@ -143,7 +143,7 @@ class Neighbours:
     changed: tuple[str, ...] = ()
 
 
-def _neighbours(sampler: RunSampler, config: Config, real: Real, seed: int, limit: int) -> Neighbours:
+def _neighbours(sampler: SavedSampler, config: Config, real: Real, seed: int, limit: int) -> Neighbours:
     if real.dataset is None or real.space is None:
         return Neighbours(missing=real.missing)
     samples = sampler.draw_pixels(_COMPARED, seed)

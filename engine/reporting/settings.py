@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from engine.configuration.config import PRESETS, Config
+from engine.configuration.config import Config
+from engine.configuration.presets import PRESETS
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "gfmn-engine")
 

@@ -186,3 +186,9 @@ def _unwrapped(network: nn.Module) -> tuple[fx.GraphModule, Callable[[nn.Module]
         graph, normalised = network, lambda other: other
     assert isinstance(graph, fx.GraphModule)
     return graph, normalised
+
+
+def feature_fingerprint(extractor: Extractor, amp_dtype: torch.dtype | None) -> dict[str, str]:
+    """What of extractor and precision decides the features; a reference must have been computed with the same."""
+    precision = str(amp_dtype or extractor.dtype).removeprefix("torch.")
+    return {**extractor.fingerprint, "precision": precision}

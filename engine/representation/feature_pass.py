@@ -1,74 +1,71 @@
-"""The pass over the features: chunks, precision and memory. It knows nothing of moments.
+"""The pass over the features: chunks, precision, memory, masks. It knows no loss.
 
-What to do at each tap is a `Criterion`'s business: `engine.comparison.moment_matching` is the first one.
+What to do with the features is a criterion's business (`engine.representation.protocols`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import kernels as kernel_backends
 from engine.representation.extractor import Extractor
-from engine.representation.tracing.tap import Visitor
+from engine.representation.protocols import ALONE, Affine, Collector, Criterion, PerImage, Ranks, TapInput
+from engine.representation.tracing.tap import TapSite, Visitor, mask_
 from kernels.layout import is_channels_last
 
-CHECKPOINTS = ("none", "stages")
-# What happens at a tap: (index, y, residual), in place.
-AtTap = Callable[[int, Tensor, "Tensor | None"], None]
+RECOMPUTE = ("none", "stages")
 
 
-class Collector(Protocol):
-    """Sees every feature once: all that a pass without gradients needs."""
+class _Activate:
+    """The collector of a second forward pass: features, and nothing else."""
 
-    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """In place: y [n, C, H, W] arrives before the shortcut and the activation that its site leaves to apply, and
-        leaves after them."""
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        x.activate_()
 
 
-class Criterion(Collector, Protocol):
-    """Turns features into a loss and per-feature gradients, for one minibatch.
+_ACTIVATE = _Activate()
 
-    The pass calls `collect` for every tap of every chunk, then `finish` once, and in backward `scale` once and then
-    `gradient` for every tap of every chunk, chunks in order, taps from last to first. If a chunk has to be computed
-    again for its backward, `activate` takes the place of `collect`.
+
+class _Chunk:
+    """One chunk on its way through the extractor and back.
+
+    Attributes:
+        images: which of the minibatch's images they are.
+        collector: who sees the features.
+        gradients: of the loss with respect to every tap's features, known once backward begins.
     """
 
-    def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """The same activation in place, without collecting anything."""
-
-    def finish(self) -> Tensor:
-        """The loss, a scalar on the device, once all chunks have been collected."""
-        ...
-
-    def scale(self, grad_loss: Tensor) -> None:
-        """The gradient with respect to the loss, before the first `gradient`."""
-
-    def gradient(self, tap: int, grad: Tensor, y: Tensor) -> None:
-        """In place: grad [n, C, H, W] arrives with respect to y and leaves with respect to the activation's input,
-        the criterion's own gradient included."""
+    def __init__(self, images: slice, collector: Collector):
+        self.images, self.collector = images, collector
+        self.gradients: list[Affine | PerImage] = []
 
 
 class FeaturePass:
     """Runs an extractor over a minibatch in chunks, forward once and backward once per chunk.
 
     With one chunk the graph of the forward pass is kept for backward. With several, the first pass keeps nothing and
-    backward computes each chunk again, so that extractor memory is that of one chunk (DESIGN, identity 3).
-    With checkpoints even a chunk's own graph is never whole: the forward pass keeps the inputs of a few stages of
-    layers, and backward computes one stage after the other again, from the last to the first.
+    backward computes each chunk again, so that extractor memory is that of one chunk (docs/method.md, identity 3).
+    With `recompute="stages"` even a chunk's own graph is never whole: the forward pass keeps the inputs of a few stages
+    of layers, and backward computes one stage after the other again, from the last to the first.
 
     Args:
         extractor: any; a copy in `dtype` is made if its own dtype is another.
         dtype: of the extractor's arithmetic, None for the extractor's own.
         chunk_size: images in a chunk, None for the whole minibatch.
-        checkpoint: "none", or "stages" to keep the inputs of stages alone.
+        recompute: "none", or "stages" to keep the inputs of stages alone.
+        kernels: a backend's name (see `kernels.select`), or the backend itself.
+        max_chunks: leave out all further chunks of a minibatch; for models of a step's memory, never for training.
 
     Attributes:
         extractor: the given one, or its copy.
         prepared: the extractor as it runs, with sites of its own (see `Extractor.prepared`).
+        kernels: the backend.
     """
 
     def __init__(
@@ -77,51 +74,55 @@ class FeaturePass:
         *,
         dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
-        checkpoint: str = "none",
+        recompute: str = "none",
+        kernels: str | ModuleType = "auto",
+        max_chunks: int | None = None,
     ):
-        if checkpoint not in CHECKPOINTS:
-            raise ValueError(f"checkpoint: {checkpoint!r} is not one of {', '.join(CHECKPOINTS)}")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute: {recompute!r} is not one of {', '.join(RECOMPUTE)}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
         if chunk_size is not None and extractor.batch_statistics:
-            raise ValueError("chunk_size: batch statistics (--extractor-bn batch) need the whole minibatch at once")
+            raise ValueError('chunk_size: batch statistics (bn="batch") need the whole minibatch at once')
         self.dtype = dtype or extractor.dtype
-        self.chunk_size = chunk_size
+        self.chunk_size, self.max_chunks = chunk_size, max_chunks
         self.extractor = extractor if self.dtype == extractor.dtype else copy.deepcopy(extractor).to(self.dtype)
         self.prepared = self.extractor.prepared()
-        self.stages = self.prepared.stages() if checkpoint == "stages" else None
+        self.stages = self.prepared.stages() if recompute == "stages" else None
+        chosen = kernel_backends.select(kernels, extractor.device, self.dtype) if isinstance(kernels, str) else kernels
+        self.kernels = chosen
 
-    def loss(self, images: Tensor, criterion: Criterion) -> Tensor:
+    def loss(self, images: Tensor, criterion: Criterion, ranks: Ranks = ALONE) -> Tensor:
         """The criterion's loss of `images` [N, 3, H, W], differentiable with respect to the images."""
-        return _MinibatchPass.apply(images, self, criterion, torch.is_grad_enabled() and images.requires_grad)
+        differentiable = torch.is_grad_enabled() and images.requires_grad
+        return _MinibatchPass.apply(images, self, criterion, ranks, differentiable)
 
     def collect(self, images: Tensor, collector: Collector) -> None:
         """The first half alone: `collector.collect` at every tap of every chunk; nothing is kept."""
         with torch.no_grad():
-            for chunk in self.chunks(images):
-                self.run(chunk, collector.collect)
+            for part in self.chunks(len(images)):
+                self._run(images[part], _Chunk(part, collector))
 
-    def chunks(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Views of `images`, `chunk_size` at a time; none of no images."""
-        return images.split(self.chunk_size or len(images)) if len(images) else ()
+    def chunks(self, count: int) -> Iterator[slice]:
+        """Slices of a minibatch of `count` images, `chunk_size` at a time."""
+        size = self.chunk_size or max(count, 1)
+        starts = range(0, count, size)
+        return (slice(start, min(start + size, count)) for start in starts[: self.max_chunks])
 
-    def run(self, chunk: Tensor, at_tap: AtTap, criterion: Criterion | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from.
-
-        `criterion` is needed for that backward, which is recorded where grad is enabled.
-        """
+    def _run(self, images: Tensor, chunk: _Chunk) -> tuple[Tensor, list[Tensor]]:
+        """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from."""
         tokens: list[Tensor] = []
-        leaf = self._leaf(chunk).requires_grad_(torch.is_grad_enabled())
+        leaf = self._leaf(images).requires_grad_(torch.is_grad_enabled())
         with torch.autocast(leaf.device.type, enabled=False):
-            self.prepared(leaf, self._visitor(at_tap, criterion, tokens))
+            self.prepared(leaf, self._visitor(chunk, tokens))
         return leaf, tokens
 
-    def sweep(self, chunk: Tensor, at_tap: AtTap) -> list[list[Tensor]]:
+    def _sweep(self, images: Tensor, chunk: _Chunk) -> list[list[Tensor]]:
         """Run one chunk stage by stage without a graph. Returns the input of every stage of every network."""
         assert self.stages is not None
         inputs: list[list[Tensor]] = []
-        with torch.no_grad(), torch.autocast(chunk.device.type, enabled=False):
-            visit, leaf = self._visitor(at_tap, None, []), self._leaf(chunk)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            visit, leaf = self._visitor(chunk, []), self._leaf(images)
             for stages in self.stages:
                 x, kept = leaf, []
                 for stage in stages:
@@ -130,9 +131,10 @@ class FeaturePass:
                 inputs.append(kept)
         return inputs
 
-    def gradient_of_sweep(self, inputs: list[list[Tensor]], criterion: Criterion) -> Tensor:
-        """∂L/∂chunk from what `sweep` returned, which is used up: every stage is computed again, and then backward."""
+    def _gradient_of_sweep(self, inputs: list[list[Tensor]], chunk: _Chunk) -> Tensor:
+        """∂L/∂chunk from what `_sweep` returned, which is used up: every stage is computed again, and then backward."""
         assert self.stages is not None
+        chunk.collector = _ACTIVATE
         gradients: list[Tensor] = []
         for stages, kept in zip(reversed(self.stages), reversed(inputs), strict=True):
             gradient: Tensor | None = None
@@ -140,42 +142,42 @@ class FeaturePass:
                 tokens: list[Tensor] = []
                 leaf = kept.pop().detach().requires_grad_()
                 with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):
-                    y = stage(leaf, self._visitor(criterion.activate, criterion, tokens))
+                    y = stage(leaf, self._visitor(chunk, tokens))
                 gradient = _gradient(leaf, tokens, None if gradient is None else (y, gradient))
                 del leaf, y, tokens
             assert gradient is not None
             gradients.append(gradient)
         return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
 
-    def keep(self, chunk: Tensor, at_tap: AtTap, criterion: Criterion) -> Any:
-        """Run one chunk and return what `gradient` needs: its graph, or with checkpoints the inputs of its stages."""
+    def keep(self, images: Tensor, chunk: _Chunk) -> Any:
+        """Run one chunk and return what `gradient` needs: its graph, or with stages their inputs."""
         if self.stages is not None:
-            return self.sweep(chunk, at_tap)
+            return self._sweep(images, chunk)
         with torch.enable_grad():
-            return self.run(chunk, at_tap, criterion)
+            return self._run(images, chunk)
 
-    def gradient(self, kept: Any, criterion: Criterion) -> Tensor:
-        """∂L/∂chunk from what `keep` returned, which is used up."""
-        return _gradient(*kept) if self.stages is None else self.gradient_of_sweep(kept, criterion)
+    def gradient(self, kept: Any, chunk: _Chunk) -> Tensor:
+        """∂L/∂chunk from what `keep` returned, which is used up; `chunk.gradients` must be there."""
+        return _gradient(*kept) if self.stages is None else self._gradient_of_sweep(kept, chunk)
 
-    def _leaf(self, chunk: Tensor) -> Tensor:
-        return chunk.detach().to(self.dtype, memory_format=torch.channels_last)
+    def _leaf(self, images: Tensor) -> Tensor:
+        return images.detach().to(self.dtype, memory_format=torch.channels_last)
 
-    def _visitor(self, at_tap: AtTap, criterion: Criterion | None, tokens: list[Tensor]) -> Visitor:
+    def _visitor(self, chunk: _Chunk, tokens: list[Tensor]) -> Visitor:
         sites = self.prepared.sites
 
         def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
+            site = sites[index]
             if not is_channels_last(x):
                 x = x.contiguous(memory_format=torch.channels_last)
-            elif not sites[index].owns_input:
+            elif not site.owns_input:
                 x = x.clone(memory_format=torch.channels_last)
             if residual is not None:
                 residual = residual.contiguous(memory_format=torch.channels_last)
             if not torch.is_grad_enabled():
-                at_tap(index, x, residual)
+                chunk.collector.collect(index, TapInput(x, residual, site.to_apply), chunk.images)
                 return x
-            assert criterion is not None
-            y, token = _Tap.apply(x, residual, index, at_tap, criterion, sites[index].owns_gradient)
+            y, token = _Tap.apply(x, residual, site, chunk, self.kernels)
             tokens.append(token)
             return y
 
@@ -183,19 +185,19 @@ class FeaturePass:
 
 
 class _Tap(torch.autograd.Function):
-    """One tap inside a chunk: the activation in place, and in backward the criterion's gradient.
+    """One tap inside a chunk: the activation in place, and in backward the criterion's gradient and the mask.
 
     Returns (y, token). Nothing is computed from the token: it is the criterion's own way out of the graph, so that
     backward can start at every tap, the last one included, without a tensor of zeros.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, index: int, at_tap, criterion: Criterion, owns_gradient: bool):
-        at_tap(index, x, residual)
+    def forward(ctx, x: Tensor, residual: Tensor | None, site: TapSite, chunk: _Chunk, kernels: ModuleType):
+        chunk.collector.collect(site.index, TapInput(x, residual, site.to_apply), chunk.images)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
-        ctx.index, ctx.criterion, ctx.owns_gradient = index, criterion, owns_gradient
+        ctx.site, ctx.chunk, ctx.kernels = site, chunk, kernels
         ctx.has_residual = residual is not None
         return x, x.new_zeros(())
 
@@ -204,43 +206,79 @@ class _Tap(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(y)
-        elif not ctx.owns_gradient or grad.stride() != y.stride():
+        elif not ctx.site.owns_gradient or grad.stride() != y.stride():
             grad = torch.empty_like(y).copy_(grad)
-        ctx.criterion.gradient(ctx.index, grad, y)
-        return grad, grad if ctx.has_residual else None, None, None, None, None
+        own = ctx.chunk.gradients[ctx.site.index]
+        if isinstance(own, Affine):
+            ctx.kernels.relu_moments_backward(grad, y, own.a, own.b, ctx.site.activation)
+        else:
+            grad.copy_(grad + own.g)  # the sum in float32, if it is stored in less
+            mask_(grad, y, ctx.site.activation)
+        return grad, grad if ctx.has_residual else None, None, None, None
 
 
 class _MinibatchPass(torch.autograd.Function):
     """The whole minibatch as one node: forward collects and finishes, backward runs the chunks' own graphs."""
 
     @staticmethod
-    def forward(ctx, images: Tensor, feature_pass: FeaturePass, criterion: Criterion, differentiable: bool):
+    def forward(ctx, images: Tensor, feature_pass: FeaturePass, criterion: Criterion, ranks: Ranks, keep: bool):
         ctx.feature_pass, ctx.criterion, ctx.kept = feature_pass, criterion, None
-        chunks = feature_pass.chunks(images)
-        if not differentiable or len(chunks) > 1:
+        parts = list(feature_pass.chunks(len(images)))
+        if not keep or len(parts) > 1:
             feature_pass.collect(images, criterion)
         else:
-            ctx.kept = feature_pass.keep(chunks[0], criterion.collect, criterion)
-        if differentiable:
+            chunk = _Chunk(parts[0], criterion)
+            ctx.kept = (feature_pass.keep(images, chunk), chunk)
+        if keep:
             ctx.save_for_backward(images)
-        return criterion.finish()
+        return criterion.finish(ranks)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor):
         (images,) = ctx.saved_tensors
         feature_pass, criterion = ctx.feature_pass, ctx.criterion
-        criterion.scale(grad_loss)
+        gradients = _Gradients(criterion, len(feature_pass.prepared.sites), grad_loss)
         if ctx.kept is not None:
             kept, ctx.kept = ctx.kept, ()
             if not kept:
                 raise RuntimeError("loss: backward a second time; the pass over the features keeps nothing after one")
-            return feature_pass.gradient(kept, criterion).to(images.dtype), None, None, None
+            graph, chunk = kept
+            chunk.gradients = gradients.of(chunk.images)
+            return feature_pass.gradient(graph, chunk).to(images.dtype), None, None, None, None
         gradient = torch.empty_like(images)
-        for chunk, into in zip(feature_pass.chunks(images), feature_pass.chunks(gradient), strict=True):
-            kept = feature_pass.keep(chunk, criterion.activate, criterion)
-            into.copy_(feature_pass.gradient(kept, criterion))
-        return gradient, None, None, None
+        for part in feature_pass.chunks(len(images)):
+            chunk = _Chunk(part, _ACTIVATE)
+            graph = feature_pass.keep(images[part], chunk)
+            chunk.gradients = gradients.of(part)
+            gradient[part] = feature_pass.gradient(graph, chunk)
+        return gradient, None, None, None, None
+
+
+class _Gradients:
+    """A criterion's gradients times the upstream gradient of the loss.
+
+    The product is taken in the criterion's own dtype, before anything is stored in a low one: coefficients near 1e-7
+    would underflow in float16.
+    """
+
+    def __init__(self, criterion: Criterion, taps: int, grad_loss: Tensor):
+        self.criterion, self.taps, self.grad_loss = criterion, taps, grad_loss
+        self.affine: list[Affine | PerImage] | None = None
+
+    def of(self, images: slice) -> list[Affine | PerImage]:
+        """For the images of one chunk, one for every tap. Affine gradients are the same for all chunks."""
+        if self.affine is not None:
+            return self.affine
+        given = [self.criterion.gradient(tap, images) for tap in range(self.taps)]
+        factors = [factor for one in given for factor in ((one.a, one.b) if isinstance(one, Affine) else (one.g,))]
+        scaled = iter(torch._foreach_mul(factors, self.grad_loss))
+        found: list[Affine | PerImage] = [
+            Affine(next(scaled), next(scaled)) if isinstance(one, Affine) else PerImage(next(scaled)) for one in given
+        ]
+        if all(isinstance(one, Affine) for one in given):
+            self.affine = found
+        return found
 
 
 def _gradient(leaf: Tensor, tokens: list[Tensor], output: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.support.errors import InputError
@@ -42,7 +43,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         temporary = None
     except OSError as error:
         reason = _REASONS.get(error.errno, error.strerror or str(error))
-        raise InputError(f"{path}: could not be written, {reason}; what was there before is untouched") from error
+        raise InputError(path, f"could not be written, {reason}; what was there before is untouched") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -53,6 +54,20 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
     """Write `tensors` and `metadata` as one safetensors file, atomically. The same content gives the same bytes."""
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, _with_sorted_metadata(safetensors.torch.save(dense, dict(metadata))))
+
+
+def read_safetensors(path: Path, kind: str, description: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file whose metadata say `format: kind`; InputError that names the file otherwise."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise InputError(path, f"is not {description}")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(path, "does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(path, f"is truncated or damaged ({error}); delete it to resume from an older one") from None
 
 
 def _with_sorted_metadata(data: bytes) -> bytes:

@@ -1,32 +1,127 @@
-"""Plots of a run's metrics."""
+"""What a run tells while it trains: `metrics.jsonl`, TensorBoard's events, progress, and the plot of its metrics.
+
+Nothing here knows a method: every scalar that a step returns is logged under its own name.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from engine.support.files import write_atomically
 
+log = logging.getLogger("gfmn")
+
+_LINES = 20
+# How series are named in plots, and which are drawn on a logarithmic scale of their own.
+LABELS = {
+    "loss": "loss",
+    "loss_mean": "over means",
+    "loss_variance": "over variances",
+    "difference_norm": "‖Δ‖, distance of the moments",
+}
+_LOGARITHMIC = ("difference_norm",)
+_NOT_PLOTTED = ("step", "images_per_second", "peak_memory_bytes", "lr")
+
+
+class Logbook:
+    """The log of one run, from `step` of `total` on. A context manager.
+
+    Args:
+        metrics: the file of one JSON object per logged step.
+        tensorboard: the folder of TensorBoard's events.
+        step: the steps taken so far; later events in the folder are dropped.
+        total: the last step.
+    """
+
+    def __init__(self, metrics: Path, tensorboard: Path, step: int, total: int):
+        self.metrics, self.total = metrics, total
+        self.writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self.bar = tqdm(total=total, initial=step, desc="training", unit="step", disable=None, dynamic_ncols=True)
+        self.every = max(total // _LINES, 1)
+        self.next = step + 1
+        self.begun, self.first = time.perf_counter(), step
+
+    def __enter__(self) -> Logbook:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        self.writer.close()
+
+    def advance(self) -> None:
+        """One more step has been taken."""
+        self.bar.update()
+
+    def write(self, entry: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> None:
+        """Log `entry`, with "step", "loss" and "images_per_second" among its numbers, and what an evaluation found."""
+        step = entry["step"]
+        scalars = {name: value for name, value in entry.items() if name != "step"}
+        line = dict(entry)
+        if evaluation is not None:
+            line["evaluation"] = dict(evaluation)
+            scalars |= {f"evaluation/{key}": value for key, value in evaluation.items() if isinstance(value, float)}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.bar.set_postfix(loss=f"{entry['loss']:.4g}", images_per_second=f"{entry['images_per_second']:.0f}")
+        if self.bar.disable:
+            self._line(step, entry)
+
+    def picture(self, name: str, picture: Tensor, step: int) -> None:
+        """A uint8 picture [3, H, W] for TensorBoard."""
+        self.writer.add_image(name, picture, step)
+
+    def _line(self, step: int, entry: Mapping[str, Any]) -> None:
+        """About twenty lines over a run, where a bar cannot be drawn."""
+        if step < self.next and step != self.total:
+            return
+        self.next = step + self.every
+        left = (time.perf_counter() - self.begun) / (step - self.first) * (self.total - step)
+        log.info(
+            "step %d/%d  loss %.4g  %.0f images/s  %.0f s left",
+            step,
+            self.total,
+            entry["loss"],
+            entry["images_per_second"],
+            left,
+        )
+
 
 def plot_metrics(path: Path, metrics: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG of the loss (its part over means and over variances) and of ‖Δ‖ over the steps."""
+    """Write a PNG of every series of the log over the steps: the loss and its parts, and what is of another scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    names = [name for name, value in metrics[-1].items() if name not in _NOT_PLOTTED and isinstance(value, float)]
+    parts = [name for name in names if name not in _LOGARITHMIC]
+    others = [name for name in names if name in _LOGARITHMIC]
+    figure = Figure(figsize=(9, 3 + 3 * len(others)), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, sharex=True)
+    axes = figure.subplots(1 + len(others), sharex=True, squeeze=False)[:, 0]
     steps = [entry["step"] for entry in metrics]
-    for name, label in (("loss", "loss"), ("loss_mean", "over means"), ("loss_variance", "over variances")):
-        upper.plot(steps, [entry[name] for entry in metrics], label=label, linewidth=1)
-    upper.set_ylabel("loss")
-    upper.legend()
-    lower.plot(steps, [entry["difference_norm"] for entry in metrics], color="black", linewidth=1)
-    lower.set_yscale("log")
-    lower.set_ylabel("‖Δ‖, distance of the moments")
-    lower.set_xlabel("step")
+    for name in parts:
+        axes[0].plot(steps, [entry.get(name) for entry in metrics], label=LABELS.get(name, name), linewidth=1)
+    axes[0].set_ylabel("loss")
+    axes[0].legend()
+    for axis, name in zip(axes[1:], others, strict=True):
+        axis.plot(steps, [entry.get(name) for entry in metrics], color="black", linewidth=1)
+        axis.set_yscale("log")
+        axis.set_ylabel(LABELS.get(name, name))
+    axes[-1].set_xlabel("step")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_atomically(path, buffer.getvalue())

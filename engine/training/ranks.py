@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,14 +22,14 @@ _ENDING = 20.0
 
 
 class EndedElsewhere(Exception):
-    """Another process of this job has failed, and says why; this one ends without a word."""
+    """Another process of this job has failed, and says why; this process exits silently."""
 
 
 class Ranks:
     """This process among those of a job. Without `torchrun` it is the only one, and everything here does nothing.
 
     Ranks talk through the launcher's key-value store, so a rank that waits notices within a second that another one
-    has failed; the process group (gloo on a CPU, nccl on CUDA) only carries tensors.
+    has failed; the process group (gloo, on the CPU) only carries tensors.
 
     Args:
         rank: from 0.
@@ -55,7 +55,7 @@ class Ranks:
             return device
         local = int(os.environ.get("LOCAL_RANK", self.rank))
         if local >= torch.cuda.device_count():
-            raise InputError(f"--device: process {local} of this machine has no GPU of its own; start fewer processes")
+            raise InputError("device", f"process {local} of this machine has no GPU of its own; start fewer processes")
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
 
@@ -80,22 +80,27 @@ class Ranks:
         self._await(keys, give_up)
         return [json.loads(self.store.get(key)) for key in keys]
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """On rank 0 everybody's `tensor` (of one shape) in rank order, on the other ranks nothing."""
+    def to_first(self, state: Mapping[str, torch.Tensor]) -> list[Mapping[str, torch.Tensor]]:
+        """On rank 0 everybody's `state` (of the same names, of any shapes) in rank order, elsewhere one's own alone."""
         if self.store is None:
-            return [tensor]
-        backend = "nccl" if tensor.is_cuda else "gloo"
+            return [state]
+        shapes = self.meet("shapes", {name: list(tensor.shape) for name, tensor in state.items()})
+        state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         store = dist.PrefixStore("tensors", self.store)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
         try:
-            if self.rank > 0:
-                dist.send(tensor.contiguous(), dst=0)
-                return []
-            parts = [tensor]
+            states: list[Mapping[str, torch.Tensor]] = [state]
             for rank in range(1, self.size):
-                parts.append(torch.empty_like(tensor))
-                dist.recv(parts[-1], src=rank)
-            return parts
+                received = {}
+                for name, own in state.items():
+                    if self.rank == rank:
+                        dist.send(own, dst=0)
+                    elif self.rank == 0:
+                        received[name] = own.new_empty(shapes[rank][name])
+                        dist.recv(received[name], src=rank)
+                if self.rank == 0:
+                    states.append(received)
+            return states
         finally:
             dist.destroy_process_group()
 

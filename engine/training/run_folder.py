@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.configuration.config import Config
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.checkpoint import Checkpoint
@@ -38,21 +37,19 @@ class RunFolder:
     def check_new(self) -> None:
         """InputError if the folder already holds something."""
         if self.config.exists():
-            raise InputError(
-                f"--out: {self.path} holds another run; add --resume to go on with it, or choose another folder"
-            )
+            raise InputError(self.path, "holds another run; resume that one, or choose another folder")
         self.remove_leftovers()
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise InputError(f"--out: {self.path} is not an empty folder; choose another one")
+            raise InputError(self.path, "is not an empty folder; choose another one")
 
     def remove_leftovers(self) -> None:
         """Delete what a kill in the middle of a write left behind."""
         for path in self.path.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
 
-    def write_config(self, config: Config) -> None:
+    def write_config(self, text: str) -> None:
         """Write `config.json`; from here on the folder holds a run."""
-        write_atomically(self.config, config.to_json().encode())
+        write_atomically(self.config, text.encode())
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""

@@ -12,13 +12,8 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from engine.configuration.config import Config, ValidationConfig
-from engine.configuration.data import open_data
-from engine.evaluate import was_trained_on
-from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, common_names, evaluation_network
+from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, common_names
 from engine.evaluation.three_sample import three_sample_test
-from engine.support.errors import InputError
-from pipelines import read_pixels
 
 log = logging.getLogger("gfmn")
 
@@ -36,7 +31,7 @@ class Evaluation:
     Attributes:
         metrics: for `metrics.jsonl`: the network, numbers of images, distances, and the three-sample test if it ran.
         best: whether no earlier evaluation of the run had a smaller kernel distance.
-        lr_factor: what the learning rate is to be multiplied with: 1, or less where samples stopped getting closer.
+        lr_factor: factor for the learning rate: 1, or less where samples stopped getting closer.
     """
 
     metrics: dict[str, Any]
@@ -82,29 +77,39 @@ class Validation:
     Args:
         network: whose features are compared.
         real: uint8 [M, 3, H, W].
-        config: how often, how many, and what follows.
+        every: steps between two evaluations.
+        samples: of each.
+        adapt_lr: whether the three-sample test lowers the learning rate.
         device: where features are computed.
     """
 
-    def __init__(self, network: EvaluationNetwork, real: Tensor, config: ValidationConfig, device: torch.device):
-        self.network, self.config, self.device = network, config, device
+    def __init__(
+        self,
+        network: EvaluationNetwork,
+        real: Tensor,
+        *,
+        every: int,
+        samples: int,
+        adapt_lr: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        self.network, self.every, self.samples, self.device = network, every, samples, device
         self.real = network.features(real, device=device)
         self.real_statistics = fid_features_to_statistics(self.real)
         self.best = float("inf")
-        self.rate = KernelRate(self.real) if config.lr_adapt == "kid" else None
+        self.rate = KernelRate(self.real) if adapt_lr else None
 
     def due(self, step: int, last: bool) -> bool:
         """Whether to evaluate after `step` steps."""
-        assert self.config.evaluate_every is not None
-        return last or step % self.config.evaluate_every == 0
+        return last or step % self.every == 0
 
     def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation:
         """Evaluate `draw(n)`, uint8 [n, 3, H, W] of fresh random z, after `step` steps; `seed` decides KID's subsets.
 
-        The last step of a run may lie between two evaluations: it changes no rate, so that a run that is gone on with
-        is the one that never stopped.
+        The last step of a run may lie between two evaluations: it changes no rate, so that a resumed run is
+        the one that never stopped.
         """
-        samples = self.network.features(draw(self.config.evaluate_samples), device=self.device)
+        samples = self.network.features(draw(self.samples), device=self.device)
         metrics: dict[str, Any] = {
             "network": self.network.label,
             "is_inception": self.network.is_inception,
@@ -143,26 +148,3 @@ class Validation:
         if self.rate is not None and "failures" in state:
             self.rate.failures = int(state["failures"])
             self.rate.reference = state.get("reference")
-
-
-def make_validation(config: Config, device: torch.device) -> Validation:
-    """What `--evaluate-every` asks for: against all images of the run's data set, none of them mirrored.
-
-    Warns if the network is the one whose features are matched. InputError if it cannot be had.
-    """
-    asked = config.validation
-    try:
-        network = evaluation_network(
-            asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
-        )
-    except InputError as error:
-        text = str(error).replace("--weights", "--evaluate-weights")
-        raise InputError(text.replace("--feature-extractor", "--evaluate-extractor")) from None
-    if was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
-        log.warning(
-            "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
-            "are",
-            network.label,
-        )
-    dataset = open_data(config.replaced({"horizontal_flip": False}))
-    return Validation(network, read_pixels(dataset, backend=config.data.loader), asked, device)

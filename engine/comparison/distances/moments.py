@@ -57,7 +57,7 @@ class Moments:
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """D, the number of features."""
         return self.mean.numel()
 
     def variance(self, correction: int = 1) -> Tensor:
@@ -105,7 +105,7 @@ class Moments:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
-                    raise InputError(f"{path}: is not a target of moments; make one with python -m engine.precompute")
+                    raise InputError(path, "is not a target of moments; make one with engine.precompute")
                 moments = cls(
                     int(metadata["count"]),
                     file.get_tensor("mean"),
@@ -116,21 +116,21 @@ class Moments:
         except InputError:
             raise
         except FileNotFoundError:
-            raise InputError(f"{path}: no such target file; make one with python -m engine.precompute") from None
+            raise InputError(path, "no such target file; make one with engine.precompute") from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{path}: is not a readable target of moments ({reason}); make it again") from None
+            raise InputError(path, f"is not a readable target of moments ({reason}); make it again") from None
         if expected is not None and moments.fingerprint is not None:
-            check_fingerprint(expected, moments.fingerprint, str(path))
+            check_fingerprint(expected, moments.fingerprint, path)
         return moments
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count}, num_features={self.num_features})"
 
 
-def check_fingerprint(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
+def check_fingerprint(expected: Mapping[str, str], found: Mapping[str, str], what: str | Path) -> None:
     """Compare the entries that both fingerprints have; InputError names every one that differs."""
     differing = [key for key in expected if key in found and found[key] != expected[key]]
     if differing:
         details = "; ".join(f"{key} is {found[key]}, expected {expected[key]}" for key in differing)
-        raise InputError(f"{what}: these moments are of something else: {details}")
+        raise InputError(what, f"was made from something else: {details}")

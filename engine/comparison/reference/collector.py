@@ -6,14 +6,19 @@ on. Here all sums are in float64, centred on the running mean, whatever the feat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from engine.comparison.moment_matching import FeatureOrder
+from engine.comparison.distances.moments import Moments
 from engine.representation.extractor import Extractor
+from engine.representation.feature_pass import FeaturePass
+from engine.representation.memory_order import FeatureOrder
+from engine.representation.protocols import TapInput
 from engine.representation.tracing.tap import activate_
 from kernels import compiled
 from kernels.layout import feature_rows
@@ -26,7 +31,7 @@ _BLOCK = 2**22  # features × images converted to float64 at once (32 MiB)
 
 
 class DatasetCollector:
-    """The moments of every tap over a whole dataset, in float64 and in memory order (a `feature_pass.Collector`).
+    """The moments of every tap over a whole dataset, in float64 and in memory order (a `ReferenceCollector`).
 
     Every batch of n images is merged into the N before it (Chan, Golub, LeVeque 1979):
 
@@ -40,12 +45,11 @@ class DatasetCollector:
     """
 
     def __init__(self, extractor: Extractor, order: FeatureOrder, kernels: ModuleType, images: int):
-        self.activations = [site.to_apply for site in extractor.sites]
+        self.order = order
         self.mean = torch.zeros(extractor.num_features, dtype=torch.float64, device=extractor.device)
         self.m2 = torch.zeros_like(self.mean)
         self.means, self.m2s = order.slices(self.mean), order.slices(self.m2)
         self.count = 0
-        self._arriving = 0
         self._merges: list[Callable[..., None]] = [_relu_moments] * len(extractor.taps)
         if kernels is compiled:
             streamed = images >= _STREAMED_IMAGES and extractor.device.type == "cpu"
@@ -54,14 +58,46 @@ class DatasetCollector:
                 for tap in extractor.taps
             ]
 
-    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """See `engine.representation.feature_pass.Collector`."""
-        self._merges[tap](y, self.means[tap], self.m2s[tap], self.count, None, residual, self.activations[tap])
-        self._arriving = len(y)
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        """See `engine.representation.protocols.Collector`."""
+        self._merges[tap](x.x, self.means[tap], self.m2s[tap], self.count, None, x.residual, x.activation)
 
-    def end_batch(self) -> None:
+    def end_batch(self, indices: Tensor) -> None:
         """All taps have seen the batch: its images count from now on."""
-        self.count, self._arriving = self.count + self._arriving, 0
+        self.count += len(indices)
+
+    def state(self) -> dict[str, Tensor]:
+        """Mean and M2, in memory order, and how many images they are of."""
+        return {"mean": self.mean, "m2": self.m2, "count": torch.tensor(self.count)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`; ValueError if it is of other features."""
+        mean, m2 = state["mean"], state["m2"]
+        if mean.shape != self.mean.shape or m2.shape != mean.shape or mean.dtype != torch.float64:
+            raise ValueError("state: is of other features")
+        self.mean.copy_(mean)
+        self.m2.copy_(m2)
+        self.count = int(state["count"])
+
+    def result(self, fingerprint: Mapping[str, str], skipped: Sequence[str]) -> Moments:
+        """The target."""
+        mean, m2 = (self.order.to_public(buffer) for buffer in (self.mean, self.m2))
+        return Moments(self.count, mean, m2, fingerprint, skipped)
+
+
+class MomentsKind:
+    """The target: moments of every feature (`engine.comparison.reference.protocols.Kind`)."""
+
+    entries: ClassVar[dict[str, str]] = {}
+
+    def collector(self, feature_pass: FeaturePass, images: int) -> DatasetCollector:
+        """See `Kind.collector`."""
+        order = FeatureOrder(feature_pass.prepared.taps)
+        return DatasetCollector(feature_pass.prepared, order, feature_pass.kernels, images)
+
+    def load(self, path: str | Path, expected: Mapping[str, str] | None = None) -> Moments:
+        """See `Moments.load`."""
+        return Moments.load(path, expected)
 
 
 def _relu_moments(

@@ -1,4 +1,4 @@
-"""What a network is pretrained to do. Every task trains an architecture (`representation.architectures`), outputs and all."""
+"""What a network is pretrained to do. Every task trains a whole architecture, its outputs included."""
 
 from __future__ import annotations
 

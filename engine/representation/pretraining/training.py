@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.configuration.command import Interrupted
 from engine.representation.architectures import find_architecture
 from engine.representation.pretraining.images import Augmentation, TrainingImages, open_images
 from engine.representation.pretraining.result import PretrainResult
 from engine.representation.pretraining.tasks import Task, make_task, one_cycle
-from engine.support.errors import InputError
-from engine.support.files import save_safetensors
-from engine.training.checkpoint import flatten_optimizer, read_safetensors, restore_optimizer
+from engine.support.errors import InputError, Interrupted
+from engine.support.files import read_safetensors, save_safetensors
+from engine.training.checkpoint import flatten_optimizer, restore_optimizer
 from engine.training.stopping import StopRequest
 from pipelines import ImageDataset
 

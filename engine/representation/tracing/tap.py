@@ -89,6 +89,14 @@ def activate_(x: Tensor, residual: Tensor | None, activation: str) -> None:
         x.clamp_(min=0, max=6 if activation == "relu6" else None)
 
 
+def mask_(grad: Tensor, y: Tensor, activation: str) -> None:
+    """In place, `grad ← grad · activation'(y)`: y > 0 for "relu", 0 < y < 6 for "relu6", 1 for "none"."""
+    if activation == "relu":
+        grad.masked_fill_(~(y > 0), 0)
+    elif activation == "relu6":
+        grad.masked_fill_(~((y > 0) & (y < 6)), 0)
+
+
 @dataclass(frozen=True)
 class Leaves:
     """What tracing shall not look into: module types, and functions by identity."""

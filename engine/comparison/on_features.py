@@ -1,0 +1,119 @@
+"""Any differentiable distance of pooled features as an objective, exact for any minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from engine.comparison.pooling import POOLS, Pool, sizes
+from engine.representation.extractor import Extractor
+from engine.representation.feature_pass import FeaturePass
+from engine.representation.protocols import ALONE, PerImage, Ranks, TapInput
+from engine.support.errors import InputError
+from kernels.layout import accumulation_dtype
+
+Discrepancy = Callable[[Tensor], Tensor]
+"""A distance with the real side bound: features [N, F] → []."""
+
+
+class FeatureCriterion:
+    """The criterion of one minibatch: its pooled features, and the distance's gradient of each.
+
+    The first pass leaves the pooled features x [N, F] of all chunks and ranks, without a graph. Autograd of the
+    distance on that small matrix gives G = ∂L/∂x [N, F]. The second pass starts backward of each chunk from its rows
+    of G (docs/method.md, identity 5).
+    """
+
+    def __init__(self, objective: OnFeatures, count: int, differentiable: bool):
+        self.objective, self.differentiable = objective, differentiable
+        extractor = objective.feature_pass.prepared
+        self.taps, dtype = extractor.taps, accumulation_dtype(objective.feature_pass.dtype)
+        self.sizes = sizes(objective.pool, self.taps)
+        self.features = torch.empty(count, sum(self.sizes), dtype=dtype, device=extractor.device)
+        self.of_taps = self.features.split(self.sizes, dim=1)
+
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        """See `engine.representation.protocols.Collector`."""
+        self.of_taps[tap][images] = self.objective.pool(x.activate_())
+
+    def finish(self, ranks: Ranks) -> Tensor:
+        """L, of the features of all ranks; then ∂L/∂x is known."""
+        gathered, own = ranks.gather(self.features)
+        if not self.differentiable:
+            return self.objective.discrepancy(gathered)
+        with torch.enable_grad():
+            leaf = gathered.detach().requires_grad_()
+            loss = self.objective.discrepancy(leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        self.of_taps = gradient[own].split(self.sizes, dim=1)
+        return loss.detach()
+
+    def gradient(self, tap: int, images: slice) -> PerImage:
+        """∂L/∂y of some images."""
+        return PerImage(self.objective.pool.gradient(self.of_taps[tap][images], self.taps[tap]))
+
+
+class OnFeatures(nn.Module):
+    """A distance of pooled features as a loss of images.
+
+        L = discrepancy(x),    x_n = the pooled features of image n, [F]
+
+    Exact for any minibatch, in the extractor memory of one chunk; the price is a second forward pass where there are
+    several chunks. It remembers nothing between two minibatches.
+
+    Args:
+        extractor: from `build_extractor`.
+        discrepancy: features [N, F] → [], differentiable; for instance `engine.comparison.distances.MMD`.
+        pool: "mean", "grid4", "none", or a `Pool`.
+        chunk_size, kernels, amp_dtype, recompute, ranks, max_chunks: as for `MomentMatching`.
+
+    Raises ValueError for arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        discrepancy: Discrepancy,
+        *,
+        pool: str | Pool = "mean",
+        chunk_size: int | None = None,
+        kernels: str | ModuleType = "auto",
+        amp_dtype: torch.dtype | None = None,
+        recompute: str = "none",
+        ranks: Ranks = ALONE,
+        max_chunks: int | None = None,
+    ):
+        super().__init__()
+        if isinstance(pool, str) and pool not in POOLS:
+            raise InputError("pool", f"{pool!r} is not one of {', '.join(POOLS)}")
+        self.pool = POOLS[pool] if isinstance(pool, str) else pool
+        self.discrepancy = discrepancy
+        self.ranks = ranks
+        self.feature_pass = FeaturePass(
+            extractor,
+            dtype=amp_dtype,
+            chunk_size=chunk_size,
+            recompute=recompute,
+            kernels=kernels,
+            max_chunks=max_chunks,
+        )
+
+    @property
+    def extractor(self) -> Extractor:
+        """The one that runs, in the arithmetic's dtype. Not a submodule: a run's state does not hold frozen weights."""
+        return self.feature_pass.extractor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss of `images` [N, 3, H, W] in [-1, 1], a scalar."""
+        self.extractor.check_images(images)
+        if len(images) < 2:
+            raise ValueError("images: a distance of sets needs at least 2 images")
+        differentiable = torch.is_grad_enabled() and images.requires_grad
+        return self.feature_pass.loss(images, FeatureCriterion(self, len(images), differentiable), self.ranks)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Nothing besides the loss."""
+        return {}

@@ -1,0 +1,84 @@
+"""What is known of the real images before training, of any kind; one resumable, sharded pass serves all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from engine.representation.feature_pass import FeaturePass
+from engine.representation.protocols import Collector
+
+R = TypeVar("R", bound="Reference")
+R_co = TypeVar("R_co", bound="Reference", covariant=True)
+
+
+class Reference(Protocol):
+    """Computed once from the whole real data set, and saved with what it was computed from.
+
+    Attributes:
+        count: images that it is made of.
+        fingerprint: of extractor, precision, images and decoder; None means unchecked.
+        skipped: images that were left out, a line each.
+    """
+
+    count: int
+    fingerprint: dict[str, str] | None
+    skipped: tuple[str, ...]
+
+    def merge(self: R, other: R) -> R:
+        """The reference of the union of two disjoint sets of images."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write a file, whole or not at all."""
+        ...
+
+
+class ReferenceCollector(Collector, Protocol[R_co]):
+    """Collects a reference over the batches of a data set.
+
+    Attributes:
+        count: images of all batches that have ended.
+    """
+
+    count: int
+
+    def end_batch(self, indices: Tensor) -> None:
+        """All taps have seen the batch of the images `indices` of the data set: it counts from now on."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What the rest of the pass depends on, between two batches."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`; ValueError or KeyError if it is of other features."""
+        ...
+
+    def result(self, fingerprint: Mapping[str, str], skipped: Sequence[str]) -> R_co:
+        """The reference of all batches that have ended."""
+        ...
+
+
+class Kind(Protocol[R_co]):
+    """A kind of reference.
+
+    Attributes:
+        entries: what of the kind itself belongs into a fingerprint.
+    """
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """What of the kind itself belongs into a fingerprint."""
+        ...
+
+    def collector(self, feature_pass: FeaturePass, images: int) -> ReferenceCollector[R_co]:
+        """A new collector for the taps of `feature_pass`, over a data set of so many images."""
+        ...
+
+    def load(self, path: str | Path, expected: Mapping[str, str] | None = None) -> R_co:
+        """Read a file; InputError that names it if it is damaged, of another kind, or differs from `expected`."""
+        ...

@@ -1,0 +1,221 @@
+"""Which chunk fits into how much memory: `--plan`, `--chunk-size auto` and `--memory-budget`."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from engine.comparison.distances.moments import Moments
+from engine.comparison.pooling import POOLS, sizes
+from engine.comparison.reference.bank import FeatureBank
+from engine.configuration.build import amp_dtype, bare_extractor, make_generator, make_method
+from engine.configuration.config import Config
+from engine.configuration.groups import memory_bytes
+from engine.generation.networks import Generator
+from engine.generation.priors import Noise
+from engine.representation.extractor import Extractor
+from engine.representation.feature_pass import RECOMPUTE
+from engine.support.errors import InputError
+from engine.training.planner import FakeMode, Footprint, available_memory, fake_copy, num_bytes, shown_bytes, track
+from kernels import reference
+
+# All chunks but the first of a pass need the same memory: more of them only take time to model.
+_MODELLED_CHUNKS = 3
+# What a run takes of the memory that is free where no budget is given. The model is within a tenth of the allocator's
+# peak, and knows nothing of what lies outside it (CUDA's context, workspaces of libraries, the loader's images).
+_SHARE_OF_FREE = 0.85
+
+TIME_MODEL = (
+    "relative time: forward and backward of the whole minibatch = 1, two or more chunks + 0.5, stages + 0.5; "
+    "the generator's second forward is not counted"
+)
+
+
+def _fake_reference(config: Config, extractor: Extractor) -> Any:
+    """What the method knows of the real images, without memory; for a fake mode."""
+    if config.method.method == "mmd":
+        features = sizes(POOLS[config.mmd.pool], extractor.taps)
+        images = config.mmd.mmd_images
+        return FeatureBank(torch.zeros(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
+    mean = torch.zeros(extractor.num_features, dtype=torch.float64)
+    return Moments(2, mean, mean)
+
+
+def predict(config: Config, generator: Generator, extractor: Extractor) -> Footprint:
+    """The footprint of training as `config` says, on tensors of no memory, in about a second.
+
+    It models the fused kernels, or with `--kernels reference` the plain ones and what they allocate. On CUDA the
+    allocator rounds every block up, which adds a few percent. Under `--device cuda` PyTorch may choose other kernels
+    than on a CPU, with other layouts and workspaces: neither is modelled.
+
+    Args:
+        config: `chunk_size` must be a number or None.
+        generator, extractor: on the CPU, of the right shapes; they are only looked at.
+    """
+    mode = FakeMode()
+    dtype = amp_dtype(config)
+    backend = _plain_kernels() if config.matching.backend == "reference" else reference
+    options: dict[str, Any] = {"kernels": backend, "max_chunks": _MODELLED_CHUNKS}
+    weighted = config.method.method == "gfmn" and config.gfmn.feature_scale != "none"
+    fake_generator, fake_extractor = fake_copy(generator, mode), fake_copy(extractor, mode, dtype)
+
+    def build() -> Callable[[], object]:
+        # Fake tensors have no numbers to make weights or scales of.
+        known = _fake_reference(config, fake_extractor)
+        if weighted:
+            options["weights"] = torch.empty(extractor.num_features, dtype=torch.float64)
+        if isinstance(known, FeatureBank):
+            options["scales"] = torch.empty(known.features.shape[1])
+        method = make_method(config, fake_generator, fake_extractor, known, **options)
+        return functools.partial(method.step, None, Noise(config.training.seed))
+
+    footprint = track(build, mode, [fake_generator, fake_extractor])
+    # The moving average of the generator is one copy of it; the low-precision copy of the extractor was there before.
+    extra = num_bytes(generator) if config.training.generator_ema is not None else 0
+    extra += 0 if dtype is None else num_bytes(fake_extractor)
+    return Footprint(num_bytes(generator, extractor), footprint.between_steps + extra, footprint.peak + extra)
+
+
+def _plain_kernels() -> Any:
+    """The reference backend without its operators, which hide what is allocated inside."""
+    names = ("relu_moments", "relu_moments_backward", "averager_step")
+    return SimpleNamespace(__name__="reference", **{name: getattr(reference, name).__wrapped__ for name in names})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train the same thing.
+
+    Attributes:
+        chunk_size, recompute, recompute_generator: as in the configuration.
+        footprint: modelled.
+        relative_time: modelled, of a step (see `TIME_MODEL`).
+    """
+
+    chunk_size: int | None
+    recompute: str
+    recompute_generator: bool
+    footprint: Footprint
+
+    @property
+    def relative_time(self) -> float:
+        """See `TIME_MODEL`."""
+        return 1 + 0.5 * (self.chunk_size is not None) + 0.5 * (self.recompute == "stages")
+
+
+class Planner:
+    """Predictions for one configuration, each made once.
+
+    The networks are built with random weights on the CPU: what is in them does not matter.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.generator = make_generator(config)
+        self.extractor = bare_extractor(config)
+        self.plan = functools.cache(self._plan)
+
+    def _plan(self, chunk_size: int | None, recompute: str, recompute_generator: bool) -> Plan:
+        config = self.config.replaced(
+            {"chunk_size": chunk_size, "recompute": recompute, "recompute_generator": recompute_generator}
+        )
+        footprint = predict(config, self.generator, self.extractor)
+        return Plan(chunk_size, recompute, recompute_generator, footprint)
+
+    def configured(self, chunk_size: int | None) -> Plan:
+        """The configuration's own, but for the chunk."""
+        return self.plan(chunk_size, self.config.matching.recompute, self.config.training.recompute_generator)
+
+    def chunk_sizes(self) -> list[int | None]:
+        """The whole minibatch (None), then half of it, a quarter, and so on to one image; equal chunks, rounded up."""
+        if self.config.networks.extractor_bn == "batch":
+            return [None]
+        batch = self.config.training.batch_size
+        halvings = range(1, batch.bit_length() + 1)
+        return [None, *dict.fromkeys(-(-batch // 2**halving) for halving in halvings)]
+
+    def largest_chunk(self, budget: int) -> Plan:
+        """The plan with the largest chunk that fits `budget` bytes, weights included; InputError if none does."""
+        sizes = self.chunk_sizes()
+        smallest = self.configured(sizes[-1])
+        if smallest.footprint.total > budget:
+            chunk = (
+                "the whole minibatch at once (--extractor-bn batch)" if len(sizes) == 1 else "even a chunk of 1 image"
+            )
+            raise InputError(
+                "memory_budget",
+                f"{chunk} needs {shown_bytes(smallest.footprint.total)} (modelled), "
+                f"the budget is {shown_bytes(budget)}{self._advice()}",
+            )
+        return next(plan for plan in map(self.configured, sizes) if plan.footprint.total <= budget)
+
+    def _advice(self) -> str:
+        if not self.config.training.recompute_generator:
+            return "; --recompute-generator (see --plan) or a smaller --batch-size needs less"
+        return "; a smaller --batch-size needs less"
+
+
+def choose_chunk(config: Config, device: torch.device) -> Config:
+    """`config` with a number in place of `--chunk-size auto`; InputError if it cannot fit `--memory-budget`."""
+    automatic = config.matching.chunk_size == "auto"
+    if not automatic and config.matching.memory_budget is None:
+        return config
+    planner = Planner(config)
+    budget = budget_bytes(config, device)
+    if automatic:
+        return config.replaced({"chunk_size": planner.largest_chunk(budget).chunk_size})
+    needed = planner.configured(cast("int | None", config.matching.chunk_size)).footprint.total
+    if needed > budget:
+        raise InputError(
+            "memory_budget",
+            f"these settings need {shown_bytes(needed)} (modelled), the budget is "
+            f"{shown_bytes(budget)}; try --chunk-size auto, or see --plan",
+        )
+    return config
+
+
+def budget_bytes(config: Config, device: torch.device) -> int:
+    """`--memory-budget` in bytes, or else most of what is free on `device`."""
+    if config.matching.memory_budget is not None:
+        return memory_bytes(config.matching.memory_budget)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return int(_SHARE_OF_FREE * free)
+
+
+def print_plans(config: Config, device: torch.device) -> None:
+    """The table of `--plan`, on standard output."""
+    planner = Planner(config)
+    budget = budget_bytes(config, device)
+    batch = config.training.batch_size
+    networks = config.networks
+    low = amp_dtype(config)
+    weights = num_bytes(planner.generator, planner.extractor)
+    print(
+        f"{networks.extractor} at {config.data.image_size}×{config.data.image_size}, {networks.generator} generator, "
+        f"minibatch {batch}, {'float32' if low is None else str(low).removeprefix('torch.')}. Everything is modelled, "
+        f"nothing measured.\npeak: bytes in a step, weights included ({shown_bytes(weights)}); "
+        f"{TIME_MODEL}.\nbudget: {shown_bytes(budget)}"
+        + ("" if config.matching.memory_budget else f" ({_SHARE_OF_FREE:.0%} of what is free)")
+    )
+    print(f"{'chunk':>7}  {'recompute':<10}  {'generator':<12}  {'peak (modelled)':>15}  {'time (modelled)':>15}  fits")
+    least = math.inf
+    for size in planner.chunk_sizes():
+        plans = [planner.plan(size, *options) for options in itertools.product(RECOMPUTE, (False, True))]
+        for plan in plans:
+            total = plan.footprint.total
+            generator = "recomputed" if plan.recompute_generator else "kept"
+            print(
+                f"{size or batch:>7}  {plan.recompute:<10}  {generator:<12}  {shown_bytes(total):>15}  "
+                f"{plan.relative_time:>15.1f}  {'yes' if total <= budget else 'no'}"
+            )
+        before, least = least, min(plan.footprint.total for plan in plans)
+        if least > 0.99 * before:
+            print(f"{'less':>7}  makes no difference: what is left does not depend on the chunk")
+            break

@@ -1,0 +1,37 @@
+"""Whether a network that judges a run is the one that the run was trained to match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.configuration.config import Config
+from engine.representation.weights import read_state_dict, state_digest
+from engine.representation.zoo import brings_weights
+
+# The same ImageNet weights under two names.
+_ALIASES = {"vgg19": "torchvision:vgg19_bn", "timm:tf_efficientnet_lite0": "efficientnet-lite0"}
+
+
+def was_trained_on(config: Config, name: str | None, weights: str | Path | None) -> bool:
+    """Whether a run of `config` matched the features of the network `name` with `weights`, as far as can be told.
+
+    Weights that a run pretrained for itself count as those of any file of the same architecture.
+    """
+    if name is None:
+        return False
+    parts, sources = config.networks.extractor.split("+"), config.networks.weights
+    for part, source in zip(parts, sources if len(sources) == len(parts) else sources[:1] * len(parts)):
+        if _ALIASES.get(part, part) != _ALIASES.get(name, name) or source == "random":
+            continue
+        if source == "imagenet" or (source == "pretrain" and brings_weights(part)):
+            if weights is None:
+                return True
+        elif source == "pretrain" or (weights is not None and _same_weights(source, weights)):
+            return True
+    return False
+
+
+def _same_weights(trained_on: str, weights: str | Path) -> bool:
+    if not Path(trained_on).is_file():
+        return False
+    return state_digest(read_state_dict(trained_on)) == state_digest(read_state_dict(weights))

@@ -1,0 +1,108 @@
+"""Priors: the laws that z is drawn from, and the stream of them that a training run consumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.support.errors import InputError
+
+
+class Prior(Protocol):
+    """A law of z.
+
+    Attributes:
+        name: as in `PRIORS`, and in the file of a saved generator.
+        nz: length of z.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in `PRIORS`."""
+        ...
+
+    @property
+    def nz(self) -> int:
+        """Length of z."""
+        ...
+
+    def sample(self, count: int, random: torch.Generator) -> Tensor:
+        """The next z [count, nz] of the stream `random`, on the CPU."""
+        ...
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """z [count, nz] on the CPU, whatever the device of the run; `seed` decides it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """z ~ N(0, I), the paper's."""
+
+    nz: int
+    name: str = "gaussian"
+
+    def sample(self, count: int, random: torch.Generator) -> Tensor:
+        """The next z of `random`."""
+        return torch.randn(count, self.nz, generator=random)
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """z of `seed`."""
+        return self.sample(count, torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """z uniform in [-1, 1], as in generative moment matching networks (Li et al. 2015)."""
+
+    nz: int
+    name: str = "uniform"
+
+    def sample(self, count: int, random: torch.Generator) -> Tensor:
+        """The next z of `random`."""
+        return torch.rand(count, self.nz, generator=random) * 2 - 1
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """z of `seed`."""
+        return self.sample(count, torch.Generator().manual_seed(seed))
+
+
+PRIORS: dict[str, Callable[[int], Prior]] = {"gaussian": Gaussian, "uniform": Uniform}
+
+
+def make_prior(name: str, nz: int) -> Prior:
+    """The prior `name` of z with `nz` dimensions; InputError if it is unknown, or nz is less than 1."""
+    if name not in PRIORS:
+        raise InputError("prior", f"{name!r} is not known; choose one of {', '.join(PRIORS)}")
+    if nz < 1:
+        raise InputError("nz", f"must be at least 1, got {nz}")
+    return PRIORS[name](nz)
+
+
+class Noise:
+    """The random numbers of a training run: one stream on the CPU, the same on every device.
+
+    Args:
+        seed: of the stream.
+        device: where z is wanted.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu"):
+        self.random = torch.Generator().manual_seed(seed)
+        self.device = torch.device(device)
+
+    def draw(self, prior: Prior, count: int) -> Tensor:
+        """The next z [count, nz] of `prior`, on the device."""
+        return prior.sample(count, self.random).to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream is."""
+        return {"z": self.random.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.random.set_state(state["z"])

@@ -1,0 +1,55 @@
+"""A sampler in a file: the generator's weights, and what is needed to build it and its prior again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.generation.networks import build_generator
+from engine.generation.priors import make_prior
+from engine.generation.sampling import Sampler
+from engine.support.errors import InputError
+from engine.support.files import read_safetensors, save_safetensors
+
+_FORMAT = "gfmn-generator-1"
+_PRIOR = "gaussian"  # of files that name none
+
+
+@dataclass(frozen=True)
+class SavedSampler(Sampler):
+    """A sampler read from a file.
+
+    Attributes:
+        step: training steps that its generator has taken.
+    """
+
+    step: int = 0
+
+
+def save_sampler(path: Path, sampler: Sampler, step: int) -> None:
+    """Write the generator's weights with what is needed to build the sampler again, whole or not at all."""
+    spec, prior = sampler.generator.spec, sampler.prior
+    metadata = {"format": _FORMAT, "name": spec.name, "image_size": str(spec.image_size), "nz": str(spec.nz)}
+    metadata["step"] = str(step)
+    if prior.name != _PRIOR:
+        metadata["prior"] = prior.name
+    if sampler.batch_statistics:
+        metadata["bn"] = "batch"
+    save_safetensors(path, sampler.generator.state_dict(), metadata)
+
+
+def load_sampler(path: Path) -> SavedSampler:
+    """Read a file that `save_sampler` wrote; InputError that names the file if it is damaged or something else."""
+    tensors, metadata = read_safetensors(path, _FORMAT, "a generator of this engine")
+    try:
+        size, nz = int(metadata["image_size"]), int(metadata["nz"])
+        generator = build_generator(metadata["name"], image_size=size, nz=nz)
+        prior = make_prior(metadata.get("prior", _PRIOR), nz)
+        step = int(metadata["step"])
+    except (InputError, KeyError, ValueError) as error:
+        raise InputError(path, f"is not a generator that this version can build ({error})") from None
+    try:
+        generator.load_state_dict(tensors)
+    except RuntimeError:
+        raise InputError(path, f"its weights are not those of the generator {metadata['name']}") from None
+    return SavedSampler(prior, generator, metadata.get("bn") == "batch", step)

@@ -1,0 +1,1 @@
+"""One training step each of everything that learns."""

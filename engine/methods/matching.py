@@ -1,0 +1,90 @@
+"""Matching: a generator learns to draw images whose features are like those of the real ones. No critic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.generation.networks import Generator, run_generator
+from engine.generation.priors import Noise, Prior
+from engine.generation.sampling import Sampler
+from engine.representation.protocols import Objective
+
+_SCALER = "scaler."
+
+
+class Matching:
+    """z → generator → images → objective → ∂L/∂θ → Adam (`engine.methods.protocols.Method`).
+
+    With `MomentMatching` as the objective this is GFMN (dos Santos et al. 2019, algorithm 1); with `OnFeatures` the
+    loss is any differentiable distance of features.
+
+    Args:
+        generator: on the device, in training mode.
+        prior: the law of z.
+        objective: the loss of generated images.
+        batch_size: N.
+        lr, betas: of the generator's Adam.
+        amp_dtype: low precision of the generator's arithmetic, None for its own.
+        recompute_generator: compute the generator's activations again in backward instead of keeping them.
+        batch_statistics: see `Sampler`.
+    """
+
+    reads: Literal["nothing", "images"] = "nothing"
+
+    def __init__(
+        self,
+        generator: Generator,
+        prior: Prior,
+        objective: Objective,
+        *,
+        batch_size: int,
+        lr: float,
+        betas: tuple[float, float] = (0.5, 0.999),
+        amp_dtype: torch.dtype | None = None,
+        recompute_generator: bool = False,
+        batch_statistics: bool = False,
+    ):
+        self.generator, self.prior, self.objective = generator, prior, objective
+        self.batch_size, self.amp_dtype = batch_size, amp_dtype
+        self.recompute_generator, self.batch_statistics = recompute_generator, batch_statistics
+        self.modules = nn.ModuleDict({"generator": generator})
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas, fused=True)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.optimizer}
+        self.device = next(generator.parameters()).device
+        # Loss scaling is only needed where gradients underflow: float16.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+
+    def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
+        """See `Method.step`."""
+        z = noise.draw(self.prior, self.batch_size)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            images = run_generator(self.generator, z, recompute=self.recompute_generator)
+        loss = self.objective(images)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {"loss": loss.detach(), **self.objective.scalars()}
+
+    def sampler(self) -> Sampler:
+        """See `Method.sampler`."""
+        return Sampler(self.prior, self.generator, self.batch_statistics)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The objective's state, and the loss scaling's where there is one."""
+        state = dict(self.objective.state_dict())
+        if self.scaler.is_enabled():
+            scaler = self.scaler.state_dict()
+            state |= {f"{_SCALER}{name}": torch.tensor(float(value)) for name, value in scaler.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        self.objective.load_state_dict({key: value for key, value in state.items() if not key.startswith(_SCALER)})
+        if self.scaler.is_enabled():
+            scaler = {key[len(_SCALER) :]: value.item() for key, value in state.items() if key.startswith(_SCALER)}
+            self.scaler.load_state_dict(scaler)
