@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from engine.comparison.distances import kernels
+from engine.support.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class RelativeDistance:
 def three_sample_test(real: Tensor, new: Tensor, old: Tensor) -> RelativeDistance:
     """Compare MMD²(real, new) with MMD²(real, old) (Bounliphone et al. 2016, section 3), KID's kernel.
 
-    Of features x, y with F dimensions, k(x, y) = (x·y/F + 1)³ (Bińkowski et al. 2018, section 3.2). What the two
-    distances share, the mean of k over real pairs, cancels:
+    Of features x, y with F dimensions, k(x, y) = (x·y/F + 1)³ (Bińkowski et al. 2018; `kernels.polynomial`). What the
+    two distances share, the mean of k over real pairs, cancels:
 
         difference = mean_{i≠j} k(new_i, new_j) − 2 mean k(real, new) − mean_{i≠j} k(old_i, old_j) + 2 mean k(real, old)
 
@@ -48,11 +50,14 @@ def three_sample_test(real: Tensor, new: Tensor, old: Tensor) -> RelativeDistanc
         real, new, old: features [n, F] of at least two images each; the numbers of images may differ.
 
     Computed in float64, in memory for the larger of new and old times real.
+
+    Raises:
+        InputError: the set that isn't [n ≥ 2, F] with real's F.
     """
     sets = {"real": real, "new": new, "old": old}
     for name, features in sets.items():
         if features.dim() != 2 or len(features) < 2 or features.shape[1] != real.shape[1]:
-            raise ValueError(f"{name}: expected features [n ≥ 2, {real.shape[-1]}], got {list(features.shape)}")
+            raise InputError(name, f"expected features [n ≥ 2, {real.shape[-1]}], got {list(features.shape)}")
     real, new, old = (features.double() for features in sets.values())
     within_new, near_new = _mean_kernels(new, real)
     within_old, near_old = _mean_kernels(old, real)
@@ -67,11 +72,8 @@ def three_sample_test(real: Tensor, new: Tensor, old: Tensor) -> RelativeDistanc
 def _mean_kernels(samples: Tensor, real: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """For every sample its mean kernel with the others [n] and with the real ones [n]; the latter for every real one,
     too [m]."""
-    within = _kernel(samples, samples)
+    kernel = kernels.polynomial(degree=3)
+    within = kernel(samples, samples)
     others = (within.sum(dim=1) - within.diagonal()) / (len(samples) - 1)
-    across = _kernel(samples, real)
+    across = kernel(samples, real)
     return others, (across.mean(dim=1), across.mean(dim=0))
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return torch.addmm(torch.ones((), dtype=x.dtype), x, y.T, alpha=1 / x.shape[1]).pow_(3)

@@ -116,7 +116,7 @@ def gaussian(bandwidths: Iterable[float] = (1.0, 2.0, 4.0, 8.0, 16.0)) -> Gaussi
 
 
 def rational_quadratic(alphas: Iterable[float] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> RationalQuadratic:
-    """k(x, y) = Σ_α (1 + ‖x−y‖² / (2α))^−α, a mixture of Gaussians of all widths (Bińkowski et al. 2018, section 2.1).
+    """k(x, y) = Σ_α (1 + ‖x−y‖² / (2α))^−α, a mixture of Gaussians of all widths (Bińkowski et al. 2018).
 
     Its tails, and so its gradients, fade slower than a Gaussian's; small α, slow decay.
 
@@ -147,12 +147,12 @@ def energy() -> Energy:
 
 
 def linear() -> Linear:
-    """k(x, y) = x·y: with it the biased MMD² is ‖mean x − mean y‖² (Gretton et al. 2012, section 2)."""
+    """k(x, y) = x·y: with it the biased MMD² is ‖mean x − mean y‖² (Gretton et al. 2012)."""
     return Linear()
 
 
 def polynomial(degree: int = 3) -> Polynomial:
-    """k(x, y) = (x·y/F + 1)^degree; KID's with degree 3 (Bińkowski et al. 2018, section 4).
+    """k(x, y) = (x·y/F + 1)^degree; KID's with degree 3 (Bińkowski et al. 2018).
 
     Raises:
         InputError: "degree", if it isn't an integer of at least 1.

@@ -14,7 +14,7 @@ _BLOCK_FEATURES = 2**24  # features of y that a discrepancy sees at once: 64 MiB
 
 
 def mmd(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = False) -> Tensor:
-    """MMD² of features x [n, F] and y [m, F], as [] (Gretton et al. 2012, equations 3 to 5).
+    """MMD² of features x [n, F] and y [m, F], as [] (Gretton et al. 2012, equations 5 and 3).
 
         biased:    1/n² Σ_ij k(x_i, x_j) − 2/(nm) Σ_ij k(x_i, y_j) + 1/m² Σ_ij k(y_i, y_j)
         unbiased:  1/(n(n−1)) Σ_i≠j k(x_i, x_j) − 2/(nm) Σ_ij k(x_i, y_j) + 1/(m(m−1)) Σ_i≠j k(y_i, y_j)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch_fidelity.metric_kid import kernel_mmd
+from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 
+from engine.comparison.distances import kernels, mmd
 from engine.evaluation.three_sample import RelativeDistance, three_sample_test
+from engine.support.errors import InputError
 
 F = 12
 
@@ -77,5 +79,33 @@ def test_the_same_samples_twice_are_no_closer() -> None:
 def test_what_is_not_features_is_refused(which: str) -> None:
     sets = {name: torch.rand(5, F) for name in ("real", "new", "old")}
     sets[which] = torch.rand(1, F)
-    with pytest.raises(ValueError, match=f"{which}: expected features"):
+    with pytest.raises(InputError) as error:
         three_sample_test(**sets)
+    assert error.value.argument == which
+
+
+def test_difference_is_that_of_two_mmds() -> None:
+    """Unbiased MMD² with KID's kernel, as everyone else has it from `comparison.distances`."""
+    random = torch.Generator().manual_seed(6)
+    real, new, old = draw(53, random), draw(29, random, 0.1), draw(31, random, 0.5)
+    kernel = kernels.polynomial(degree=3)
+    expected = mmd(new, real, kernel, unbiased=True) - mmd(old, real, kernel, unbiased=True)
+    assert three_sample_test(real, new, old).difference == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_kid_is_the_mean_of_mmds_over_subsets() -> None:
+    """torch-fidelity's KID, which the engine reports, is `mmd` on the subsets that torch-fidelity draws."""
+    random = torch.Generator().manual_seed(7)
+    samples, real = draw(90, random, 0.2), draw(120, random)
+    subsets, size, seed = 13, 37, 5
+    found = kid_features_to_metric(
+        samples, real, kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
+    )
+    rows = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        drawn = samples[rows.choice(len(samples), size, replace=False)]
+        against = real[rows.choice(len(real), size, replace=False)]
+        values.append(float(mmd(drawn, against, kernels.polynomial(degree=3), unbiased=True)))
+    assert found["kernel_inception_distance_mean"] == pytest.approx(np.mean(values), rel=1e-10, abs=1e-13)
+    assert found["kernel_inception_distance_std"] == pytest.approx(np.std(values), rel=1e-10, abs=1e-13)
