@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from engine.comparison.distances.kernels import Kernel, check_features
 from engine.support.errors import InputError
@@ -37,9 +39,9 @@ class MMD:
     """MMD² to a fixed set of features: `mmd` as a function of x alone.
 
     The mean of k(y, y) is computed once, in float64, a block of rows at a time: m²/2 kernels. A call evaluates
-    n² + n·m kernels, y a block at a time; with several blocks each is computed again in backward, so that memory is
-    for [n, n] and [n, block] kernels and one block of y, whatever m. Values and gradients don't depend on the block
-    but for rounding.
+    n² + n·m kernels, y a block at a time. With several blocks each one's gradient is computed right after its value,
+    so that memory is for [n, n] and [n, block] kernels and a few copies of one block of y, whatever m. (A second
+    derivative computes them again, and keeps all.) Values and gradients don't depend on the block but for rounding.
 
     Args:
         y: features [m, F] of the real images; kept without a graph.
@@ -70,17 +72,39 @@ class MMD:
         """
         check_features("x", x, at_least=2 if self.unbiased else 1, size=self.y.shape[1])
         x = _wide(x)
-        blocks = torch.split(self.y, self.block)
-        if len(blocks) == 1:
-            across = _sum_across(x, self.y, self.kernel)
-        else:
-            across = torch.zeros((), dtype=torch.float64, device=x.device)
-            for part in blocks:
-                across = across + checkpoint(
-                    _sum_across, x, part, self.kernel, use_reentrant=False, preserve_rng_state=False
-                )
+        parts = torch.split(self.y, self.block)
+        across = _sum_across(x, parts[0], self.kernel) if len(parts) == 1 else _SumInBlocks.apply(x, parts, self.kernel)
         within = _within(x, self.kernel, self.unbiased)
         return (within - 2 * across / (len(x) * len(self.y)) + self.constant).to(x.dtype)
+
+
+class _SumInBlocks(torch.autograd.Function):
+    """Σ_ij k(x_i, y_j) over all parts of y, and its gradient, with one part's matrices in memory at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: Sequence[Tensor], kernel: Kernel) -> Tensor:
+        """[] float64."""
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        for part in parts:
+            with torch.set_grad_enabled(gradient is not None):
+                leaf = x.detach().requires_grad_(gradient is not None)
+                value = _sum_across(leaf, part, kernel)
+            total += value.detach()
+            if gradient is not None:
+                gradient += torch.autograd.grad(value, leaf)[0]
+        ctx.parts, ctx.kernel = parts, kernel
+        ctx.save_for_backward(x, gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient that forward found; under `create_graph`, the same one as a function of x."""
+        x, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            sums = [_sum_across(x, part, ctx.kernel) for part in ctx.parts]
+            (gradient,) = torch.autograd.grad(torch.stack(sums).sum(), x, create_graph=True)
+        return upstream.to(x.dtype) * gradient, None, None
 
 
 def _checked(x: Tensor, y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
