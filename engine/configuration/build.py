@@ -19,9 +19,9 @@ from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import OnFeatures
 from engine.comparison.reference.bank import BankKind, FeatureBank
 from engine.comparison.reference.cache import cached_reference
-from engine.comparison.reference.collector import MomentsKind
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import fingerprint, reference_loader
+from engine.comparison.reference.target import MomentsKind
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.generation.networks import Generator, build_generator

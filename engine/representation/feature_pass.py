@@ -32,7 +32,7 @@ class _Activate:
 _ACTIVATE = _Activate()
 
 
-class _Chunk:
+class Chunk:
     """One chunk on its way through the extractor and back.
 
     Attributes:
@@ -101,7 +101,7 @@ class FeaturePass:
         """The first half alone: `collector.collect` at every tap of every chunk; nothing is kept."""
         with torch.no_grad():
             for part in self.chunks(len(images)):
-                self._run(images[part], _Chunk(part, collector))
+                self._run(images[part], Chunk(part, collector))
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Slices of a minibatch of `count` images, `chunk_size` at a time."""
@@ -109,7 +109,7 @@ class FeaturePass:
         starts = range(0, count, size)
         return (slice(start, min(start + size, count)) for start in starts[: self.max_chunks])
 
-    def _run(self, images: Tensor, chunk: _Chunk) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, images: Tensor, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from."""
         tokens: list[Tensor] = []
         leaf = self._leaf(images).requires_grad_(torch.is_grad_enabled())
@@ -117,7 +117,7 @@ class FeaturePass:
             self.prepared(leaf, self._visitor(chunk, tokens))
         return leaf, tokens
 
-    def _sweep(self, images: Tensor, chunk: _Chunk) -> list[list[Tensor]]:
+    def _sweep(self, images: Tensor, chunk: Chunk) -> list[list[Tensor]]:
         """Run one chunk stage by stage without a graph. Returns the input of every stage of every network."""
         assert self.stages is not None
         inputs: list[list[Tensor]] = []
@@ -131,7 +131,7 @@ class FeaturePass:
                 inputs.append(kept)
         return inputs
 
-    def _gradient_of_sweep(self, inputs: list[list[Tensor]], chunk: _Chunk) -> Tensor:
+    def _gradient_of_sweep(self, inputs: list[list[Tensor]], chunk: Chunk) -> Tensor:
         """∂L/∂chunk from what `_sweep` returned, which is used up: every stage is computed again, and then backward."""
         assert self.stages is not None
         chunk.collector = _ACTIVATE
@@ -149,21 +149,21 @@ class FeaturePass:
             gradients.append(gradient)
         return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
 
-    def keep(self, images: Tensor, chunk: _Chunk) -> Any:
+    def keep(self, images: Tensor, chunk: Chunk) -> Any:
         """Run one chunk and return what `gradient` needs: its graph, or with stages their inputs."""
         if self.stages is not None:
             return self._sweep(images, chunk)
         with torch.enable_grad():
             return self._run(images, chunk)
 
-    def gradient(self, kept: Any, chunk: _Chunk) -> Tensor:
+    def gradient(self, kept: Any, chunk: Chunk) -> Tensor:
         """∂L/∂chunk from what `keep` returned, which is used up; `chunk.gradients` must be there."""
         return _gradient(*kept) if self.stages is None else self._gradient_of_sweep(kept, chunk)
 
     def _leaf(self, images: Tensor) -> Tensor:
         return images.detach().to(self.dtype, memory_format=torch.channels_last)
 
-    def _visitor(self, chunk: _Chunk, tokens: list[Tensor]) -> Visitor:
+    def _visitor(self, chunk: Chunk, tokens: list[Tensor]) -> Visitor:
         sites = self.prepared.sites
 
         def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -192,7 +192,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, site: TapSite, chunk: _Chunk, kernels: ModuleType):
+    def forward(ctx, x: Tensor, residual: Tensor | None, site: TapSite, chunk: Chunk, kernels: ModuleType):
         chunk.collector.collect(site.index, TapInput(x, residual, site.to_apply), chunk.images)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
@@ -227,7 +227,7 @@ class _MinibatchPass(torch.autograd.Function):
         if not keep or len(parts) > 1:
             feature_pass.collect(images, criterion)
         else:
-            chunk = _Chunk(parts[0], criterion)
+            chunk = Chunk(parts[0], criterion)
             ctx.kept = (feature_pass.keep(images, chunk), chunk)
         if keep:
             ctx.save_for_backward(images)
@@ -248,7 +248,7 @@ class _MinibatchPass(torch.autograd.Function):
             return feature_pass.gradient(graph, chunk).to(images.dtype), None, None, None, None
         gradient = torch.empty_like(images)
         for part in feature_pass.chunks(len(images)):
-            chunk = _Chunk(part, _ACTIVATE)
+            chunk = Chunk(part, _ACTIVATE)
             graph = feature_pass.keep(images[part], chunk)
             chunk.gradients = gradients.of(part)
             gradient[part] = feature_pass.gradient(graph, chunk)

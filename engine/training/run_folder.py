@@ -14,7 +14,7 @@ from engine.training.checkpoint import Checkpoint
 
 class RunFolder:
     """`config.json`, `metrics.jsonl`, `samples/`, `samples.png`, `loss.png`, `checkpoints/`, `generator.safetensors`,
-    `tensorboard/`; with `--evaluate-every`, `generator_best.safetensors` and `checkpoints/best.safetensors`.
+    `tensorboard/`; with evaluation during training, `generator_best.safetensors` and `checkpoints/best.safetensors`.
 
     Everything but the metrics is written atomically. Metrics are appended; on resume, lines after the checkpoint's
     step, and a line that a kill cut short, are dropped.

@@ -48,7 +48,7 @@ def test_five_steps_against_scaled_features(extractor, name, correction, kernels
             correction=correction,
             kernels=kernels,
             chunk_size=chunk_size,
-            feature_scale="target-deviation",
+            weights=feature_weights(Moments.of(real), correction),
         )
         for chunk_size in (None, 4)
     ]
@@ -81,8 +81,8 @@ def test_none_is_the_paper(extractor, draw_images):
         target = Moments.of(extractor.features(draw_images(9)))
     images = draw_images(5)
     plain, none, scaled = (
-        MomentMatching(extractor, target, AMA(lr=1e-2), kernels="reference", **options)(images)
-        for options in ({}, {"feature_scale": "none"}, {"feature_scale": "target-deviation"})
+        MomentMatching(extractor, target, AMA(lr=1e-2), kernels="reference", weights=weights)(images)
+        for weights in (None, torch.ones(extractor.num_features), feature_weights(target))
     )
     assert plain == none != scaled
 
@@ -90,7 +90,7 @@ def test_none_is_the_paper(extractor, draw_images):
 def test_bad_input(extractor, draw_images):
     with torch.no_grad():
         features = extractor.features(draw_images(4))
-    with pytest.raises(ValueError, match="feature_scale: 'deviation' is not one of none, target-deviation"):
-        MomentMatching(extractor, Moments.of(features), AMA(), feature_scale="deviation")
+    with pytest.raises(ValueError, match="weights: must be"):
+        MomentMatching(extractor, Moments.of(features), AMA(), weights=torch.ones(extractor.num_features - 1))
     with pytest.raises(ValueError, match="no feature of the target varies"):
         feature_weights(Moments.of(features[:1].expand(3, -1)))

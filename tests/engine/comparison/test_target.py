@@ -12,19 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import engine.comparison.reference.collector
-import engine.comparison.reference.statistics_pass
+import engine.comparison.reference.target
 from engine.comparison.distances.moments import Moments
-from engine.comparison.reference.statistics_pass import cached_target, write_bad_images
+from engine.comparison.reference import cache, statistics_pass
+from engine.comparison.reference.target import MomentsKind
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
+from engine.representation.protocols import TapInput
 from engine.support.errors import InputError
 from pipelines import DataError, ImageDataset, ImageLoader, open_dataset
 
 COUNT = 61
-compute_target = functools.partial(
-    engine.comparison.reference.statistics_pass.compute_target, kernels="reference"
-)  # unless a test says otherwise
+KIND = MomentsKind()
+# The plain kernels, unless a test says otherwise.
+compute_target = functools.partial(statistics_pass.compute_reference, KIND, kernels="reference")
+cached_target = functools.partial(cache.cached_reference, KIND)
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +65,8 @@ class Recorder:
     def __init__(self, extractor: Extractor):
         self.taps: list[list[Tensor]] = [[] for _ in extractor.taps]
 
-    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        if residual is not None:
-            y += residual
-        self.taps[tap].append(y.relu_().flatten(1).clone())
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        self.taps[tap].append(x.activate_().flatten(1).clone())
 
 
 def two_pass(extractor: Extractor, batches: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +133,7 @@ def test_streaming_kernel(with_shortcut: bool) -> None:
     for start, end in ((0, 37), (37, 53)):
         y = x[start:end].contiguous(memory_format=torch.channels_last).clone()
         beside = None if shortcut is None else shortcut[start:end].contiguous(memory_format=torch.channels_last)
-        engine.comparison.reference.collector._streamed(y, mean, m2, start, None, beside, "relu")
+        engine.comparison.reference.target._streamed(y, mean, m2, start, None, beside, "relu")
         out.append(y)
     assert torch.equal(torch.cat(out), expected.relu())
     np.testing.assert_allclose(mean.numpy(), rows.mean(axis=0), rtol=1e-12)
@@ -155,7 +155,7 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
         collect(self, *arguments)
 
     monkeypatch.setattr(FeaturePass, "collect", counted)
-    monkeypatch.setattr(engine.comparison.reference.statistics_pass, "SAVE_EVERY", 0)
+    monkeypatch.setattr(statistics_pass, "SAVE_EVERY", 0)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 5, 8])
@@ -188,7 +188,7 @@ def test_bad_images_before_and_after_an_interruption(tiny_extractor, folder: Pat
                 compute_target(tiny_extractor, ImageLoader(data, 2), partial=partial)
         assert same_bits(compute_target(tiny_extractor, ImageLoader(data, 2), partial=partial), whole)
     whole.save(tmp_path / "target.safetensors")
-    write_bad_images(tmp_path / "bad_images.txt", Moments.load(tmp_path / "target.safetensors"))
+    cache.write_bad_images(tmp_path / "bad_images.txt", Moments.load(tmp_path / "target.safetensors"))
     assert (tmp_path / "bad_images.txt").read_text().splitlines() == list(whole.skipped)
 
 
@@ -222,13 +222,13 @@ def test_state_of_something_else_is_replaced(tiny_extractor, dataset, what: str,
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one at every target that is really computed."""
-    compute, made = compute_target, []
+    compute, made = statistics_pass.compute_reference, []
 
     def counted(*arguments, **options) -> Moments:
         made.append(len(made))
         return compute(*arguments, **{**options, "kernels": "reference"})
 
-    monkeypatch.setattr(engine.comparison.reference.statistics_pass, "compute_target", counted)
+    monkeypatch.setattr(cache, "compute_reference", counted)
     return made
 
 

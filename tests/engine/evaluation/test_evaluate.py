@@ -16,13 +16,15 @@ from helpers.judging import digits, reference, write_folder, write_weights
 from PIL import Image
 
 from engine import evaluate
+from engine.configuration.build import load_run_sampler
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
 from engine.evaluate import named, table, was_trained_on
 from engine.evaluation.metrics import EvaluationNetwork, ImageSet
 from engine.generation.networks import build_generator
-from engine.generation.sampling import RunSampler
-from engine.training.checkpoint import save_generator
+from engine.generation.priors import Gaussian
+from engine.generation.sampling import Sampler
+from engine.generation.saved import save_sampler
 from engine.training.run_folder import RunFolder
 
 INCEPTION = EvaluationNetwork("inception-v3-compat", "Inception-v3", True, "", True, 2048, None)
@@ -62,10 +64,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(root / "digits.npy", digits(0, 60).permute(0, 2, 3, 1).numpy())
     folder = RunFolder(root / "run")
     flags = {"data": str(root / "digits.npy"), "loader": "torch", "nz": 8, "horizontal_flip": True}
-    folder.write_config(Config.build("digits", flags))
+    folder.write_config(Config.build("digits", flags).to_json())
     torch.manual_seed(2)
     generator = build_generator("dcgan", image_size=32, nz=8)
-    save_generator(folder.generator, generator, name="dcgan", image_size=32, nz=8, step=17)
+    save_sampler(folder.generator, Sampler(Gaussian(8), generator), 17)
     return folder.path
 
 
@@ -131,7 +133,7 @@ def test_a_runs_samples_against_its_dataset(run_folder, small, tmp_path, capsys)
     assert out[0].startswith(f"50 images of {run_folder}, step 17, against 60 of images (")
 
     # The same from outside: samples and data set as files.
-    generated = write_folder(tmp_path / "samples", RunSampler.load(run_folder).draw_pixels(50, 2020))
+    generated = write_folder(tmp_path / "samples", load_run_sampler(run_folder).draw_pixels(50, 2020))
     arrays = ["--images", str(generated), "--against", str(run_folder.parent / "digits.npy"), "--json"]
     evaluate.main([*arrays, str(tmp_path / "4"), *small])
     assert json.loads((tmp_path / "4").read_text())["metrics"] == first["metrics"]
@@ -224,7 +226,7 @@ def test_whether_a_run_was_trained_on_the_judge(tmp_path, weights, extractor, so
 def test_a_judge_that_the_run_was_trained_on_is_warned_of(run_folder, weights, small, tmp_path, caplog):
     folder = RunFolder(tmp_path / "run")
     trained = Config.load(RunFolder(run_folder).config).replaced({"weights": (str(weights),)})
-    folder.write_config(trained)
+    folder.write_config(trained.to_json())
     folder.generator.write_bytes(RunFolder(run_folder).generator.read_bytes())
     evaluate.main(["--run", str(folder.path), "--samples", "12", "--metrics", "fid", *small])
     assert [r.levelname for r in caplog.records if "was trained to match the features of vgg-small" in r.message] == [

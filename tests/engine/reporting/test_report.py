@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 from engine import report, train
-from engine.configuration.build import make_extractor, open_data
+from engine.configuration.build import load_run_sampler, make_extractor, open_data
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
-from engine.generation.sampling import RunSampler
+from engine.generation.sampling import Sampler
 from engine.reporting.charts import HEIGHT, WIDTH, line_chart, log_ticks, number, ticks
 from engine.reporting.neighbours import channel_means, compare, nearest
 from engine.reporting.pictures import sample_steps
@@ -439,7 +439,7 @@ def test_neighbours_equal_brute_force_and_a_copy_is_found(finished: Path, extrac
     config = Config.load(finished / "config.json")
     real = read_pixels(open_data(config), limit=1000, backend="torch")
     assert len(real) == 60
-    samples = to_uint8(RunSampler.load(finished).draw(9, 0)).permute(0, 3, 1, 2)
+    samples = to_uint8(load_run_sampler(finished).draw(9, 0)).permute(0, 3, 1, 2)
     samples[4] = real[17]
     comparison = compare(samples, real, channel_means(extractor))
     of_real, of_samples = brute_force(extractor, real), brute_force(extractor, samples)
@@ -466,7 +466,7 @@ def test_the_page_shows_a_copy(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     noise = torch.rand(256, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     noise[0], noise[200] = real[5], real[40]
     pixels = to_uint8(noise).permute(0, 3, 1, 2).contiguous()
-    monkeypatch.setattr(RunSampler, "draw_pixels", lambda self, count, seed: pixels[:count])
+    monkeypatch.setattr(Sampler, "draw_pixels", lambda self, count, seed: pixels[:count])
     markup = write(run)
     assert "2 of 256 samples are closer to a real image than 95% of real images" in text_of(markup)
     assert "2 of them equal a real image pixel by pixel" in text_of(markup)

@@ -6,16 +6,17 @@ them; the oracle is plain autograd through the untraced network, with hooks on i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from helpers.pass_networks import NETWORKS, Chain, IdentityShortcut, Relu6Chain, SmoothActivations
 from oracle import Features, hooked_features, in_float64, relative_error, tapped
 from torch import Tensor, nn
 
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
+from engine.representation.memory_order import FeatureOrder
+from engine.representation.protocols import Affine, PerImage, Ranks, TapInput
 from kernels.layout import feature_rows
 
 IMAGES = 5
@@ -28,51 +29,46 @@ class Cubes:
     """
 
     def __init__(self, extractor: Extractor, weights: Tensor):
-        self.sites = extractor.sites
         sizes = [tap.num_features for tap in extractor.taps]
         self.weights = [
             part.unflatten(1, tap.shape) for part, tap in zip(weights.split(sizes, dim=1), extractor.taps, strict=True)
         ]
+        self.features = [torch.zeros_like(part) for part in self.weights]
         self.loss = torch.zeros((), dtype=weights.dtype)
-        self.collected = [0] * len(self.sites)
-        self.returned = [0] * len(self.sites)
         self.calls: list[str] = []
 
-    def activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        self.calls.append("activate")
-        self._activate(tap, y, residual)
-
-    def _activate(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        # Whoever owns no input must have been given a copy, and every tap is dense: `feature_rows` raises if not.
-        feature_rows(y)
-        if residual is not None:
-            y += residual
-        if self.sites[tap].activation != "none":
-            y.clamp_(min=0, max=6 if self.sites[tap].activation == "relu6" else None)
-
-    def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
         self.calls.append("collect")
-        self._activate(tap, y, residual)
-        begin = self.collected[tap]
-        self.collected[tap] += len(y)
-        self.loss += (self.weights[tap][begin : begin + len(y)] * y**3).sum()
+        # Whoever owns no input must have been given a copy, and every tap is dense: `feature_rows` raises if not.
+        feature_rows(x.x)
+        y = x.activate_()
+        assert len(y) == len(range(*images.indices(len(self.weights[tap]))))
+        self.features[tap][images] = y
+        self.loss += (self.weights[tap][images] * y**3).sum()
 
-    def finish(self) -> Tensor:
+    def finish(self, ranks: Ranks) -> Tensor:
         self.calls.append("finish")
         return self.loss.clone()
 
-    def scale(self, grad_loss: Tensor) -> None:
-        self.calls.append("scale")
-        self.grad_loss = grad_loss
-
-    def gradient(self, tap: int, grad: Tensor, y: Tensor) -> None:
+    def gradient(self, tap: int, images: slice) -> PerImage:
         self.calls.append("gradient")
-        assert grad.stride() == y.stride(), "the kernels read both in one memory order"
-        begin = self.returned[tap]
-        self.returned[tap] += len(y)
-        grad += self.grad_loss * self.weights[tap][begin : begin + len(y)] * 3 * y**2
-        if self.sites[tap].activation != "none":
-            grad *= (y > 0) & (y < 6) if self.sites[tap].activation == "relu6" else y > 0
+        return PerImage(self.weights[tap][images] * 3 * self.features[tap][images] ** 2)
+
+
+class Squares(Cubes):
+    """L = Σ_nd a_d x_nd + b_d/2 x_nd²: affine in every feature, so the kernels apply the mask."""
+
+    def __init__(self, extractor: Extractor, a: Tensor, b: Tensor, images: int):
+        super().__init__(extractor, torch.zeros(images, len(a), dtype=a.dtype))
+        order = FeatureOrder(extractor.taps)
+        self.a, self.b = (order.slices(order.to_memory(values)) for values in (a, b))
+
+    def finish(self, ranks: Ranks) -> Tensor:
+        rows = [features.permute(0, 2, 3, 1).flatten(1) for features in self.features]
+        return sum((a * y + b / 2 * y**2).sum() for a, b, y in zip(self.a, self.b, rows, strict=True))
+
+    def gradient(self, tap: int, images: slice) -> Affine:
+        return Affine(self.a[tap], self.b[tap])
 
 
 def expected_gradient(features: Features, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,297 +76,6 @@ def expected_gradient(features: Features, images: Tensor, weights: Tensor) -> tu
     loss = (weights * features(images) ** 3).sum()
     (gradient,) = torch.autograd.grad(loss, images)
     return loss.detach(), gradient
-
-
-# Networks: each has `.activations`, in the order in which they run.
-
-
-class Network(nn.Module):
-    """Three convolutions to play with, and activations as modules, so that hooks can see them."""
-
-    def __init__(self, activations: int = 3, make: Callable[[], nn.Module] = nn.ReLU):
-        super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.second = nn.Conv2d(6, 6, 3, padding=1)
-        self.third = nn.Conv2d(6, 6, 3, padding=1)
-        self.pool = nn.MaxPool2d(2)
-        self.acts = nn.ModuleList([make() for _ in range(activations)])
-
-    @property
-    def activations(self) -> list[nn.Module]:
-        return list(self.acts)
-
-
-class Chain(Network):
-    def forward(self, x):
-        return self.acts[2](self.third(self.pool(self.acts[1](self.second(self.acts[0](self.first(x)))))))
-
-
-class SeveralReaders(Network):
-    """One tap read by two convolutions and a pool."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        z = self.pool(self.acts[1](self.second(y) + self.third(y)))
-        return self.acts[2](z + self.pool(y))
-
-
-class IdentityShortcut(Network):
-    """The shortcut's activation is also read by the convolution that it goes around."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        return self.acts[2](self.third(self.acts[1](self.second(y) + y)))
-
-
-class ShortcutOnly(Network):
-    """A tap that nothing but a shortcut reads: its gradient is the very tensor that the other branch gets."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        return self.acts[2](self.third(self.acts[1](self.first(x) + y)))
-
-
-class ShortcutFromTheImages(Network):
-    def __init__(self):
-        super().__init__(activations=2)
-        self.back = nn.Conv2d(6, 3, 3, padding=1)
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        return self.acts[1](self.back(y) + x)
-
-
-class InputReadTwice(Network):
-    """The activation's input is read again afterwards, before and past another convolution."""
-
-    def forward(self, x):
-        y = self.first(x)
-        z = self.acts[0](y)
-        w = self.acts[1](self.second(y) + z)
-        return self.acts[2](self.third(w) + y)
-
-
-class InputIsAnImage(Network):
-    """The first activation reads the images themselves, which belong to the caller."""
-
-    def forward(self, x):
-        y = self.acts[0](x)
-        return self.acts[2](self.second(self.acts[1](self.first(y))))
-
-
-class ActivationOfAnActivation(Network):
-    def __init__(self):
-        super().__init__(activations=3)
-        self.acts[1] = nn.ReLU6()
-
-    def forward(self, x):
-        y = self.acts[0](3 * self.first(x))
-        return self.acts[2](self.second(self.acts[1](y)) + y)
-
-
-class SumOfTaps(Network):
-    """Two taps added with nothing else reading them: both get the same gradient tensor."""
-
-    def forward(self, x):
-        return self.acts[2](self.third(self.acts[0](self.first(x)) + self.acts[1](self.first(-x))))
-
-
-class TappedSumOfTaps(Network):
-    """The sum is itself a tap's input: its gradient, changed in place, is handed to both terms."""
-
-    def forward(self, x):
-        s = self.acts[0](self.first(x)) + self.acts[1](self.first(x.flip(3)))
-        return self.acts[2](s)
-
-
-class SumReadTwice(Network):
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        s = self.second(y) + y
-        return self.acts[2](self.third(self.acts[1](s)) + s)
-
-
-class SumOfBothShortcuts(Network):
-    """Two convolutions' outputs, each read once: either could be the one that is written over."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        return self.acts[2](self.third(self.acts[1](self.second(y) + self.third(y))))
-
-
-class TapPlusItself(Network):
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        z = self.acts[1](self.second(y + y))
-        return self.acts[2](self.third(z) + self.third(z))
-
-
-class Concatenation(Network):
-    def __init__(self):
-        super().__init__()
-        self.join = nn.Conv2d(12, 6, 1)
-
-    def forward(self, x):
-        y, z = self.acts[0](self.first(x)), self.acts[1](self.first(x.flip(2)))
-        return self.acts[2](self.join(torch.cat((y, z), dim=1)))
-
-
-class TappedConcatenation(Network):
-    """As in a dense net: the activation reads a concatenation, the next one a longer one."""
-
-    def __init__(self):
-        super().__init__()
-        self.join = nn.Conv2d(6, 6, 3, padding=1)
-        self.last = nn.Conv2d(12, 4, 1)
-
-    def forward(self, x):
-        y = self.first(x)
-        z = self.join(self.acts[0](y))
-        both = torch.cat((y, z), dim=1)
-        return self.acts[2](self.last(self.acts[1](both)))
-
-
-class Slices(Network):
-    """Taps of views of one tensor, and readers of slices of a tap."""
-
-    def __init__(self):
-        super().__init__()
-        self.back = nn.Conv2d(3, 6, 3, padding=1)
-
-    def forward(self, x):
-        left, right = self.first(x).chunk(2, dim=1)
-        y, z = self.acts[0](left), self.acts[1](right)
-        return self.acts[2](self.back(y[:, :, ::2, ::2] + z[:, :, 1::2, 1::2]))
-
-
-class Broadcasting(Network):
-    """Gradients that arrive expanded: a mean over positions, and a sum with a vector of channels."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        gate = y.mean(dim=(2, 3), keepdim=True)
-        z = self.acts[1](self.second(y) * gate.sigmoid())
-        return self.acts[2](self.third(z) + z.mean(dim=(2, 3), keepdim=True))
-
-
-class OneByOne(Network):
-    """Taps of 1×1 positions, dense in both memory orders, whose expanded gradients have the strides of dense ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.wide = nn.Conv2d(3, 6, 8)
-        self.point = nn.Conv2d(6, 6, 1)
-
-    def forward(self, x):
-        y = self.acts[0](self.wide(x))
-        z = self.acts[1](self.point(y) + y)
-        return self.acts[2](self.point(z) + z.sum(dim=(2, 3), keepdim=True))
-
-
-class OneChannel(Network):
-    def __init__(self):
-        super().__init__(activations=2)
-        self.narrow = nn.Conv2d(3, 1, 3, padding=1)
-        self.widen = nn.Conv2d(1, 6, 3, padding=1)
-
-    def forward(self, x):
-        y = self.acts[0](self.narrow(x))
-        return self.acts[1](self.widen(y) + y)
-
-
-class Pools(Network):
-    """Average pooling, and a max pooling whose windows overlap and share their maxima."""
-
-    def __init__(self):
-        super().__init__()
-        self.average, self.overlapping = nn.AvgPool2d(2), nn.MaxPool2d(3, 1, 1)
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        z = self.acts[1](self.second(self.overlapping(y)) + y)
-        return self.acts[2](self.third(self.average(z)))
-
-
-class Contiguous(Network):
-    """A convolution's output forced into (C, H, W) order before its activation."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x).contiguous())
-        return self.acts[2](self.third(self.acts[1](self.second(y.contiguous()) + y)))
-
-
-class GradientInTheOtherOrder(Network):
-    """Gradients that are summed, so that nobody else holds them, but in (C, H, W) order."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        z = self.acts[1](self.second(y))
-        return self.acts[2](self.pool((y + z).contiguous()) - self.pool((z + y * 0.3).contiguous()) + self.pool(y + z))
-
-
-class InPlaceModules(Chain):
-    """ReLUs that were written in place, as in torchvision's networks."""
-
-    def __init__(self):
-        super().__init__(make=lambda: nn.ReLU(inplace=True))
-
-
-class Relu6Chain(Chain):
-    def __init__(self):
-        super().__init__(make=nn.ReLU6)
-
-    def forward(self, x):
-        return super().forward(8 * x)
-
-
-class SmoothActivations(IdentityShortcut):
-    """Their derivative is no function of their output, so they stay in the graph and the tap comes after them."""
-
-    def __init__(self):
-        super().__init__()
-        self.acts = nn.ModuleList([nn.SiLU(), nn.GELU(), nn.ReLU6()])
-
-
-class AsksForItsShape(Network):
-    """Two readers of each tap, of which one wants its size only and sends no gradient back."""
-
-    def forward(self, x):
-        y = self.acts[0](self.first(x))
-        z = self.acts[1](self.first(x.flip(3)))
-        # The order of the sum decides whose gradient comes first; both have to be right.
-        s = self.acts[2](y + z)
-        return s.reshape(y.size(0), z.shape[1], -1)
-
-
-NETWORKS = [
-    Chain,
-    SeveralReaders,
-    IdentityShortcut,
-    ShortcutOnly,
-    ShortcutFromTheImages,
-    InputReadTwice,
-    InputIsAnImage,
-    ActivationOfAnActivation,
-    SumOfTaps,
-    TappedSumOfTaps,
-    SumReadTwice,
-    SumOfBothShortcuts,
-    TapPlusItself,
-    Concatenation,
-    TappedConcatenation,
-    Slices,
-    Broadcasting,
-    OneByOne,
-    OneChannel,
-    Pools,
-    Contiguous,
-    GradientInTheOtherOrder,
-    InPlaceModules,
-    Relu6Chain,
-    SmoothActivations,
-    AsksForItsShape,
-]
 
 
 class TestOwnership:
@@ -409,9 +114,9 @@ class TestOwnership:
                 child.register_forward_hook(lambda module, args, output: before.append(output.data_ptr()))
 
         class Watched(Cubes):
-            def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-                seen.append(y.data_ptr())
-                super().collect(tap, y, residual)
+            def collect(self, tap: int, x: TapInput, images: slice) -> None:
+                seen.append(x.x.data_ptr())
+                super().collect(tap, x, images)
 
         seen: list[int] = []
         weights = torch.randn(2, extractor.num_features, dtype=torch.float64)
@@ -436,7 +141,7 @@ class TestChunks:
 
     @pytest.mark.parametrize(("chunk", "forwards"), [(None, 1), (5, 1), (3, 4), (1, 10)])
     def test_one_chunk_costs_no_second_forward(self, chunk, forwards, extractor, draw_images):
-        """…and several cost exactly one more; each is collected once, and gradients come after `scale`."""
+        """…and several cost exactly one more; each is collected once, and gradients come after `finish`."""
         criterion = Cubes(extractor, torch.ones(IMAGES, extractor.num_features, dtype=torch.float64))
         runs: list[int] = []
         hook = extractor.networks[0].register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
@@ -446,13 +151,35 @@ class TestChunks:
         assert len(runs) == forwards
         assert max(runs) <= (chunk or IMAGES)
         chunks = 1 if forwards == 1 else forwards // 2
-        again = [] if forwards == 1 else ["activate"] * taps
-        assert criterion.calls == [
-            *["collect"] * (taps * chunks),
-            "finish",
-            "scale",
-            *(again + ["gradient"] * taps) * chunks,
-        ]
+        assert criterion.calls == [*["collect"] * (taps * chunks), "finish", *["gradient"] * (taps * chunks)]
+
+    @pytest.mark.parametrize("recompute", ["none", "stages"])
+    @pytest.mark.parametrize("chunk", [None, 2])
+    @pytest.mark.parametrize("network", [Chain, Relu6Chain, SmoothActivations])
+    def test_affine_gradients_are_plain_autograd_s(self, network, chunk, recompute, draw_images):
+        torch.manual_seed(3)
+        module = network()
+        extractor = in_float64(tapped(module, image_size=8))
+        features, images = hooked_features(module, module.activations), draw_images(IMAGES).requires_grad_()
+        a, b = torch.randn(2, extractor.num_features, dtype=torch.float64)
+        x = features(images)
+        expected = (a * x + b / 2 * x**2).sum()
+        (gradient,) = torch.autograd.grad(expected, images)
+        criterion = Squares(extractor, a, b, IMAGES)
+        found = FeaturePass(extractor, chunk_size=chunk, recompute=recompute).loss(images, criterion)
+        (-1.3 * found).backward()
+        assert relative_error(found, expected) <= 1e-12
+        assert relative_error(images.grad, -1.3 * gradient) <= 1e-12
+
+    def test_further_chunks_can_be_left_out(self, extractor, draw_images):
+        """For models of a step's memory: a minibatch of any size takes the time of a few chunks."""
+        images = draw_images(IMAGES)
+        weights = torch.randn(IMAGES, extractor.num_features, dtype=torch.float64)
+        criterion = Cubes(extractor, weights)
+        FeaturePass(extractor, chunk_size=2, max_chunks=2).loss(images.requires_grad_(), criterion).backward()
+        assert (
+            relative_error(criterion.loss, expected_gradient(extractor.features, images[:4], weights[:4])[0]) <= 1e-12
+        )
 
     def test_without_gradient_only_collects(self, extractor, draw_images):
         criterion = Cubes(extractor, torch.ones(IMAGES, extractor.num_features, dtype=torch.float64))
@@ -467,7 +194,7 @@ class TestChunks:
         criterion = Cubes(extractor, weights)
         FeaturePass(extractor, chunk_size=chunk).collect(images, criterion)
         assert relative_error(criterion.loss, expected_gradient(extractor.features, images, weights)[0]) <= 1e-12
-        assert criterion.collected == [IMAGES] * len(extractor.taps)
+        assert criterion.calls == ["collect"] * (len(extractor.taps) * (1 if chunk is None else 2))
 
     def test_collect_of_no_images_does_nothing(self, extractor):
         """Loaders with shards of different lengths hand out zero-size batches."""

@@ -7,13 +7,14 @@ import itertools
 
 import pytest
 import torch
+from helpers.objectives import AVERAGERS, MINIBATCH, make_pair, run_step
 from oracle import in_float64, relative_error
-from test_matching import AVERAGERS, MINIBATCH, make_pair, run_step
 from torch import nn
 
 from engine.generation.networks import build_generator, run_generator
 from engine.representation.build import build_extractor
-from engine.representation.feature_pass import FeaturePass
+from engine.representation.feature_pass import Chunk, FeaturePass
+from engine.representation.protocols import TapInput
 from engine.representation.tracing.stages import _best_cuts
 
 
@@ -76,7 +77,7 @@ def test_cuts_need_the_least_memory(sizes, possible, cuts):
 def test_stages_against_the_written_out_objective(name, kernels, chunk, tiny_extractor, draw_images):
     extractor = in_float64(tiny_extractor)
     make, oracle = make_pair(extractor, draw_images, name, kernels=kernels, chunk_size=chunk)
-    objective, plain = make(checkpoint="stages"), make()
+    objective, plain = make(recompute="stages"), make()
     assert [len(network) for network in objective.feature_pass.stages] != [1]
     for _ in range(2):
         images = draw_images(MINIBATCH)
@@ -84,12 +85,12 @@ def test_stages_against_the_written_out_objective(name, kernels, chunk, tiny_ext
         found_loss, found = run_step(objective, images)
         assert relative_error(found_loss, loss) <= 1e-10
         assert relative_error(found, gradient) <= 1e-10
-        assert torch.equal(found, run_step(plain, images)[1]), "bit for bit as without checkpoints"
+        assert torch.equal(found, run_step(plain, images)[1]), "bit for bit as without stages"
 
 
 def test_stages_of_a_pair_add_both_gradients(built_extractor, draw_images):
     extractor = in_float64(built_extractor("vgg-small+resnet18"))
-    make, oracle = make_pair(extractor, draw_images, "none", kernels="reference", checkpoint="stages")
+    make, oracle = make_pair(extractor, draw_images, "none", kernels="reference", recompute="stages")
     images = draw_images(MINIBATCH)
     assert relative_error(run_step(make(), images)[1], oracle.gradient(images)[1]) <= 1e-10
 
@@ -102,48 +103,54 @@ def test_other_activations_and_batch_statistics(draw_images):
     for channels, activation in ((3, nn.SiLU()), (6, nn.GELU()), (6, nn.ReLU6()), (6, nn.ReLU())):
         network.extend([nn.Conv2d(channels, 6, 3, padding=1), activation])
     extractor = in_float64(tapped(network, image_size=8))
-    make, oracle = make_pair(extractor, draw_images, "none", kernels="reference", checkpoint="stages")
+    make, oracle = make_pair(extractor, draw_images, "none", kernels="reference", recompute="stages")
     images = draw_images(MINIBATCH)
     assert relative_error(run_step(make(), images)[1], oracle.gradient(images)[1]) <= 1e-10
     batch = in_float64(build_extractor("vgg-small", image_size=8, bn="batch"))
-    make, oracle = make_pair(batch, draw_images, "none", kernels="reference", checkpoint="stages")
+    make, oracle = make_pair(batch, draw_images, "none", kernels="reference", recompute="stages")
     assert relative_error(run_step(make(), images)[1], oracle.gradient(images)[1]) <= 1e-10
 
 
 def test_backward_twice_raises(tiny_extractor, draw_images):
-    make, _ = make_pair(tiny_extractor, draw_images, "none", kernels="reference", checkpoint="stages")
+    make, _ = make_pair(tiny_extractor, draw_images, "none", kernels="reference", recompute="stages")
     loss = make()(draw_images(MINIBATCH, torch.float32).requires_grad_())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
 
 
-def test_unknown_checkpoint(tiny_extractor):
-    with pytest.raises(ValueError, match="checkpoint: 'all' is not one of none, stages"):
-        FeaturePass(tiny_extractor, checkpoint="all")
+def test_unknown_recompute(tiny_extractor):
+    with pytest.raises(ValueError, match="recompute: 'all' is not one of none, stages"):
+        FeaturePass(tiny_extractor, recompute="all")
 
 
 def test_stages_keep_at_most_two_thirds():
     """Bytes between forward and backward, inputs of stages only; the recomputed stage is `_best_cuts`'s business."""
     extractor = build_extractor("vgg19+resnet18", image_size=32)
-    kept = FeaturePass(extractor, checkpoint="stages").sweep(torch.rand(2, 3, 32, 32), lambda index, y, residual: None)
+
+    class Activates:
+        def collect(self, tap: int, x: TapInput, images: slice) -> None:
+            x.activate_()
+
+    feature_pass = FeaturePass(extractor, recompute="stages")
+    kept = feature_pass.keep(torch.rand(2, 3, 32, 32), Chunk(slice(0, 2), Activates()))
     numbers = sum(x.numel() for network in kept for x in network) / 2
     assert numbers <= 0.65 * extractor.num_features
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", ["dcgan", "resnet"])
-def test_checkpointed_generator(name, autocast):
+def test_recomputed_generator(name, autocast):
     """Images, gradients and BatchNorm's running statistics, bit for bit."""
     plain = build_generator(name, image_size=32, nz=10)
     twin = copy.deepcopy(plain)
     for _ in range(2):
         z = torch.randn(6, 10)
         results = []
-        for generator, checkpoint in ((plain, False), (twin, True)):
+        for generator, recompute in ((plain, False), (twin, True)):
             generator.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                images = run_generator(generator, z, checkpoint=checkpoint)
+                images = run_generator(generator, z, recompute=recompute)
             images.float().square().sum().backward()
             results.append(images)
         assert torch.equal(*results)

@@ -25,14 +25,14 @@ def on_gpu(tiny_extractor: Extractor) -> Extractor:
     return copy.deepcopy(tiny_extractor).cuda()
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "stages"])
+@pytest.mark.parametrize("recompute", ["none", "stages"])
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("name", AVERAGERS)
-def test_gradients(name, chunk, checkpoint, tiny_extractor, on_gpu, draw_images):
+def test_gradients(name, chunk, recompute, tiny_extractor, on_gpu, draw_images):
     target = Moments.of(real_features(tiny_extractor, draw_images))
     make_averager, _ = AVERAGERS[name]
     oracle = MomentMatching(in_float64(tiny_extractor), target, make_averager(), kernels="reference")
-    objective = MomentMatching(on_gpu, target, make_averager(), chunk_size=chunk, checkpoint=checkpoint)
+    objective = MomentMatching(on_gpu, target, make_averager(), chunk_size=chunk, recompute=recompute)
     assert objective.kernels.__name__ == "kernels.triton_ops"
     with torch.backends.cudnn.flags(allow_tf32=False):
         for _ in range(3):
@@ -53,12 +53,12 @@ def test_low_precision(dtype, least, tiny_extractor, on_gpu, draw_images):
     assert float(torch.cosine_similarity(found.cpu().double().flatten(), gradient.flatten(), dim=0)) >= least
 
 
-def test_checkpointed_generator():
+def test_recomputed_generator():
     plain = build_generator("dcgan", image_size=32, nz=10).cuda()
     twin = copy.deepcopy(plain)
     z = torch.randn(16, 10, device="cuda")
-    for generator, checkpoint in ((plain, False), (twin, True)):
-        run_generator(generator, z, checkpoint=checkpoint).square().sum().backward()
+    for generator, recompute in ((plain, False), (twin, True)):
+        run_generator(generator, z, recompute=recompute).square().sum().backward()
     for ours, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
     for ours, theirs in zip(twin.buffers(), plain.buffers(), strict=True):
@@ -70,7 +70,7 @@ def test_training(flags, tmp_path, monkeypatch):
     monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     common = ["--device", "cuda", "--weights", "random", "--steps", "5", "--log-every", "1", "--chunk-size", "24"]
-    main([*common, "--checkpoint", "stages", "--checkpoint-generator", "--out", str(run), *flags])
+    main([*common, "--recompute", "stages", "--recompute-generator", "--out", str(run), *flags])
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 5
     assert all(torch.isfinite(torch.tensor(losses)))

@@ -15,15 +15,16 @@ import torch
 from bench.rows import peak_memory
 from engine import train
 from engine.comparison.distances.moments import Moments
-from engine.configuration.build import make_objective
+from engine.configuration import planning
+from engine.configuration.build import make_method
 from engine.configuration.command import run_command
-from engine.configuration.config import Config, memory_bytes
+from engine.configuration.config import Config
+from engine.configuration.groups import memory_bytes
+from engine.configuration.planning import Planner, choose_chunk, predict
 from engine.generation.networks import build_generator
+from engine.generation.priors import Noise
 from engine.support.errors import InputError
-from engine.training import planner
-from engine.training.planner import Footprint, Planner, StorageTracker, choose_chunk
-from engine.training.run_folder import RunFolder
-from engine.training.trainer import Trainer, amp_dtype
+from engine.training.planner import Footprint, StorageTracker
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ def configuration(**flags: Any) -> Config:
 
 
 def predicted(config: Config, plans: Planner) -> Footprint:
-    return planner.predict(config, plans.generator, plans.extractor)
+    return predict(config, plans.generator, plans.extractor)
 
 
 def measured(config: Config, plans: Planner) -> int:
@@ -42,10 +43,9 @@ def measured(config: Config, plans: Planner) -> int:
     target = Moments(2, ones, ones)
 
     def two_steps() -> None:
-        objective = make_objective(config, plans.extractor, target, amp_dtype(config))
-        trainer = Trainer(plans.generator, objective, config, RunFolder("nowhere"), {})
-        trainer.train_step()
-        trainer.train_step()
+        method, noise = make_method(config, plans.generator, plans.extractor, target), Noise(0)
+        method.step(None, noise)
+        method.step(None, noise)
 
     gc.collect()
     plans.generator.zero_grad(set_to_none=True)
@@ -57,11 +57,11 @@ def measured(config: Config, plans: Planner) -> int:
     [
         {},
         {"chunk_size": 4},
-        {"checkpoint": "stages", "checkpoint_generator": True},
+        {"recompute": "stages", "recompute_generator": True},
         {"amp": True},
-        {"amp": True, "chunk_size": 4, "checkpoint_generator": True, "averager": "ma"},
+        {"amp": True, "chunk_size": 4, "recompute_generator": True, "averager": "ma"},
         {"generator_ema": None, "feature_scale": "target-deviation"},
-        {"generator": "resnet", "batch_size": 4, "amp": True, "checkpoint": "stages"},
+        {"generator": "resnet", "batch_size": 4, "amp": True, "recompute": "stages"},
         {"extractor_bn": "batch"},
     ],
     ids=lambda flags: " ".join(f"{name}={value}" for name, value in flags.items()) or "plain",
@@ -83,8 +83,8 @@ def test_fused_kernels_are_modelled_without_the_plain_ones_temporaries() -> None
 def test_float16_with_its_loss_scaling_can_be_modelled() -> None:
     config = configuration(amp=True)
     plans = Planner(config)
-    half = planner.predict(config.replaced({"amp_dtype": "fp16"}), plans.generator, plans.extractor)
-    other = planner.predict(config, plans.generator, plans.extractor)
+    half = predict(config.replaced({"amp_dtype": "fp16"}), plans.generator, plans.extractor)
+    other = predict(config, plans.generator, plans.extractor)
     assert half.peak == pytest.approx(other.peak, rel=0.1)
 
 
@@ -102,14 +102,14 @@ def test_large_minibatches_cost_no_memory_and_grow_linearly() -> None:
     small, middle = peak(2**10), peak(2**12)
     assert large["peak"] == pytest.approx(middle + (middle - small) * 20, rel=0.01)
     # With chunks, what grows is images and generator; many small chunks take no more time to model than three.
-    assert peak(2**16, chunk_size=1, checkpoint_generator=True) < large["peak"] / 2
+    assert peak(2**16, chunk_size=1, recompute_generator=True) < large["peak"] / 2
 
 
 def test_no_chunk_is_left_out_that_would_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(chunk_size=2)
     plans = Planner(config)
     some = predicted(config, plans)
-    monkeypatch.setattr(planner, "_MODELLED_CHUNKS", 100)
+    monkeypatch.setattr(planning, "_MODELLED_CHUNKS", 100)
     assert predicted(config, plans) == some
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def fixed_footprints(monkeypatch: pytest.MonkeyPatch, total: Callable[[Config], int]) -> None:
-    monkeypatch.setattr(planner, "predict", lambda config, *rest: Footprint(0, 0, total(config)))
+    monkeypatch.setattr(planning, "predict", lambda config, *rest: Footprint(0, 0, total(config)))
 
 
 def test_auto_takes_the_largest_chunk_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +176,9 @@ def test_a_budget_is_a_limit_for_fixed_chunks_too(monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_a_budget_most_of_the_free_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < planner.available_memory() < 2**50
-    monkeypatch.setattr(planner, "available_memory", lambda: 1000)
-    assert planner.budget_bytes(configuration(), CPU) == 850
+    assert 0 < planning.available_memory() < 2**50
+    monkeypatch.setattr(planning, "available_memory", lambda: 1000)
+    assert planning.budget_bytes(configuration(), CPU) == 850
 
 
 def command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -222,7 +222,7 @@ def test_plan_prints_a_table_and_touches_nothing(
     assert {row[-1] for row in rows} == {"yes", "no"}
     peaks = {tuple(row[:3]): float(row[3]) for row in rows}
     assert peaks["4", "none", "kept"] < peaks["8", "none", "kept"]
-    assert peaks["8", "none", "checkpointed"] < peaks["8", "none", "kept"]
+    assert peaks["8", "none", "recomputed"] < peaks["8", "none", "kept"]
     assert not list(tmp_path.iterdir())
 
 
@@ -230,12 +230,12 @@ def test_auto_trains_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     flags = """--weights random --batch-size 4 --layers 2 --kernels reference --loader torch --steps 1 --device cpu
-        --threads 1 --checkpoint stages --checkpoint-generator --chunk-size auto --memory-budget 4GiB"""
+        --threads 1 --recompute stages --recompute-generator --chunk-size auto --memory-budget 4GiB"""
     train.main([*flags.split(), "--out", str(run)])
     assert json.loads((run / "config.json").read_text())["matching"]["chunk_size"] == "auto"
-    train.main(f"--resume --out {run} --steps 2 --chunk-size 2 --memory-budget 2GiB --checkpoint none".split())
+    train.main(f"--resume --out {run} --steps 2 --chunk-size 2 --memory-budget 2GiB --recompute none".split())
     matching = Config.load(run / "config.json").matching
-    assert (matching.chunk_size, matching.memory_budget, matching.checkpoint) == (2, "2GiB", "none")
+    assert (matching.chunk_size, matching.memory_budget, matching.recompute) == (2, "2GiB", "none")
 
 
 def test_models_leave_the_networks_as_they_were() -> None:
@@ -243,7 +243,7 @@ def test_models_leave_the_networks_as_they_were() -> None:
     plans = Planner(config)
     generator = build_generator("dcgan", image_size=32)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
-    planner.predict(config, generator, plans.extractor)
+    predict(config, generator, plans.extractor)
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
     assert all(parameter.grad is None for parameter in generator.parameters())
     assert plans.extractor.dtype is torch.float32

@@ -75,8 +75,8 @@ def command(main: Callable, argv: Sequence[str], capsys: pytest.CaptureFixture[s
 
 def start(argv: Sequence[str], prelude: str = "", **environment: str) -> subprocess.Popen[str]:
     """The training command in a process of its own, after the Python statements of `prelude`."""
-    run = "import sys\nfrom engine.configuration.command import run_command\nfrom engine.train import main\nrun_command(main)"
-    script = f"{prelude}\n{run}"
+    run = "from engine.configuration.command import run_command\nfrom engine.train import main\nrun_command(main)"
+    script = f"{prelude}\nimport sys\n{run}"
     return subprocess.Popen(
         [sys.executable, "-c", script, *argv],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -395,7 +395,7 @@ def test_profile_longer_than_the_run_is_one_line(flags, tmp_path: Path, capsys) 
 
 
 def test_checkpoints_change_nothing(flags, finished: Path, tmp_path: Path) -> None:
-    more = ["--checkpoint", "stages", "--checkpoint-generator"]
+    more = ["--recompute", "stages", "--recompute-generator"]
     train.main([*flags, *more, "--out", str(tmp_path / "run")])
     assert same_run(tmp_path / "run", finished)
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from engine import sample, train
 from engine.configuration.command import run_command
 from engine.evaluation.metrics import compute_metrics, evaluation_network
-from engine.generation.sampling import draw_z
 from engine.generation.sampling import sample as images_of
+from engine.generation.saved import load_sampler
 from engine.representation.pretraining import pretrain
-from engine.training.checkpoint import load_generator
 from engine.training.validation import FACTOR, PATIENCE, KernelRate
 from pipelines import open_dataset, read_pixels
 
@@ -89,8 +88,8 @@ def test_numbers_are_those_of_engine_evaluate(flags: list[str], judge: Path, pic
     """The same samples, judged by torch-fidelity from the images on."""
     run = tmp_path / "run"
     train.main([*flags, "--steps", "2", "--out", str(run)])
-    saved = load_generator(run / "generator.safetensors")
-    samples = images_of(saved.module, draw_z(60, 8, seed=1_000_003 * 2))
+    saved = load_sampler(run / "generator.safetensors")
+    samples = images_of(saved.generator, saved.prior.draw(60, seed=1_000_003 * 2))
     pixels = samples.add(1).mul(127.5).round().to(torch.uint8)
     real = torch.from_numpy(np.load(pictures)).permute(0, 3, 1, 2).contiguous()
     network = evaluation_network("vgg-small", weights=judge, image_size=32)
@@ -102,7 +101,7 @@ def test_numbers_are_those_of_engine_evaluate(flags: list[str], judge: Path, pic
 def test_best_generator_is_kept(finished: Path, tmp_path: Path) -> None:
     distances = {step: evaluation["kernel_distance"] for step, evaluation in evaluations(finished).items()}
     best = min(distances, key=lambda step: distances[step])
-    assert load_generator(finished / "generator_best.safetensors").step == best
+    assert load_sampler(finished / "generator_best.safetensors").step == best
     assert (finished / "checkpoints/best.safetensors").exists()
     sample.main(["--run", str(finished), "--best", "--count", "2", "--out", str(tmp_path / "samples.npy")])
     assert np.load(tmp_path / "samples.npy").shape == (2, 32, 32, 3)
