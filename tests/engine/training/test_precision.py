@@ -7,11 +7,11 @@ import torch
 
 from engine.comparison.averagers import AMA, NoAverage
 from engine.comparison.distances.moments import Moments
-from engine.comparison.moment_matching import FeatureOrder, MomentCollector, MomentMatching
+from engine.comparison.moment_matching import MomentMatching
+from engine.comparison.reference.target import MomentsKind
 from engine.representation.build import build_extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.pretraining import pretrain
-from kernels import reference
 from pipelines import open_dataset
 
 pytestmark = pytest.mark.slow
@@ -33,12 +33,12 @@ def extractor(tmp_path_factory):
 
 def moments(extractor, images, dtype):
     """Of all features, in float64 and the public order, the extractor in `dtype`."""
-    feature_pass = FeaturePass(extractor, dtype=dtype, chunk_size=32)
-    order = FeatureOrder(extractor.taps)
-    collector = MomentCollector(feature_pass.prepared, order, reference, torch.float32)
-    feature_pass.collect(images, collector)
-    mean, m2 = (order.to_public(value).double() for value in (collector.mean, collector.m2))
-    return Moments(collector.count, mean, m2)
+    feature_pass = FeaturePass(extractor, dtype=dtype, kernels="reference")
+    collector = MomentsKind().collector(feature_pass, len(images))
+    for indices in torch.arange(len(images)).split(32):
+        feature_pass.collect(images[indices], collector)
+        collector.end_batch(indices)
+    return Moments(collector.count, *(collector.order.to_public(part) for part in (collector.mean, collector.m2)))
 
 
 def test_bfloat16_points_the_same_way(extractor):

@@ -9,81 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.runs import DETERMINISTIC, command, metrics, same_run, start
 from PIL import Image
 from safetensors.torch import load_file
 
 import engine.support.files
 from engine import precompute, train
 from engine import sample as sampling
-from engine.configuration.command import run_command
-from pipelines import ImageLoader, open_dataset
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-DETERMINISTIC = ("step", "loss", "loss_mean", "loss_variance", "difference_norm")
-Run = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty real digits in a file."""
-    images = next(iter(ImageLoader(open_dataset("digits"), 40, backend="torch"))).images
-    path = tmp_path_factory.mktemp("data") / "digits.npy"
-    np.save(path, images.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    return path
-
-
-@pytest.fixture(scope="module")
-def flags(pictures: Path) -> list[str]:
-    """A run of six quick steps."""
-    text = f"""--data {pictures} --weights random --batch-size 4 --steps 6 --layers 2 --nz 8 --kernels reference
-        --loader torch --log-every 1 --sample-every 3 --checkpoint-every 2 --threads 1"""
-    return text.split()
-
-
-@pytest.fixture(scope="module")
-def finished(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    train.main([*flags, "--out", str(out)])
-    return out
-
-
-def metrics(run: Path, names: Sequence[str] = DETERMINISTIC) -> list[tuple]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [tuple(json.loads(line)[name] for name in names) for line in lines]
-
-
-def same_run(one: Path, other: Path) -> bool:
-    weights = (one / "generator.safetensors").read_bytes() == (other / "generator.safetensors").read_bytes()
-    return weights and metrics(one) == metrics(other)
-
-
-def command(main: Callable, argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and the lines on standard error of a command that fails."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        run_command(main, argv)
-    return int(exit_.value.code or 0), capsys.readouterr().err
-
-
-def start(argv: Sequence[str], prelude: str = "", **environment: str) -> subprocess.Popen[str]:
-    """The training command in a process of its own, after the Python statements of `prelude`."""
-    run = "from engine.configuration.command import run_command\nfrom engine.train import main\nrun_command(main)"
-    script = f"{prelude}\nimport sys\n{run}"
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_run_folder_holds_what_it_should(finished: Path) -> None:
@@ -223,7 +162,7 @@ def test_diverging_run_stops_and_keeps_its_checkpoint(flags, tmp_path: Path, mon
 
     def poisoned(self: Trainer) -> torch.Tensor:
         if self.step == 4:
-            next(self.generator.parameters()).data[0] = float("nan")
+            next(self.method.modules["generator"].parameters()).data[0] = float("nan")
         return step(self)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
@@ -257,85 +196,6 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, {resource.RLIM_INFINITY}))
     assert not list(out.rglob("*.tmp"))
     train.main(["--resume", "--out", str(out), "--steps", "6"])
     assert same_run(finished, out)
-
-
-BAD_INPUT = {
-    "preset": (["--preset", "nothing"], "--preset"),
-    "extractor": (["--extractor", "nothing"], "--extractor"),
-    "extractor in a pair": (["--extractor", "vgg-small+nothing"], "nothing"),
-    "generator": (["--generator", "nothing"], "--generator"),
-    "data that is not there": (["--data", "no/such/folder"], "no/such/folder"),
-    "empty folder": (["--data", "EMPTY"], "EMPTY"),
-    "image size of the extractor": (["--image-size", "36"], "36"),
-    "image size of the generator": (["--image-size", "48"], "48"),
-    "minibatch of one": (["--batch-size", "1"], "--batch-size"),
-    "not a number": (["--batch-size", "many"], "--batch-size"),
-    "no steps": (["--steps", "0"], "--steps"),
-    "learning rate": (["--lr", "-1"], "--lr"),
-    "AMA's learning rate": (["--ama-lr", "0"], "--ama-lr"),
-    "moving average": (["--averager", "ma", "--ma-alpha", "2"], "--ma-alpha"),
-    "chunk larger than minibatch": (["--chunk-size", "5"], "--chunk-size"),
-    "chunks with batch statistics": (["--chunk-size", "2", "--extractor-bn", "batch"], "--chunk-size"),
-    "contradicting kernels": (["--no-fused-ama", "--kernels", "compiled"], "--no-fused-ama"),
-    "ema": (["--generator-ema", "1"], "--generator-ema"),
-    "layers": (["--layers", "0"], "--layers"),
-    "weights that are not there": (["--weights", "nothing.safetensors"], "nothing.safetensors"),
-    "weights for one of two": (["--extractor", "vgg-small+vgg-small", "--weights", "a"], "--weights"),
-    "target that is not there": (["--target", "nothing.safetensors"], "nothing.safetensors"),
-    "unknown flag": (["--frobnicate"], "--frobnicate"),
-    "resume without out": (["--resume"], "--resume"),
-    "config that is not there": (["--config", "nothing.json"], "nothing.json"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT, ids=str)
-def test_bad_input_is_one_line(case: str, flags, tmp_path: Path, monkeypatch, capsys) -> None:
-    argv, mention = BAD_INPUT[case]
-    (tmp_path / "EMPTY").mkdir()
-    monkeypatch.chdir(tmp_path)
-    base = [] if argv[0] == "--config" else flags
-    out = [] if "--resume" in argv else ["--out", "run"]
-    code, errors = command(train.main, [*base, *argv, *out], capsys)
-    assert code == 2
-    # Before the error there may be lines on what was done: they never say "error".
-    lines = [line for line in errors.splitlines() if "error" in line]
-    assert len(lines) == 1, errors
-    assert mention in lines[0]
-    assert "Traceback" not in errors
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_is_one_line(flags, tmp_path: Path, capsys) -> None:
-    code, errors = command(train.main, [*flags, "--device", "cuda", "--out", str(tmp_path / "run")], capsys)
-    assert (code, errors.count("\n")) == (2, 1)
-    assert "--device" in errors
-
-
-def test_preset_without_weights_or_data_is_one_line(tmp_path: Path, capsys) -> None:
-    for preset in ("cifar10", "stl10", "celeba64", "celeba128", "lsun64"):
-        code, errors = command(train.main, ["--preset", preset, "--out", str(tmp_path / "run")], capsys)
-        assert (code, errors.count("\n")) == (2, 1), errors
-        assert not (tmp_path / "run").exists()
-
-
-def test_out_that_holds_another_run(finished: Path, flags, tmp_path: Path, capsys) -> None:
-    code, errors = command(train.main, [*flags, "--out", str(finished)], capsys)
-    assert code == 2
-    assert "--resume" in errors
-    (tmp_path / "notes.txt").write_text("not a run")
-    code, errors = command(train.main, [*flags, "--out", str(tmp_path)], capsys)
-    assert code == 2
-    assert str(tmp_path) in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_resume_refuses_what_would_change_the_result(finished: Path, capsys, tmp_path: Path) -> None:
-    code, errors = command(train.main, ["--resume", "--out", str(finished), "--lr", "0.1"], capsys)
-    assert code == 2
-    assert "--lr" in errors
-    code, errors = command(train.main, ["--resume", "--out", str(tmp_path / "nothing")], capsys)
-    assert code == 2
-    assert "nothing" in errors
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
@@ -394,7 +254,7 @@ def test_profile_longer_than_the_run_is_one_line(flags, tmp_path: Path, capsys) 
     assert "--profile: 5 steps after 2 of warm-up are more than 6" in error
 
 
-def test_checkpoints_change_nothing(flags, finished: Path, tmp_path: Path) -> None:
+def test_recomputation_changes_nothing(flags, finished: Path, tmp_path: Path) -> None:
     more = ["--recompute", "stages", "--recompute-generator"]
     train.main([*flags, *more, "--out", str(tmp_path / "run")])
     assert same_run(tmp_path / "run", finished)

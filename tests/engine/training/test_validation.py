@@ -13,7 +13,6 @@ from torch import Tensor
 from engine import sample, train
 from engine.configuration.command import run_command
 from engine.evaluation.metrics import compute_metrics, evaluation_network
-from engine.generation.sampling import sample as images_of
 from engine.generation.saved import load_sampler
 from engine.representation.pretraining import pretrain
 from engine.training.validation import FACTOR, PATIENCE, KernelRate
@@ -89,7 +88,7 @@ def test_numbers_are_those_of_engine_evaluate(flags: list[str], judge: Path, pic
     run = tmp_path / "run"
     train.main([*flags, "--steps", "2", "--out", str(run)])
     saved = load_sampler(run / "generator.safetensors")
-    samples = images_of(saved.generator, saved.prior.draw(60, seed=1_000_003 * 2))
+    samples = saved.images(saved.prior.draw(60, seed=1_000_003 * 2))
     pixels = samples.add(1).mul(127.5).round().to(torch.uint8)
     real = torch.from_numpy(np.load(pictures)).permute(0, 3, 1, 2).contiguous()
     network = evaluation_network("vgg-small", weights=judge, image_size=32)

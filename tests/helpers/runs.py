@@ -1,0 +1,47 @@
+"""Helpers: runs of the training command, and what two of them have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from engine.configuration.command import run_command
+
+DETERMINISTIC = ("step", "loss", "loss_mean", "loss_variance", "difference_norm")
+
+
+def metrics(run: Path, names: Sequence[str] = DETERMINISTIC) -> list[tuple]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line)[name] for name in names) for line in lines]
+
+
+def same_run(one: Path, other: Path) -> bool:
+    weights = (one / "generator.safetensors").read_bytes() == (other / "generator.safetensors").read_bytes()
+    return weights and metrics(one) == metrics(other)
+
+
+def command(main: Callable, argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and the lines on standard error of a command that fails."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main, argv)
+    return int(exit_.value.code or 0), capsys.readouterr().err
+
+
+def start(argv: Sequence[str], prelude: str = "", **environment: str) -> subprocess.Popen[str]:
+    """The training command in a process of its own, after the Python statements of `prelude`."""
+    run = "from engine.configuration.command import run_command\nfrom engine.train import main\nrun_command(main)"
+    script = f"{prelude}\nimport sys\n{run}"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
