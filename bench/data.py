@@ -288,7 +288,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print the tables, write what --json and --plot ask for."""
     args = parser().parse_args(argv)
     quick = args.quick
     with tempfile.TemporaryDirectory() as folder:

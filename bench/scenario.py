@@ -118,7 +118,7 @@ class Scenario:
 
     @property
     def device(self) -> torch.device:
-        """Of all networks."""
+        """The device on which all networks and the objective live."""
         return self.extractor.device
 
     def generator(self) -> nn.Module:

@@ -285,7 +285,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print the tables, write what --json asks for."""
     arguments = parser()
     args = arguments.parse_args(argv)
     if args.repetitions < 1:

@@ -63,7 +63,7 @@ class OperationRow(Row):
     peak_memory: int
 
     def cells(self) -> dict[str, object]:
-        """µs, GB/s and kB."""
+        """Times in µs, the rate in GB/s, memory in kB."""
         return {
             "operation": self.op,
             "shape": self.shape,

@@ -43,7 +43,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print the tables, write what --json and --plot ask for."""
     arguments = parser()
     args = arguments.parse_args(argv)
     if args.one is not None:

@@ -109,7 +109,7 @@ class ScaleRow(Row):
     measured: float | None
 
     def cells(self) -> dict[str, object]:
-        """KiB an image."""
+        """The slopes, in KiB an image."""
         return {
             "variant": self.variant,
             "KiB for one more image, modelled": f"{self.modelled / 1024:.0f}",

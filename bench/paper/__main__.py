@@ -45,7 +45,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, print, write."""
+    """Run an experiment, or with --document write the page."""
     arguments = parser().parse_args(argv)
     if arguments.document is not None:
         _document(arguments)

@@ -12,6 +12,7 @@ import pytest
 from bench.data import LoadingRow
 from bench.kernels.times import CriterionRow, OperationRow
 from bench.memory.rows import CapacityRow, MemoryRow, SavedRow, ScaleRow
+from bench.paper.runs import RunRow
 from bench.rows import Row, interleaved, percentiles, print_rows, read_json, write_json
 from bench.throughput import StepRow
 
@@ -66,6 +67,7 @@ _RESULTS = {
     "data": (LoadingRow,),
     "kernels_step": (CriterionRow,),
     "kernels_times": (OperationRow,),
+    "paper_*": (RunRow,),
     "memory": (MemoryRow, ScaleRow, SavedRow, CapacityRow),
     "scale": (StepRow,),
     "throughput": (StepRow,),
