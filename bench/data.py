@@ -16,9 +16,8 @@ import argparse
 import resource
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.rows import environment, table, write_json
-from engine.comparison.reference.statistics_pass import compute_target
+from bench.rows import Row, interleaved, percentiles, print_rows, seconds, write_json
+from bench.scenario import activations_pass
+from engine.comparison.reference.statistics_pass import compute_reference
+from engine.comparison.reference.target import MomentsKind
 from engine.configuration.command import Parser, run_command
 from engine.representation.build import build_extractor
-from engine.representation.feature_pass import FeaturePass
-from engine.representation.tracing.tap import activate_
 from pipelines import ImageDataset, ImageLoader, open_dataset
 from pipelines.loader import dali_is_importable
 
@@ -43,9 +42,14 @@ WORKERS = 2
 PASS_BATCH = 128  # twice the usual minibatch, as engine.train's own pass
 
 
-@dataclass
-class Row:
-    """One measurement. Times are per repetition: wall clock in images/s, CPU of all processes in µs/image."""
+@dataclass(frozen=True)
+class LoadingRow(Row):
+    """One way to read images. Times are per repetition: wall clock in images/s, CPU of all processes in µs/image.
+
+    Attributes:
+        path: the way that the images take.
+        relative_time: median wall time, divided by that of the baseline, the first way.
+    """
 
     op: str
     path: str
@@ -57,8 +61,17 @@ class Row:
     images_per_second_p80: float
     cpu_us_per_image: float
     relative_time: float
-    """Median wall time, divided by that of the row's baseline (itself: 1)."""
-    environment: Mapping[str, Any] = field(default_factory=environment, repr=False)
+
+    def cells(self) -> dict[str, object]:
+        """Rates with their percentiles, and the time that the CPU spent."""
+        p20, p50, p80 = self.images_per_second_p20, self.images_per_second_p50, self.images_per_second_p80
+        return {
+            "what": f"{self.op}, {self.shape}",
+            "way": self.path,
+            "images/s, median (p20–p80)": f"{p50:,.0f} ({p20:,.0f}–{p80:,.0f})",
+            "CPU µs/image": f"{self.cpu_us_per_image:,.1f}",
+            "time / first row's": f"{self.relative_time:.3f}",
+        }
 
 
 @dataclass
@@ -119,7 +132,7 @@ def make_arrays(path: Path, count: int, size: int = 32) -> ImageDataset:
     return open_dataset("images", path, image_size=size)
 
 
-def compare(op: str, shape: str, ways: Sequence[Way], repetitions: int) -> list[Row]:
+def compare_ways(op: str, shape: str, ways: Sequence[Way], repetitions: int) -> list[LoadingRow]:
     """Time all ways in turn, `repetitions` times; the first one is the baseline.
 
     Raises RuntimeError if they have not seen the same number of images.
@@ -128,36 +141,30 @@ def compare(op: str, shape: str, ways: Sequence[Way], repetitions: int) -> list[
     if len(set(counts.values())) != 1:
         raise RuntimeError(f"{op}: the ways saw different numbers of images: {counts}")
     images = next(iter(counts.values()))
-    wall: dict[str, list[float]] = {way.path: [] for way in ways}
-    cpu: dict[str, list[float]] = {way.path: [] for way in ways}
-    for _ in range(repetitions):
-        for way in ways:
-            begun, used = time.perf_counter(), _cpu_seconds()
-            way.run()
-            wall[way.path].append(time.perf_counter() - begun)
-            cpu[way.path].append(_cpu_seconds() - used)
-    baseline = statistics.median(wall[ways[0].path])
+    calls = {way.path: way.run for way in ways}
+    times = interleaved(calls, repetitions, _wall_and_cpu_seconds)
+    baseline = statistics.median(wall for wall, _ in times[ways[0].path])
     rows = []
     for way in ways:
-        p80, p50, p20 = np.percentile(wall[way.path], (20, 50, 80)).tolist()  # the slowest times are the lowest rates
+        p20, p50, p80 = percentiles([wall for wall, _ in times[way.path]])
         rows.append(
-            Row(
+            LoadingRow(
                 op=op,
                 path=way.path,
                 shape=shape,
                 images=images,
                 repetitions=repetitions,
-                images_per_second_p20=images / p20,
+                images_per_second_p20=images / p80,  # the slowest times are the lowest rates
                 images_per_second_p50=images / p50,
-                images_per_second_p80=images / p80,
-                cpu_us_per_image=statistics.median(cpu[way.path]) / images * 1e6,
+                images_per_second_p80=images / p20,
+                cpu_us_per_image=statistics.median(cpu for _, cpu in times[way.path]) / images * 1e6,
                 relative_time=p50 / baseline,
             )
         )
     return rows
 
 
-def bench_jpegs(work: Path, count: int, repetitions: int) -> list[Row]:
+def bench_jpegs(work: Path, count: int, repetitions: int) -> list[LoadingRow]:
     """The engine's loaders against torchvision's on one folder."""
     folder = work / "jpegs"
     folder.mkdir()
@@ -168,12 +175,12 @@ def bench_jpegs(work: Path, count: int, repetitions: int) -> list[Row]:
     for backend in ("dali", "torch"):
         if backend == "torch" or dali_is_importable():
             ours = ImageLoader(dataset, 64, backend=backend)
-            _check_same(theirs, ours)
+            check_same(theirs, ours)
             ways.append(Way(f"ImageLoader, {backend}", partial(_epoch, ours)))
-    return compare("JPEG folder", f"{WIDTH}×{HEIGHT} → {CROP} → {SIZE}", ways, repetitions)
+    return compare_ways("JPEG folder", f"{WIDTH}×{HEIGHT} → {CROP} → {SIZE}", ways, repetitions)
 
 
-def bench_arrays(work: Path, count: int, repetitions: int) -> list[Row]:
+def bench_arrays(work: Path, count: int, repetitions: int) -> list[LoadingRow]:
     """Images in memory through `ImageLoader`."""
     dataset = make_arrays(work / "arrays.npy", count)
     loaders = {
@@ -189,30 +196,26 @@ def bench_arrays(work: Path, count: int, repetitions: int) -> list[Row]:
         if np.abs(batch.images.numpy() - expected).max() > 1e-6:
             raise RuntimeError("arrays: the loader gives other images than the array holds")
     ways = [Way(path, partial(_epoch, loader)) for path, loader in loaders.items()]
-    return compare("arrays in memory", "32×32", ways, repetitions)
+    return compare_ways("arrays in memory", "32×32", ways, repetitions)
 
 
-def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) -> list[Row]:
+def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) -> list[LoadingRow]:
     """The whole statistics pass against the extractor alone, activations included, on the same batches in memory."""
     torch.manual_seed(0)
     dataset = make_arrays(work / "pass.npy", count)
     extractor = build_extractor(extractor_name, image_size=32)
-    feature_pass = FeaturePass(extractor)
+    activate = activations_pass(extractor)
     batches = [batch.images for batch in ImageLoader(dataset, PASS_BATCH)]
-
-    class Activations:
-        def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-            activate_(y, residual, feature_pass.prepared.sites[tap].to_apply)
 
     def alone() -> int:
         for batch in batches:
-            feature_pass.collect(batch, Activations())
+            activate(batch)
         return count
 
     def whole() -> int:
-        return compute_target(extractor, ImageLoader(dataset, PASS_BATCH), progress=False).count
+        return compute_reference(MomentsKind(), extractor, ImageLoader(dataset, PASS_BATCH), progress=False).count
 
-    return compare(
+    return compare_ways(
         f"statistics pass, {extractor_name}",
         "32×32",
         [Way("extractor alone, images in memory", alone), Way("compute_target", whole)],
@@ -224,7 +227,7 @@ def _epoch(loader: ImageLoader) -> int:
     return sum(len(batch.images) for batch in loader)
 
 
-def _check_same(theirs: Any, ours: ImageLoader) -> None:
+def check_same(theirs: Any, ours: ImageLoader) -> None:
     """RuntimeError if any image differs by more than 0.5 of 255 on average, or the numbers of images differ."""
     reference = torch.cat(list(theirs))
     images = torch.cat([batch.images for batch in ours])
@@ -235,24 +238,20 @@ def _check_same(theirs: Any, ours: ImageLoader) -> None:
         raise RuntimeError(f"JPEG folder: an image of {ours.backend} differs by {worst:.2f} of 255 on average")
 
 
+def _wall_and_cpu_seconds(call: Callable[[], object]) -> tuple[float, float]:
+    used = _cpu_seconds()
+    wall = seconds(call)
+    return wall, _cpu_seconds() - used
+
+
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Used so far by this process and by its children that have ended."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    """The table."""
-    headings = ("what", "way", "images/s, median (p20–p80)", "CPU µs/image", "time / first row's")
-    print(table(headings, [[
-        f"{row.op}, {row.shape}", row.path,
-        f"{row.images_per_second_p50:,.0f} ({row.images_per_second_p20:,.0f}–{row.images_per_second_p80:,.0f})",
-        f"{row.cpu_us_per_image:,.1f}", f"{row.relative_time:.3f}",
-    ] for row in rows]))  # fmt: skip
-
-
-def plot(path: str, rows: Sequence[Row]) -> None:
-    """Images/s of all ways, one panel for each comparison, with p20 and p80 as whiskers."""
+def plot(path: Path, rows: Sequence[LoadingRow]) -> None:
+    """Draw images/s of all ways, one panel for each comparison, with p20 and p80 as whiskers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -271,42 +270,44 @@ def plot(path: str, rows: Sequence[Row]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
-    parser = Parser(
+def parser() -> Parser:
+    """The flags of `python -m bench.data`."""
+    arguments = Parser(
         prog="python -m bench.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--plot", metavar="FILE", help="draw them there (PNG)")
-    parser.add_argument(
-        "--pass-images", type=int, default=12_800, metavar="N", help="for the statistics pass (default: %(default)s)"
-    )
-    parser.add_argument(
+    add = arguments.add_argument
+    add("--json", type=Path, metavar="FILE", help="write the rows there")
+    add("--plot", type=Path, metavar="FILE", help="draw them there (PNG)")
+    add("--pass-images", type=int, default=12_800, metavar="N", help="for the statistics pass (default: %(default)s)")
+    add(
         "--only", nargs="+", choices=("jpeg", "arrays", "pass"), default=("jpeg", "arrays", "pass"),
         help="of the three comparisons (default: all)",
     )  # fmt: skip
-    parser.add_argument(
-        "--pass-repetitions", type=int, default=5, metavar="N", help="of the statistics pass (default: %(default)s)"
-    )
-    parser.add_argument("--quick", action="store_true", help="small inputs, few repetitions: a try, not a measurement")
-    arguments = parser.parse_args(argv)
-    quick = arguments.quick
+    add("--pass-repetitions", type=int, default=5, metavar="N", help="of the statistics pass (default: %(default)s)")
+    add("--quick", action="store_true", help="small inputs, few repetitions: a try, not a measurement")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, write what --json and --plot ask for."""
+    args = parser().parse_args(argv)
+    quick = args.quick
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        rows: list[Row] = []
-        if "jpeg" in arguments.only:
+        rows: list[LoadingRow] = []
+        if "jpeg" in args.only:
             rows += bench_jpegs(work, 130 if quick else 5000, 2 if quick else 7)
-        if "arrays" in arguments.only:
+        if "arrays" in args.only:
             rows += bench_arrays(work, 1000 if quick else 50_000, 3 if quick else 15)
-        if "pass" in arguments.only:
+        if "pass" in args.only:
             name = "vgg-small" if quick else "vgg19+resnet18"
-            count, repetitions = arguments.pass_images, arguments.pass_repetitions
+            count, repetitions = args.pass_images, args.pass_repetitions
             rows += bench_pass(work, 64 if quick else count, 2 if quick else repetitions, name)
     print_rows(rows)
-    if arguments.json:
-        write_json(Path(arguments.json), rows)
-    if arguments.plot:
-        plot(arguments.plot, rows)
+    if args.json is not None:
+        write_json(args.json, rows)
+    if args.plot is not None:
+        plot(args.plot, rows)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def run(flags: list[str], folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run and print the digests, one run after the other."""
     parser = argparse.ArgumentParser(prog="python -m bench.digests", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(RUNS), help="this run alone")
     arguments = parser.parse_args()

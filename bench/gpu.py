@@ -48,7 +48,7 @@ JOBS = (
 
 
 def run_job(job: Job, folder: Path) -> dict[str, Any]:
-    """What came of it: status ("passed", "failed" or "timed out"), seconds, last lines of output, rows."""
+    """Run a job; returns status ("passed", "failed" or "timed out"), seconds, last lines of output, rows."""
     rows = folder / f"{job.name.replace(', ', '_').replace(' ', '_')}.json"
     command = [sys.executable, "-m", *job.arguments, *(("--json", str(rows)) if job.rows else ())]
     begun = time.perf_counter()
@@ -67,7 +67,7 @@ def run_job(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module."""
+    """Run all jobs, print how each ended, write everything. Exits with 1 unless all passed."""
     parser = Parser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

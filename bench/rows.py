@@ -1,4 +1,7 @@
-"""A benchmark's row: what was timed, how long it took, on what; and how the times are taken."""
+"""Rows of measurements, whatever was measured; how times and memory are taken; tables and files of rows.
+
+A benchmark defines a subclass of `Row` with its own fields for each kind of table that it prints.
+"""
 
 from __future__ import annotations
 
@@ -10,41 +13,55 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import profile
 
+from engine.support.files import write_atomically
 from engine.training.profiling import quiet_profiler
 
 # More than what the caches hold of a GPU, or of the part of a CPU that a few threads reach.
 FLUSHED_BYTES = 2**27
 
+Name = TypeVar("Name")
+Measured = TypeVar("Measured")
+RowKind = TypeVar("RowKind", bound="Row")
+
 
 def environment() -> dict[str, Any]:
     """Versions, machine and commit: what a number depends on besides the code it measures."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    return {
+        "versions": dict(_versions()),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "numpy", "triton", "nvidia-dali-cuda130"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "versions": versions,
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return versions
+
+
+@functools.cache
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return described.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
@@ -56,36 +73,87 @@ def _processor() -> str:
     return f"{platform.machine()}, {os.cpu_count()} CPUs"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement.
+    """One line of a table.
 
     Attributes:
-        op: the operation.
-        backend: who did it.
-        shape, dtype: of the activations (or buffers) it was done to.
-        p20, p50, p80: µs per call.
-        relative: p50 divided by that of the first backend of the same comparison.
-        bytes_per_second: bytes that the operation has to move at least, by p50; 0 if nobody counted them.
-        peak_memory: bytes allocated during one call, at most at the same time.
-        environment: see `environment`.
+        environment: what `environment()` said when the row was made: versions, processor, threads, load, commit, date.
     """
 
-    op: str
-    backend: str
-    shape: str
-    dtype: str
-    p20: float
-    p50: float
-    p80: float
-    relative: float
-    bytes_per_second: float
-    peak_memory: int
     environment: Mapping[str, Any] = field(default_factory=environment, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Field name → value, in the order of the class, the environment last."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["environment"] = values.pop("environment")
+        return values
+
+    def cells(self) -> Mapping[str, object]:
+        """Heading → cell of the printed table; the fields as they are, unless a subclass says it better."""
+        values = self.as_json()
+        del values["environment"]
+        return values
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, the 50th (median) and the 80th percentile."""
+    p20, p50, p80 = np.percentile(values, (20, 50, 80)).tolist()
+    return p20, p50, p80
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock time of `call`, the GPU's work included."""
+    synchronize()
+    begun = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - begun
+
+
+def cold_seconds(call: Callable[[], object]) -> float:
+    """`seconds` from caches that hold something else: `FLUSHED_BYTES` of other memory are written first."""
+    _other_memory("cuda" if torch.cuda.is_available() else "cpu").zero_()
+    return seconds(call)
+
+
+@functools.cache
+def _other_memory(device: str) -> Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+
+def interleaved(
+    calls: Mapping[Name, Callable[[], object]],
+    repetitions: int,
+    measured: Callable[[Callable[[], object]], Measured],
+    warmup: int = 0,
+) -> dict[Name, list[Measured]]:
+    """Measure all `calls` in turn, `repetitions` times, so that whatever else the machine does hits all of them alike.
+
+    Args:
+        calls: what to measure, by name. Nobody checks here that they compute the right thing.
+        repetitions: rounds; each takes the calls in another order, the same in every run.
+        measured: runs a call and returns what is wanted of it, such as `seconds`.
+        warmup: rounds before these, whose results are dropped.
+    """
+    found: dict[Name, list[Measured]] = {name: [] for name in calls}
+    shuffle = random.Random(0)
+    for repetition in range(warmup + repetitions):
+        for name, call in shuffle.sample(list(calls.items()), len(calls)):
+            value = measured(call)
+            if repetition >= warmup:
+                found[name].append(value)
+    return found
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that `call` allocates on top of what is there, at most at the same time."""
+    """Bytes that `call` allocates at most at the same time, on top of what was allocated before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -99,78 +167,22 @@ def peak_memory(call: Callable[[], object]) -> int:
     return int(max(np.cumsum([0, *changes])))
 
 
-@functools.cache
-def _other_memory(device: str) -> Tensor:
-    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
-
-
-def _timed(call: Callable[[], object]) -> float:
-    """µs that `call` takes, on caches that hold something else."""
-    on_gpu = torch.cuda.is_available()
-    _other_memory("cuda" if on_gpu else "cpu").zero_()
-    if on_gpu:
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    call()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - begun)
-
-
-def compare(
-    op: str, shape: str, dtype: str, calls: Mapping[str, Callable[[], object]], repetitions: int, floor_bytes: int = 0
-) -> list[Row]:
-    """Time all `calls` in turn, `repetitions` times, so that whatever else the machine does hits all of them alike.
-
-    Each time in another order, and from cold caches (`FLUSHED_BYTES` of other memory are written before every call).
-    Every call has to have run before (compiled), and to have been found correct: nothing is checked here.
-    """
-    times: dict[str, list[float]] = {backend: [] for backend in calls}
-    shuffle = random.Random(0)
-    for _ in range(repetitions):
-        for backend, call in shuffle.sample(list(calls.items()), len(calls)):
-            times[backend].append(_timed(call))
-    medians = {backend: float(np.median(taken)) for backend, taken in times.items()}
-    first = medians[next(iter(calls))]
-    return [
-        Row(
-            op=op,
-            backend=backend,
-            shape=shape,
-            dtype=dtype,
-            p20=float(np.percentile(times[backend], 20)),
-            p50=medians[backend],
-            p80=float(np.percentile(times[backend], 80)),
-            relative=medians[backend] / first,
-            bytes_per_second=floor_bytes / medians[backend] * 1e6,
-            peak_memory=peak_memory(call),
-        )
-        for backend, call in calls.items()
-    ]
-
-
-def interleaved(calls: Mapping[Any, Callable[[], object]], repetitions: int, warmup: int = 1) -> dict[Any, list[float]]:
-    """Seconds of `repetitions` calls of each, in another order every time, after `warmup` untimed ones."""
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    shuffle = random.Random(0)
-    for repetition in range(warmup + repetitions):
-        for name, call in shuffle.sample(list(calls.items()), len(calls)):
-            begun = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repetition >= warmup:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
-
-
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """A Markdown table of cells as `str` shows them."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def write_json(path: Path, rows: Sequence[Any]) -> None:
-    """Rows (dataclasses) as a list of objects."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print rows of one kind as a Markdown table, the columns of their `cells`."""
+    print(table(list(rows[0].cells()), [list(row.cells().values()) for row in rows]))
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as a list of objects, the whole file or nothing. InputError if the file cannot be written."""
+    write_atomically(path, (json.dumps([row.as_json() for row in rows], indent=1) + "\n").encode())
+
+
+def read_json(path: Path, kind: type[RowKind]) -> list[RowKind]:
+    """The rows that `write_json` wrote. OSError, TypeError or ValueError if the file holds anything else."""
+    return [kind(**values) for values in json.loads(path.read_text())]

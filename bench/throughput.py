@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.rows import environment, interleaved, table, write_json
-from bench.scenario import Scenario
+from bench.naive import NaiveMatching
+from bench.rows import Row, interleaved, percentiles, print_rows, seconds, table, write_json
+from bench.scenario import DTYPE_NAMES, RECOMPUTE_GENERATOR, Problem, Scenario, Step, engine_step, plain_step
+from engine.comparison.moment_matching import MomentMatching
 from engine.configuration.command import Parser, run_command
 from engine.representation.extractor import Extractor
 
@@ -31,11 +32,10 @@ from engine.representation.extractor import Extractor
 TOLERANCE = {None: 5e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 # Minibatches of `--scale`, in chunks.
 SCALE = (1, 2, 8, 64)
-NAMES = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
-class StepRow:
+class StepRow(Row):
     """One variant's training step.
 
     Attributes:
@@ -55,7 +55,34 @@ class StepRow:
     p80: float
     images_per_second: float
     gradient_error: float
-    environment: dict[str, Any] = field(default_factory=environment, repr=False)
+
+    def cells(self) -> dict[str, object]:
+        """Seconds, images/s, and the gradient's error where there is one."""
+        return {
+            "variant": self.variant,
+            "dtype": self.dtype,
+            "p20, s": f"{self.p20:.3f}",
+            "p50": f"{self.p50:.3f}",
+            "p80": f"{self.p80:.3f}",
+            "images/s": f"{self.images_per_second:.0f}",
+            "gradient error": "" if np.isnan(self.gradient_error) else f"{self.gradient_error:.1e}",
+        }
+
+
+def step_row(
+    variant: str,
+    dtype: torch.dtype | None,
+    problem: Problem,
+    minibatch: int,
+    times: Sequence[float],
+    gradient_error: float = float("nan"),
+) -> StepRow:
+    """The row of a variant whose steps took `times`, in seconds."""
+    p20, p50, p80 = percentiles(times)
+    return StepRow(
+        variant, DTYPE_NAMES[dtype], problem.extractor, problem.image_size, minibatch, p20, p50, p80, minibatch / p50,
+        gradient_error,
+    )  # fmt: skip
 
 
 def exact_gradient(scenario: Scenario, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,11 +98,37 @@ def exact_gradient(scenario: Scenario, images: Tensor) -> tuple[Tensor, Tensor]:
     return v.float(), torch.autograd.grad(loss, leaf)[0]
 
 
-def _gradient(objective: Callable[[Tensor], Tensor], images: Tensor, scale: float = 1.0) -> Tensor:
+def gradient_of(loss: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """∂L/∂images, of a scaled loss where float16 would underflow."""
+    scale = 2.0**16 if dtype is torch.float16 else 1.0
     leaf = images.clone().requires_grad_()
-    (objective(leaf) * scale).backward()
+    (loss(leaf) * scale).backward()
     assert leaf.grad is not None
     return leaf.grad / scale
+
+
+def naive_gradient(objective: NaiveMatching, images: Tensor, v: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """∂L/∂images of the naive objective for the direction `v` [2, D], which it keeps."""
+    with torch.no_grad():
+        objective.v_mean.copy_(v[0])
+        objective.v_variance.copy_(v[1])
+    groups = [adam.param_groups[0] for adam in (objective.adam_mean, objective.adam_variance)]
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0  # so that v stays
+    gradient = gradient_of(objective, images, dtype)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    return gradient
+
+
+def engine_gradient(objective: MomentMatching, images: Tensor, v: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """∂L/∂images of the engine's objective for the direction `v` [2, D], which it keeps."""
+    objective.load_state_dict({**objective.state_dict(), "averager.v": v})
+    objective.eval()
+    gradient = gradient_of(objective, images, dtype)
+    objective.train()
+    return gradient
 
 
 class Convolutions:
@@ -101,7 +154,7 @@ class Convolutions:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """All of them once."""
+        """Run every convolution forward, then every one backward."""
         for conv, x, _ in self.work:
             conv(x)
         for conv, x, grad in reversed(self.work):
@@ -124,24 +177,23 @@ class _Pass(torch.autograd.Function):
         return torch.full_like(ctx.shape, 1e-4)
 
 
-def measure(
-    name: str, image_size: int, minibatch: int, device: str, repetitions: int, low: torch.dtype
+def measure_variants(
+    problem: Problem, minibatch: int, device: str, repetitions: int, low: torch.dtype
 ) -> list[StepRow]:
-    """All variants; RuntimeError if one of them computes something else than float64 does."""
-    scenario = Scenario.build(name, image_size, minibatch, device)
+    """All variants, in float32 and `low`; RuntimeError if one of them computes something else than float64 does."""
+    scenario = Scenario.calibrated(problem, device)
     torch.manual_seed(2)
-    images = (torch.rand(minibatch, 3, image_size, image_size) * 2 - 1).to(device)
+    images = (torch.rand(minibatch, 3, problem.image_size, problem.image_size) * 2 - 1).to(device)
     v, exact = exact_gradient(scenario, images)
 
-    steps: dict[tuple[str, torch.dtype | None], Callable[[], object]] = {}
+    steps: dict[tuple[str, torch.dtype | None], Step] = {}
     errors: dict[tuple[str, torch.dtype | None], float] = {}
 
-    def add(variant: str, objective: Any, dtype: torch.dtype | None, gradient: Tensor) -> None:
+    def check(variant: str, dtype: torch.dtype | None, gradient: Tensor) -> None:
         error = float((gradient.double() - exact).norm() / exact.norm())
-        print(f"{variant}, {NAMES[dtype]}: gradient within {error:.1e} of float64's", file=sys.stderr)
+        print(f"{variant}, {DTYPE_NAMES[dtype]}: gradient within {error:.1e} of float64's", file=sys.stderr)
         if not error <= TOLERANCE[dtype]:
-            raise RuntimeError(f"{variant}, {NAMES[dtype]}: gradient off by {error:.1e}; not worth timing")
-        steps[variant, dtype] = scenario.trainer(objective, dtype)
+            raise RuntimeError(f"{variant}, {DTYPE_NAMES[dtype]}: gradient off by {error:.1e}; not worth timing")
         errors[variant, dtype] = error
 
     naives: list[tuple[str, torch.dtype | None, dict[str, Any]]] = [
@@ -152,65 +204,43 @@ def measure(
     ]
     for variant, dtype, switches in naives:
         naive = scenario.naive(**switches)
-        with torch.no_grad():
-            naive.v_mean.copy_(v[0])
-            naive.v_variance.copy_(v[1])
-        for adam in (naive.adam_mean, naive.adam_variance):
-            adam.param_groups[0]["lr"] = 0.0  # v stays what it is
-        gradient = _gradient(naive, images, 2**16 if dtype is torch.float16 else 1.0)
-        for adam in (naive.adam_mean, naive.adam_variance):
-            adam.param_groups[0]["lr"] = 1e-5
-        add(variant, naive, dtype, gradient)
+        check(variant, dtype, naive_gradient(naive, images, v, dtype))
+        steps[variant, dtype] = plain_step(scenario.generator(), naive, minibatch, dtype)
     for dtype in (None, low):
-        ours = scenario.ours(dtype)
-        state = ours.state_dict()
-        ours.load_state_dict({**state, "averager.v": v})
-        ours.eval()
-        gradient = _gradient(ours, images, 2**16 if dtype is torch.float16 else 1.0)
-        ours.train()
-        add("ours", ours, dtype, gradient)
-        steps["convolution floor", dtype] = Convolutions(ours.extractor, minibatch)
-        steps["generator alone", dtype] = scenario.trainer(_Pass.apply, dtype)
+        ours = scenario.parts(minibatch, dtype)
+        check("ours", dtype, engine_gradient(ours.objective, images, v, dtype))
+        steps["ours", dtype] = engine_step(ours)
+        steps["convolution floor", dtype] = Convolutions(ours.objective.extractor, minibatch)
+        steps["generator alone", dtype] = plain_step(scenario.generator(), _Pass.apply, minibatch, dtype)
     gc.collect()
-    times = interleaved(steps, repetitions, warmup=2)
-    rows = []
-    for (variant, dtype), seconds in times.items():
-        p20, p50, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
-        rows.append(StepRow(
-            variant, NAMES[dtype], name, image_size, minibatch, p20, p50, p80, minibatch / p50,
-            errors.get((variant, dtype), float("nan")),
-        ))  # fmt: skip
-    return rows
+    return [
+        step_row(variant, dtype, problem, minibatch, taken, errors.get((variant, dtype), float("nan")))
+        for (variant, dtype), taken in interleaved(steps, repetitions, seconds, warmup=2).items()
+    ]
 
 
 def measure_scale(
-    name: str, image_size: int, minibatches: Sequence[int], chunk: int, device: str, repetitions: int, low: torch.dtype
+    problem: Problem, minibatches: Sequence[int], chunk: int, device: str, repetitions: int, low: torch.dtype
 ) -> list[StepRow]:
     """`ours --amp` at several minibatches, the first of them one chunk, the others chunks of the same size."""
-    scenario = Scenario.build(name, image_size, chunk, device)
-    steps: dict[int, Callable[[], object]] = {}
-    for minibatch in minibatches:
-        objective = scenario.ours(low, chunk_size=chunk)
-        sized = dataclasses.replace(scenario, minibatch=minibatch)
-        steps[minibatch] = sized.trainer(objective, low, checkpoint_generator=True)
-    rows = []
-    for minibatch, seconds in interleaved(steps, repetitions, warmup=1).items():
-        p20, p50, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
-        variant = f"ours, chunks of {chunk}, generator checkpointed"
-        rows.append(StepRow(
-            variant, NAMES[low], name, image_size, minibatch, p20, p50, p80, minibatch / p50, float("nan"),
-        ))  # fmt: skip
-    return rows
+    scenario = Scenario.calibrated(problem, device)
+    steps = {
+        minibatch: engine_step(scenario.parts(minibatch, low, chunk_size=chunk, **RECOMPUTE_GENERATOR))
+        for minibatch in minibatches
+    }
+    variant = f"ours, chunks of {chunk}, generator checkpointed"
+    times = interleaved(steps, repetitions, seconds, warmup=1)
+    return [step_row(variant, low, problem, minibatch, taken) for minibatch, taken in times.items()]
 
 
-def print_scale(rows: Sequence[StepRow]) -> None:
-    """The table: time per image against the first row's (one chunk) and the second's (two)."""
+def scale_table(rows: Sequence[StepRow]) -> str:
+    """Time per image, and its ratios to the first row's (one chunk) and the second's (two)."""
     headings = ("minibatch", "step p20, s", "p50", "p80", "ms/image", "/ one chunk", f"/ minibatch {rows[1].minibatch}")
     per_image = [row.p50 / row.minibatch for row in rows]
-    print(table(headings, [[
+    return table(headings, [[
         row.minibatch, f"{row.p20:.2f}", f"{row.p50:.2f}", f"{row.p80:.2f}", f"{1e3 * own:.2f}",
         f"{own / per_image[0]:.2f}", f"{own / per_image[1]:.2f}",
-    ] for row, own in zip(rows, per_image, strict=True)]))  # fmt: skip
+    ] for row, own in zip(rows, per_image, strict=True)])  # fmt: skip
 
 
 def ratios(rows: Sequence[StepRow]) -> dict[str, float]:
@@ -232,45 +262,46 @@ def ratios(rows: Sequence[StepRow]) -> dict[str, float]:
     }
 
 
-def print_rows(rows: Sequence[StepRow]) -> None:
-    """The tables."""
-    headings = ("variant", "dtype", "p20, s", "p50", "p80", "images/s", "gradient error")
-    print(table(headings, [[
-        row.variant, row.dtype, f"{row.p20:.3f}", f"{row.p50:.3f}", f"{row.p80:.3f}", f"{row.images_per_second:.0f}",
-        "" if np.isnan(row.gradient_error) else f"{row.gradient_error:.1e}",
-    ] for row in rows]))  # fmt: skip
-    print()
-    print(table(("ratio of medians", ""), [[name, f"{value:.2f}"] for name, value in ratios(rows).items()]))
+def ratios_table(rows: Sequence[StepRow]) -> str:
+    """The ratios, a line each."""
+    return table(("ratio of medians", ""), [[name, f"{value:.2f}"] for name, value in ratios(rows).items()])
+
+
+def parser() -> Parser:
+    """The flags of `python -m bench.throughput`."""
+    arguments = Parser(
+        prog="python -m bench.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = arguments.add_argument
+    add("--extractor", default="vgg19+resnet18", metavar="NAME")
+    add("--image-size", type=int, default=32, metavar="PIXELS")
+    add("--batch-size", type=int, default=64, metavar="N")
+    add("--scale", action="store_true", help="instead: larger minibatches in chunks of --batch-size")
+    add("--repetitions", type=int, default=10, metavar="N", help="timed steps (default: %(default)s)")
+    add("--amp-dtype", choices=("bf16", "fp16"), default="bf16")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, metavar="FILE", help="write the rows there too")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module."""
-    parser = Parser(
-        prog="python -m bench.throughput", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--extractor", default="vgg19+resnet18", metavar="NAME")
-    parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N")
-    parser.add_argument("--scale", action="store_true", help="instead: larger minibatches in chunks of --batch-size")
-    parser.add_argument("--repetitions", type=int, default=10, metavar="N", help="timed steps (default: %(default)s)")
-    parser.add_argument("--amp-dtype", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    args = parser.parse_args(argv)
+    """Measure, print the tables, write what --json asks for."""
+    arguments = parser()
+    args = arguments.parse_args(argv)
     if args.repetitions < 1:
-        parser.error(f"--repetitions: must be at least 1, got {args.repetitions}")
+        arguments.error(f"--repetitions: must be at least 1, got {args.repetitions}")
     if args.batch_size < 2:
-        parser.error(f"--batch-size: must be at least 2, got {args.batch_size}")
+        arguments.error(f"--batch-size: must be at least 2, got {args.batch_size}")
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}[args.amp_dtype]
+    problem, chunk = Problem(args.extractor, args.image_size), args.batch_size
     if args.scale:
-        minibatches = [factor * args.batch_size for factor in SCALE]
-        rows = measure_scale(
-            args.extractor, args.image_size, minibatches, args.batch_size, args.device, args.repetitions, low
-        )
-        print_scale(rows)
+        minibatches = [factor * chunk for factor in SCALE]
+        rows = measure_scale(problem, minibatches, chunk, args.device, args.repetitions, low)
+        print(scale_table(rows))
     else:
-        rows = measure(args.extractor, args.image_size, args.batch_size, args.device, args.repetitions, low)
+        rows = measure_variants(problem, args.batch_size, args.device, args.repetitions, low)
         print_rows(rows)
+        print(f"\n{ratios_table(rows)}")
     if args.json is not None:
         write_json(args.json, rows)
 

@@ -1,7 +1,7 @@
 """`python -m bench.kernels`: the three fused operations, timed, counted and audited.
 
 Without options, times: every operation beside the plain PyTorch formula and torch.compile's version of the same
-formula, in turn, on whatever device is there. A result is compared with float64 before its time is taken.
+formula, in turn, on the chosen device. A result is compared with float64 before its time is taken.
 
 `--audit` compiles every kernel that the engine launches ahead of time, for sm_80, sm_90 and sm_100, which needs no GPU,
 and reads the machine code: registers, spilled bytes, stack, shared memory, occupancy, widths of global accesses. It

@@ -7,53 +7,57 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import bench.kernels
 from bench.kernels.audit import audit, print_audit
-from bench.kernels.times import measure, measure_steps, print_steps, print_times
+from bench.kernels.times import measure_operations, measure_steps
 from bench.kernels.traffic import count_bytes, print_bytes
 from bench.kernels.workloads import EXTRACTOR, IMAGE_SIZE, taps_of
-from bench.rows import write_json
+from bench.rows import Row, print_rows, write_json
 from engine.configuration.command import Parser, run_command
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module."""
-    parser = Parser(
+def parser() -> Parser:
+    """The flags of `python -m bench.kernels`."""
+    arguments = Parser(
         prog="python -m bench.kernels", description=bench.kernels.__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    what = parser.add_mutually_exclusive_group()
+    what = arguments.add_mutually_exclusive_group()
     what.add_argument("--audit", action="store_true", help="compile ahead of time, read the machine code")
     what.add_argument("--bytes", action="store_true", help="count what the kernels load and store")
     what.add_argument("--step", action="store_true", help="time whole training steps")
-    parser.add_argument("--repetitions", type=int, default=30, help="of every timed call (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    args = parser.parse_args(argv)
+    arguments.add_argument("--repetitions", type=int, default=30, help="of every timed call (default: %(default)s)")
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, count or audit; print, write. Exits with 1 after an audit that found a violation."""
+    arguments = parser()
+    args = arguments.parse_args(argv)
     if args.repetitions < 1:
-        parser.error(f"--repetitions: must be at least 1, got {args.repetitions}")
-    rows: Sequence[Any]
+        arguments.error(f"--repetitions: must be at least 1, got {args.repetitions}")
+    rows: Sequence[Row]
     failed = False
     if args.audit:
-        rows = audit()
-        print_audit(rows)
-        failed = any(row.violations for row in rows)
+        audited = rows = audit()
+        print_audit(audited)
+        failed = any(row.violations for row in audited)
     elif args.bytes:
         if os.environ.get("TRITON_INTERPRET") != "1":  # Triton has already been imported, without it
-            arguments = sys.argv[1:] if argv is None else list(argv)
-            command = [sys.executable, "-m", "bench.kernels", *arguments]
+            command = [sys.executable, "-m", "bench.kernels", *(sys.argv[1:] if argv is None else argv)]
             os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-        rows = count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)
-        print_bytes(rows)
+        counted = rows = count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)
+        print_bytes(counted)
     elif args.step:
         rows = measure_steps(args.device, args.repetitions)
-        print_steps(rows)
+        print_rows(rows)
     else:
-        rows = measure(args.device, args.repetitions)
-        print_times(rows)
+        rows = measure_operations(args.device, args.repetitions)
+        print_rows(rows)
     if args.json is not None:
         write_json(args.json, rows)
     if failed:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.kernels.workloads import AVERAGER_OPTIONS, DTYPE_BYTES, Call, Recorder, short, triton_ops
-from bench.rows import table
+from bench.rows import Row, print_rows
 
 # From the CUDA C++ Programming Guide's table of compute capabilities: per multiprocessor, warps, blocks, 32-bit
 # registers, and bytes of shared memory; a block reserves 1 KiB of the latter.
@@ -24,7 +24,7 @@ _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32, 
 
 
 @dataclass(frozen=True)
-class AuditRow:
+class AuditRow(Row):
     """One compiled variant.
 
     Attributes:
@@ -48,6 +48,23 @@ class AuditRow:
     widest_load: int
     widest_store: int
     violations: tuple[str, ...]
+
+    def cells(self) -> dict[str, object]:
+        """Everything but the violations, which `print_audit` lists below the table."""
+        return {
+            "kernel": self.kernel.removesuffix("_kernel"),
+            "dtype": self.dtype,
+            "layout": self.layout,
+            "variant": self.variant,
+            "target": self.target,
+            "registers": self.registers,
+            "spilled": self.spilled,
+            "stack": self.stack,
+            "shared": self.shared,
+            "occupancy": f"{self.occupancy:.0%}",
+            "widest load": self.widest_load,
+            "widest store": self.widest_store,
+        }
 
 
 @dataclass(frozen=True)
@@ -242,15 +259,8 @@ def audit(capabilities: Sequence[int] = tuple(MULTIPROCESSORS), only: str = "") 
 
 
 def print_audit(rows: Sequence[AuditRow]) -> None:
-    """The table, then every violation, then how many there are."""
-    headings = (
-        "kernel", "dtype", "layout", "variant", "target", "registers", "spilled", "stack", "shared", "occupancy",
-        "widest load", "widest store",
-    )  # fmt: skip
-    print(table(headings, [[
-        row.kernel.removesuffix("_kernel"), row.dtype, row.layout, row.variant, row.target, row.registers, row.spilled,
-        row.stack, row.shared, f"{row.occupancy:.0%}", row.widest_load, row.widest_store,
-    ] for row in rows]))  # fmt: skip
+    """Print the variants, then every violation, then how many there are."""
+    print_rows(rows)
     bad = [row for row in rows if row.violations]
     for row in bad:
         print(f"violation: {row.kernel}, {row.dtype}, {row.variant}, {row.target}: {'; '.join(row.violations)}")

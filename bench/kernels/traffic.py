@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -24,12 +24,12 @@ from bench.kernels.workloads import (
     plain_forward,
     triton_ops,
 )
-from bench.rows import environment, table
+from bench.rows import Row, print_rows
 from kernels.layout import feature_rows
 
 
 @dataclass(frozen=True)
-class BytesRow:
+class BytesRow(Row):
     """Bytes that one operation moves over all taps of a minibatch.
 
     Attributes:
@@ -44,7 +44,18 @@ class BytesRow:
     floor: int
     eager: int
     compiled: int
-    environment: dict[str, Any] = field(default_factory=environment, repr=False)
+
+    def cells(self) -> dict[str, object]:
+        """Megabytes, and the ratios to the floor."""
+        return {
+            "operation": self.op,
+            "ours, MB": f"{self.ours / 1e6:.1f}",
+            "partial sums": f"{self.partial / 1e6:.2f}",
+            "floor": f"{self.floor / 1e6:.1f}",
+            "ours / floor": f"{self.ours / self.floor:.4f}",
+            "plain PyTorch": f"{self.eager / 1e6:.1f} ({self.eager / self.floor:.1f}×)",
+            "torch.compile": f"{self.compiled / 1e6:.1f} ({self.compiled / self.floor:.1f}×)",
+        }
 
 
 COLUMNS = ("ours", "partial", "floor", "eager", "compiled")
@@ -113,14 +124,16 @@ class _OperatorBytes(TorchDispatchMode):
 
 def _eager_bytes(tap: TapShape, dtype: torch.dtype) -> tuple[int, int]:
     """Of `plain_forward` and `plain_backward`, on tensors without data."""
-    make = lambda: torch.empty(MINIBATCH, *tap.shape, dtype=dtype, device="meta").to(  # noqa: E731
-        memory_format=torch.channels_last
+    x, residual, y_gradient = (
+        torch.empty(MINIBATCH, *tap.shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        for _ in range(3)
     )
-    x, per_feature = make().requires_grad_(), torch.empty(tap.features, device="meta")
+    x.requires_grad_()
+    per_feature = torch.empty(tap.features, device="meta")
     with _OperatorBytes() as forward:
-        outputs = plain_forward(x, make() if tap.residual else None)
+        outputs = plain_forward(x, residual if tap.residual else None)
     with _OperatorBytes() as backward:
-        plain_backward(x, outputs, (make(), per_feature, per_feature))
+        plain_backward(x, outputs, (y_gradient, per_feature, per_feature))
     return forward.total, backward.total
 
 
@@ -141,11 +154,11 @@ class _InductorBytes:
         self._stack.close()
 
     def isEnabledFor(self, level: int) -> bool:
-        """As a logger's."""
+        """Inductor asks its logger whether it listens: it does."""
         return True
 
     def info(self, message: str, graph: dict[str, Any]) -> None:
-        """As a logger's; `graph` is what was counted."""
+        """What Inductor calls with its count of a compiled graph."""
         self.total += graph["num_bytes_accessed"]
 
 
@@ -227,12 +240,6 @@ def _averager_bytes(features: int) -> BytesRow:
 
 
 def print_bytes(rows: Sequence[BytesRow]) -> None:
-    """The table, and the sums of its columns."""
+    """Print the operations, and the sums of their columns."""
     columns = {name: sum(getattr(row, name) for row in rows) for name in COLUMNS}
-    total = BytesRow("all", **columns)
-    headings = ("operation", "ours, MB", "partial sums", "floor", "ours / floor", "plain PyTorch", "torch.compile")
-    print(table(headings, [[
-        row.op, f"{row.ours / 1e6:.1f}", f"{row.partial / 1e6:.2f}", f"{row.floor / 1e6:.1f}",
-        f"{row.ours / row.floor:.4f}", f"{row.eager / 1e6:.1f} ({row.eager / row.floor:.1f}×)",
-        f"{row.compiled / 1e6:.1f} ({row.compiled / row.floor:.1f}×)",
-    ] for row in (*rows, total)]))  # fmt: skip
+    print_rows([*rows, BytesRow("all", **columns)])

@@ -1,8 +1,8 @@
 """`python -m bench.paper`: the paper's experiments, each one command that writes rows, a table and a figure.
 
 `--experiment layers|extractors|averaging|loss-vs-quality|fidelity` runs on the digits in minutes; `--scale cifar10` (or
-another preset) at the paper's scale. Runs that are there already are not run again, and an interrupted one is gone on
-with. `--document PAGE ROWS…` writes the page with all results.
+another preset) at the paper's scale. Finished runs in `--runs` are not run again, and an interrupted one is resumed.
+`--document PAGE ROWS…` writes the page with all results.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL
-from bench.paper.results import draw, findings, page, read_rows, results_table, write_rows
-from bench.paper.runs import Plan, Row, run_experiment, run_folder
+from bench.paper.results import draw, findings, page, read_rows, results_table
+from bench.paper.runs import ExperimentPlan, RunRow, run_experiment, run_folder
+from bench.rows import write_json
 from engine.configuration.command import Parser, run_command
 from engine.support.files import write_atomically
 
 
 def parser() -> Parser:
-    """The command line."""
+    """The flags of `python -m bench.paper`."""
     arguments = Parser(
         prog="python -m bench.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +45,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, print, write."""
+    """Run an experiment, or with --document write the page."""
     arguments = parser().parse_args(argv)
     if arguments.document is not None:
         _document(arguments)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.steps is not None and arguments.steps < 1:
         parser().error(f"--steps: must be at least 1, got {arguments.steps}")
     experiment = EXPERIMENTS[arguments.experiment]
-    plan = Plan(
+    plan = ExperimentPlan(
         scale=SCALES[arguments.scale],
         folder=arguments.runs,
         seeds=range(arguments.seeds),
@@ -65,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         data=arguments.data,
         device=arguments.device,
     )
-    rows: list[Row] = []
+    rows: list[RunRow] = []
     for row in run_experiment(experiment, plan):
         rows.append(row)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
         print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
         if arguments.json is not None:
-            write_rows(arguments.json, rows)
+            write_json(arguments.json, rows)
     print(f"\n{results_table(rows)}\n")
     if plan.smoke:
         print("--smoke: these numbers mean nothing")
@@ -91,7 +92,7 @@ def _document(arguments: argparse.Namespace) -> None:
     figures = [f"experiments/{rows[0].experiment}.png" for rows in results]
     for figure in figures:
         if not (folder / figure).exists():
-            parser().error(f"--document: {folder / figure} is not there; draw it with --figure")
+            parser().error(f"--document: {folder / figure} does not exist; draw it with --figure")
     order = list(EXPERIMENTS)
     pairs = sorted(zip(results, figures), key=lambda pair: order.index(pair[0][0].experiment))
     write_atomically(arguments.document, page([rows for rows, _ in pairs], [name for _, name in pairs]).encode())

@@ -18,9 +18,9 @@ class Scale:
         name: the preset of `engine.train`.
         extractor: the network that is matched where an experiment does not say another; the classifier of Table 3.
         layers: how many of its layers `layers` tries.
-        network: whose features judge the samples (`engine.evaluation.metrics.evaluation_network`); None is Inception-v3.
-        samples: that are judged.
-        metrics: of `engine.evaluation.metrics.METRICS`.
+        network: judges the samples (see `engine.evaluation.metrics.evaluation_network`); None is Inception-v3.
+        samples: how many of them are judged.
+        metrics: some of `engine.evaluation.metrics.METRICS`.
     """
 
     name: str
@@ -47,7 +47,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class ExperimentSetting:
     """One row of an experiment's table.
 
     Attributes:
@@ -75,9 +75,9 @@ class Experiment:
     """A table or a figure of the paper.
 
     Attributes:
-        name: for the command line.
-        title: for people.
-        source: where the paper has it.
+        name: on the command line.
+        title: heading of its section.
+        source: table, figure or section of the paper.
         settings: from a scale to the rows.
         claims: from a scale to what the paper found.
         small_steps: training steps on the digits; the paper's scale takes the preset's.
@@ -89,7 +89,7 @@ class Experiment:
     name: str
     title: str
     source: str
-    settings: Callable[[Scale], tuple[Setting, ...]]
+    settings: Callable[[Scale], tuple[ExperimentSetting, ...]]
     claims: Callable[[Scale], tuple[Claim, ...]]
     small_steps: int
     small_flags: tuple[str, ...] = ()
@@ -97,8 +97,10 @@ class Experiment:
     remark: str = ""
 
 
-def _layers(scale: Scale) -> tuple[Setting, ...]:
-    return tuple(Setting(f"{k} layer{'s'[: k > 1]}", scale.extractor, ("--layers", str(k))) for k in scale.layers)
+def _layers(scale: Scale) -> tuple[ExperimentSetting, ...]:
+    return tuple(
+        ExperimentSetting(f"{k} layer{'s'[: k > 1]}", scale.extractor, ("--layers", str(k))) for k in scale.layers
+    )
 
 
 def _layers_claims(scale: Scale) -> tuple[Claim, ...]:
@@ -111,8 +113,8 @@ def _layers_claims(scale: Scale) -> tuple[Claim, ...]:
 _AUTOENCODER, _RESNET, _VGG, _BOTH = "dcgan-encoder", "resnet18", "vgg19", "vgg19+resnet18"
 
 
-def _extractors(scale: Scale) -> tuple[Setting, ...]:
-    return tuple(Setting(name, name) for name in (_AUTOENCODER, _RESNET, _VGG, _BOTH))
+def _extractors(scale: Scale) -> tuple[ExperimentSetting, ...]:
+    return tuple(ExperimentSetting(name, name) for name in (_AUTOENCODER, _RESNET, _VGG, _BOTH))
 
 
 def _extractors_claims(scale: Scale) -> tuple[Claim, ...]:
@@ -128,10 +130,10 @@ _AVERAGERS = (("none", "none"), ("ma", "MA"), ("ama", "AMA"))
 _MINIBATCHES = (64, 512)
 
 
-def _averaging(scale: Scale) -> tuple[Setting, ...]:
+def _averaging(scale: Scale) -> tuple[ExperimentSetting, ...]:
     # 512 images in chunks of 64: the memory of the small minibatch, and the same gradient.
     return tuple(
-        Setting(
+        ExperimentSetting(
             f"{label}, {minibatch}",
             scale.extractor,
             ("--averager", averager, "--batch-size", str(minibatch))
@@ -151,13 +153,14 @@ def _averaging_claims(scale: Scale) -> tuple[Claim, ...]:
     )
 
 
-def _single(scale: Scale) -> tuple[Setting, ...]:
-    return (Setting("AMA", scale.extractor),)
+def _single(scale: Scale) -> tuple[ExperimentSetting, ...]:
+    return (ExperimentSetting("AMA", scale.extractor),)
 
 
-def _fidelity(scale: Scale) -> tuple[Setting, ...]:
+def _fidelity(scale: Scale) -> tuple[ExperimentSetting, ...]:
     return tuple(
-        Setting(f"AMA, {variant}", scale.extractor, ("--ama-variant", variant)) for variant in ("paper", "authors")
+        ExperimentSetting(f"AMA, {variant}", scale.extractor, ("--ama-variant", variant))
+        for variant in ("paper", "authors")
     )
 
 

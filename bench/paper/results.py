@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
-from bench.paper.runs import Row
-from bench.rows import table
+from bench.paper.runs import RunRow
+from bench.rows import read_json, table
 from engine.configuration.build import load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
@@ -60,18 +59,18 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(float(np.mean(values)), deviation, len(values))
 
 
-def of_setting(rows: Sequence[Row], setting: str, metric: str) -> list[float]:
+def of_setting(rows: Sequence[RunRow], setting: str, metric: str) -> list[float]:
     """The metric's values, a seed each; kernel distances in thousandths."""
     factor = 1000 if metric == "kernel_distance" else 1
     return [factor * row.metrics[metric] for row in rows if row.setting == setting]
 
 
-def settings_of(rows: Sequence[Row]) -> list[str]:
+def settings_of(rows: Sequence[RunRow]) -> list[str]:
     """Settings in the order of the experiment."""
     return list(dict.fromkeys(row.setting for row in rows))
 
 
-def results_table(rows: Sequence[Row]) -> str:
+def results_table(rows: Sequence[RunRow]) -> str:
     """A line a setting: mean and deviation over the seeds of everything that was measured."""
     names = _INCEPTION_NAMES if rows[0].is_inception else _OTHER_NAMES
     metrics = [metric for metric in names if metric in rows[0].metrics]
@@ -83,7 +82,7 @@ def results_table(rows: Sequence[Row]) -> str:
     return table(["setting", *(names[metric] for metric in metrics), "seeds", "seconds a run"], lines)
 
 
-def compare(rows: Sequence[Row], one: str, other: str) -> tuple[int, Summary, Summary]:
+def closer(rows: Sequence[RunRow], one: str, other: str) -> tuple[int, Summary, Summary]:
     """1 if the setting `one` has the smaller mean kernel distance, −1 if `other` has, 0 if that is undecided.
 
     Means differ if it is by more than two standard errors of the difference, √(s₁²/n₁ + s₂²/n₂).
@@ -96,22 +95,22 @@ def compare(rows: Sequence[Row], one: str, other: str) -> tuple[int, Summary, Su
     return (1 if difference > 0 else -1), first, second
 
 
-def verdict(rows: Sequence[Row], claim: Claim) -> str:
-    """A sentence: does the claim hold here, by `compare`?"""
-    sign, better, worse = compare(rows, claim.better, claim.worse)
+def verdict(rows: Sequence[RunRow], claim: Claim) -> str:
+    """A sentence: does the claim hold here, by `closer`?"""
+    sign, better, worse = closer(rows, claim.better, claim.worse)
     word = {1: "agrees", -1: "disagrees", 0: "undecided"}[sign]
     return f"{claim.text}: **{word}** ({claim.better} {better}, {claim.worse} {worse})"
 
 
-def side_by_side(rows: Sequence[Row]) -> str:
+def side_by_side(rows: Sequence[RunRow]) -> str:
     """A sentence on two settings of which the paper claims nothing."""
     one, other = settings_of(rows)
-    sign, first, second = compare(rows, one, other)
+    sign, first, second = closer(rows, one, other)
     word = {1: f"{one} is closer", -1: f"{other} is closer", 0: "no difference that counts"}[sign]
     return f"{one} against {other}: {word} ({one} {first}, {other} {second})"
 
 
-def correlations(rows: Sequence[Row]) -> list[str]:
+def correlations(rows: Sequence[RunRow]) -> list[str]:
     """Sentences on how well the loss and ‖Δ‖ order the evaluations of a run as the kernel distance does (Spearman)."""
     lines = []
     for key, name in (("loss", "the loss"), ("difference_norm", "‖Δ‖, the distance of the moments,")):
@@ -129,7 +128,7 @@ def correlations(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def trend(rows: Sequence[Row]) -> str:
+def trend(rows: Sequence[RunRow]) -> str:
     """A sentence on the rank correlation of the settings' order with the kernel distance."""
     names = settings_of(rows)
     means = [summarise(of_setting(rows, name, "kernel_distance")).mean for name in names]
@@ -139,7 +138,7 @@ def trend(rows: Sequence[Row]) -> str:
     )
 
 
-def findings(rows: Sequence[Row]) -> list[str]:
+def findings(rows: Sequence[RunRow]) -> list[str]:
     """What the rows say of the paper's claims, a sentence each."""
     experiment, scale = EXPERIMENTS[rows[0].experiment], SCALES[rows[0].scale]
     present = set(settings_of(rows))
@@ -154,7 +153,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def draw(path: Path, rows: Sequence[Row], folders: dict[str, Path]) -> None:
+def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
     """The figure: distances of every setting over the seeds (or over training), and samples of the first seed's runs.
 
     `folders` has a run for every setting that is to be shown.
@@ -183,7 +182,7 @@ def draw(path: Path, rows: Sequence[Row], folders: dict[str, Path]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _draw_settings(axis: Axes, rows: Sequence[Row], names: Sequence[str], metric: str) -> None:
+def _draw_settings(axis: Axes, rows: Sequence[RunRow], names: Sequence[str], metric: str) -> None:
     summaries = [summarise(of_setting(rows, name, metric)) for name in names]
     places = np.arange(len(names))
     axis.bar(places, [found.mean for found in summaries], color="#8fa8c8", width=0.6)
@@ -202,7 +201,7 @@ def _draw_settings(axis: Axes, rows: Sequence[Row], names: Sequence[str], metric
     axis.set_ylim(bottom=0)
 
 
-def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row], labels: dict[str, str]) -> None:
+def _draw_curves(axes: Sequence[Axes], rows: Sequence[RunRow], labels: dict[str, str]) -> None:
     over_time, against = axes
     twin = over_time.twinx()
     for row in rows:
@@ -220,15 +219,10 @@ def _draw_curves(axes: Sequence[Axes], rows: Sequence[Row], labels: dict[str, st
     against.legend(fontsize=8)
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """The rows as JSON, whole or not at all."""
-    write_atomically(path, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
-
-
-def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote; InputError that names the file if it is something else."""
+def read_rows(path: Path) -> list[RunRow]:
+    """The rows in a file that `--json` wrote; InputError that names the file if it is something else."""
     try:
-        rows = [Row(**values) for values in json.loads(path.read_text())]
+        rows = read_json(path, RunRow)
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not hold rows of bench.paper ({error})") from None
     if not rows or rows[0].experiment not in EXPERIMENTS:
@@ -238,7 +232,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def page(results: Sequence[list[Row]], figures: Sequence[str]) -> str:
+def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
     """docs/experiments.md: what was tried, measured and found, an experiment a section."""
     parts = [_INTRODUCTION]
     agreements = [sentence for rows in results for sentence in findings(rows)]
@@ -267,7 +261,7 @@ KID, and comparable only with each other. Smaller is better for distances, large
 "undecided" otherwise. The matched networks are trained on the digits once, and are the same for all seeds."""
 
 
-def _section(rows: Sequence[Row], figure: str) -> str:
+def _section(rows: Sequence[RunRow], figure: str) -> str:
     experiment = EXPERIMENTS[rows[0].experiment]
     sentences = "\n".join(f"- {sentence}" for sentence in findings(rows))
     return "\n\n".join(
@@ -283,11 +277,11 @@ def _section(rows: Sequence[Row], figure: str) -> str:
     )
 
 
-def _scale_flag(row: Row) -> str:
+def _scale_flag(row: RunRow) -> str:
     return "" if row.scale == "digits" else f" --scale {row.scale}"
 
 
-def _conditions(rows: Sequence[Row]) -> str:
+def _conditions(rows: Sequence[RunRow]) -> str:
     row = rows[0]
     seeds = sorted({entry.seed for entry in rows})
     commits = ", ".join(sorted({entry.environment["commit"] for entry in rows}))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.paper.experiments import SMALL, Experiment, Scale, Setting
-from bench.rows import environment
-from engine.configuration.build import open_data
+from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
+from bench.rows import Row
+from engine.configuration.build import load_run_sampler, open_data
 from engine.configuration.config import Config
 from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, compute_metrics, evaluation_network
-from engine.configuration.build import load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
 from pipelines import read_pixels
 
 
-@dataclass
-class Row:
+@dataclass(frozen=True)
+class RunRow(Row):
     """One training run and what its samples are worth.
 
     Attributes:
@@ -56,15 +54,14 @@ class Row:
     curve: list[dict[str, float]]
     seconds: float
     smoke: bool
-    environment: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """What the command line asks for besides the experiment.
 
     Attributes:
-        folder: where runs and weights go; what is there already is not run again.
+        folder: where runs and weights go; what it already holds is not run again.
         seeds: training seeds.
         steps: in place of the experiment's.
         smoke: a few steps of everything; numbers mean nothing.
@@ -82,24 +79,22 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """That are judged at the end of a run."""
+        """How many samples are judged at the end of a run."""
         return 64 if self.smoke else self.scale.samples
 
 
-def run_experiment(experiment: Experiment, plan: Plan) -> Iterator[Row]:
+def run_experiment(experiment: Experiment, plan: ExperimentPlan) -> Iterator[RunRow]:
     """All runs of `experiment`, seed by seed, so that an early end leaves whole comparisons."""
     judge: Judge | None = None
     settings = experiment.settings(plan.scale)
     for seed in plan.seeds:
         for setting in settings:
             weights = [pretrained(name, plan) for name in setting.extractor.split("+")]
-            flags, folder = (
-                _flags(experiment, setting, plan, seed, weights),
-                run_folder(experiment, setting, plan, seed),
-            )
+            flags = training_flags(experiment, setting, plan, seed, weights)
+            folder = run_folder(experiment, setting, plan, seed)
             done = folder / "row.json"
             if done.exists():
-                row = Row(**json.loads(done.read_text()))
+                row = RunRow(**json.loads(done.read_text()))
                 if row.flags == flags:
                     yield row
                     continue
@@ -107,14 +102,14 @@ def run_experiment(experiment: Experiment, plan: Plan) -> Iterator[Row]:
             seconds = _train(flags, folder)
             judge = judge or Judge(plan, Config.load(RunFolder(folder).config))
             row = _row(experiment, setting, plan, seed, flags, folder, seconds, judge)
-            write_atomically(done, (json.dumps(dataclasses.asdict(row), indent=1) + "\n").encode())
+            write_atomically(done, (json.dumps(row.as_json(), indent=1) + "\n").encode())
             yield row
 
 
 class Judge:
     """The evaluating network and the real images, which all runs of a scale share."""
 
-    def __init__(self, plan: Plan, config: Config):
+    def __init__(self, plan: ExperimentPlan, config: Config):
         self.plan = plan
         size = config.data.image_size
         self.network: EvaluationNetwork = evaluation_network(plan.scale.network, image_size=size)
@@ -131,7 +126,7 @@ class Judge:
         )
 
 
-def pretrained(name: str, plan: Plan) -> Path:
+def pretrained(name: str, plan: ExperimentPlan) -> Path:
     """Weights of the network `name`, trained on the scale's data set once for all experiments and seeds."""
     path = plan.folder / "weights" / f"{name}{'-smoke' if plan.smoke else ''}.safetensors"
     if path.exists():
@@ -149,18 +144,21 @@ def pretrained(name: str, plan: Plan) -> Path:
     return path
 
 
-def _machine(plan: Plan) -> list[str]:
+def _machine(plan: ExperimentPlan) -> list[str]:
     return ["--device", plan.device, *(["--data", plan.data] if plan.data is not None else [])]
 
 
-def _steps(experiment: Experiment, plan: Plan) -> int:
+def _steps(experiment: Experiment, plan: ExperimentPlan) -> int:
     if plan.smoke:
         return 3
     small = experiment.small_steps if plan.scale.name == SMALL else None
     return plan.steps or small or Config.build(plan.scale.name, {}).training.steps
 
 
-def _flags(experiment: Experiment, setting: Setting, plan: Plan, seed: int, weights: Sequence[Path]) -> list[str]:
+def training_flags(
+    experiment: Experiment, setting: ExperimentSetting, plan: ExperimentPlan, seed: int, weights: Sequence[Path]
+) -> list[str]:
+    """The flags of `engine.train` for one run, all but `--out`."""
     steps = _steps(experiment, plan)
     flags = ["--preset", plan.scale.name, "--extractor", setting.extractor, "--amp", *setting.flags]
     flags += ["--seed", str(seed), "--steps", str(steps), "--log-every", str(max(steps // 200, 1)), *_machine(plan)]
@@ -174,8 +172,8 @@ def _flags(experiment: Experiment, setting: Setting, plan: Plan, seed: int, weig
     return [*flags, "--weights", *map(str, weights)]
 
 
-def run_folder(experiment: Experiment, setting: Setting, plan: Plan, seed: int) -> Path:
-    """Where a run goes."""
+def run_folder(experiment: Experiment, setting: ExperimentSetting, plan: ExperimentPlan, seed: int) -> Path:
+    """The folder of one run, inside the plan's."""
     name = setting.name.replace(", ", "-").replace(" ", "-")
     kind = f"{experiment.name}-{plan.scale.name}{'-smoke' if plan.smoke else ''}"
     return plan.folder / kind / f"{name}-seed{seed}"
@@ -206,16 +204,16 @@ def _run(module: str, flags: Sequence[str], what: Path) -> None:
 
 def _row(
     experiment: Experiment,
-    setting: Setting,
-    plan: Plan,
+    setting: ExperimentSetting,
+    plan: ExperimentPlan,
     seed: int,
     flags: list[str],
     folder: Path,
     seconds: float,
     judge: Judge,
-) -> Row:
+) -> RunRow:
     config = Config.load(RunFolder(folder).config)
-    return Row(
+    return RunRow(
         experiment=experiment.name,
         scale=plan.scale.name,
         setting=setting.name,
@@ -232,7 +230,6 @@ def _row(
         curve=_curve(RunFolder(folder)),
         seconds=seconds,
         smoke=plan.smoke,
-        environment=environment(),
     )
 
 

@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import torch
 
-from engine.comparison.distances.moments import Moments
 from engine.comparison.pooling import POOLS, sizes
 from engine.comparison.reference.bank import FeatureBank
+from engine.comparison.reference.target import fake_target
 from engine.configuration.build import amp_dtype, bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
@@ -44,8 +44,7 @@ def _fake_reference(config: Config, extractor: Extractor) -> Any:
         features = sizes(POOLS[config.mmd.pool], extractor.taps)
         images = config.mmd.mmd_images
         return FeatureBank(torch.zeros(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
-    mean = torch.zeros(extractor.num_features, dtype=torch.float64)
-    return Moments(2, mean, mean)
+    return fake_target(extractor.num_features)
 
 
 def predict(config: Config, generator: Generator, extractor: Extractor) -> Footprint:

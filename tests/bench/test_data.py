@@ -35,14 +35,14 @@ def test_quick_run_gives_complete_rows(tmp_path: Path, capsys, monkeypatch) -> N
 def test_different_counts_are_no_measurement() -> None:
     ways = [data.Way("all", lambda: 10), data.Way("one too few", lambda: 9)]
     with pytest.raises(RuntimeError, match="different numbers"):
-        data.compare("counts", "-", ways, 1)
+        data.compare_ways("counts", "-", ways, 1)
 
 
 def test_different_images_are_no_measurement(tmp_path: Path) -> None:
     data.make_folder(tmp_path, 4)
     loader = data.ImageLoader(data.open_dataset("celeba", tmp_path, image_size=64), 4, backend="torch")
     right = next(iter(loader)).images
-    data._check_same([right], loader)
+    data.check_same([right], loader)
     shifted = right.roll(1, dims=3)
     with pytest.raises(RuntimeError, match="differs by"):
-        data._check_same([shifted], loader)
+        data.check_same([shifted], loader)

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from bench.kernels import times
-from bench.kernels.times import Timing, print_times, timing_of_averager
-from bench.rows import Row, compare, write_json
+from bench.kernels.times import Clocked, OperationRow, Timing, measure_step, timing_of_averager, timings_of_tap
+from bench.kernels.workloads import TapShape
+from bench.rows import print_rows, read_json, write_json
+from bench.scenario import Problem, Scenario
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -160,7 +162,7 @@ class TestBytes:
 
 
 class TestTimes:
-    def test_compare_gives_complete_rows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_timing_gives_complete_rows(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         counts = {"ours": 0, "theirs": 0}
 
         def call(name: str, size: int) -> None:
@@ -168,7 +170,7 @@ class TestTimes:
             torch.ones(size).sum()
 
         calls = {"ours": lambda: call("ours", 1000), "theirs": lambda: call("theirs", 2_000_000)}
-        rows = compare("sum", "1000", "float32", calls, repetitions=5, floor_bytes=4000)
+        rows = Timing("sum", "1000", torch.float32, calls, floor_bytes=4000).rows(repetitions=5)
         assert counts == {"ours": 6, "theirs": 6}, "5 times for the time, once for the memory"
         assert [row.backend for row in rows] == ["ours", "theirs"]
         for row in rows:
@@ -180,21 +182,25 @@ class TestTimes:
         assert rows[1].relative > 1
         if not torch.cuda.is_available():
             assert [row.peak_memory for row in rows] == [pytest.approx(4000, abs=64), pytest.approx(8_000_000, abs=64)]
-        print_times(rows)
-        assert "| sum | 1000 | float32 | theirs |" in capsys.readouterr().out
+        print_rows(rows)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2 + len(rows)
+        for row, line in zip(rows, lines[2:], strict=True):
+            times = " | ".join(f"{value:.0f}" for value in (row.p20, row.p50, row.p80))
+            assert line.startswith(f"| sum | 1000 | float32 | {row.backend} | {times} | {row.relative:.2f} |")
         write_json(tmp_path / "new" / "rows.json", rows)
-        assert [Row(**row) for row in json.loads((tmp_path / "new" / "rows.json").read_text())] == rows
+        assert read_json(tmp_path / "new" / "rows.json", OperationRow) == rows
 
     @pytest.mark.parametrize("wrong", [1.1, float("nan")])
     def test_wrong_values_are_refused(self, wrong: float) -> None:
         expected = torch.ones(100)
-        times._verify("right", [expected * (1 + 1e-6)], [expected], 1e-5)
+        times.verify("right", [expected * (1 + 1e-6)], [expected], 1e-5)
         found = expected.clone()
         found[3] = wrong
         with pytest.raises(RuntimeError, match=r"^ours: wrong by .* not worth timing$"):
-            times._verify("ours", [expected, found], [expected, expected], 1e-5)
+            times.verify("ours", [expected, found], [expected, expected], 1e-5)
         with pytest.raises(ValueError, match="zip"):
-            times._verify("one too few", [expected], [expected, expected], 1e-5)
+            times.verify("one too few", [expected], [expected, expected], 1e-5)
 
     def test_wrong_kernel_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def averager_step(*args: object, **options: object) -> list[torch.Tensor]:
@@ -214,3 +220,56 @@ class TestTimes:
         assert timing.floor_bytes == 1000 * 18 * 4
         for call in timing.calls.values():
             call()
+
+    @pytest.mark.parametrize("residual", [False, True], ids=["plain", "shortcut"])
+    def test_backends_of_a_tap_agree_before_and_repeat_after(self, residual: bool) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        forward, backward = timings_of_tap(TapShape((8, 4, 2), residual), torch.float32, device)
+        features, activation = 8 * 4 * 2, 64 * 4
+        assert forward.floor_bytes == features * ((3 if residual else 2) * activation + 2 * 4)
+        assert backward.floor_bytes == features * (3 * activation + 2 * 4)
+        for timing in (forward, backward):
+            assert timing.shape == "64×8×4×2" + (", shortcut" if residual else "")
+            assert list(timing.calls)[1:] == [
+                "gfmn, reference", "plain PyTorch", "torch.compile", "ReLU in place and one read, torch.compile",
+            ]  # fmt: skip
+            for call in timing.calls.values():
+                call()
+                call()
+
+    def test_a_tap_with_a_wrong_kernel_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def backward(grad: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+            times.reference.relu_moments_backward(grad, y, a, -b)
+
+        impostor = SimpleNamespace(
+            __name__="kernels.compiled",
+            relu_moments=times.reference.relu_moments,
+            relu_moments_backward=backward,
+        )
+        monkeypatch.setattr(times.kernels, "select", lambda *_: impostor)
+        with pytest.raises(RuntimeError, match=r"^gfmn, compiled: wrong by"):
+            timings_of_tap(TapShape((8, 4, 2), residual=False), torch.float32, "cpu")
+
+    def test_share_of_the_criterion(self) -> None:
+        """The clock sees the operations, and leaves what they compute as it is."""
+        scenario = Scenario.calibrated(Problem("vgg-small", 32), "cpu")
+        row = measure_step(scenario, 4, "reference", torch.float32, repetitions=3)
+        assert (row.extractor, row.minibatch, row.dtype, row.backend) == ("vgg-small", 4, "float32", "reference")
+        assert 0 < row.p20 <= row.p50 <= row.p80
+        assert 0 < row.criterion_p50 < row.p50
+        assert 0 < row.share < 1
+
+    def test_clock_passes_results_on(self) -> None:
+        scenario = Scenario.calibrated(Problem("vgg-small", 32), "cpu")
+        images = torch.rand(4, 3, 32, 32)
+        gradients, clock = [], None
+        for clocked in (False, True):
+            objective = scenario.parts(4, kernels="reference").objective
+            if clocked:
+                clock = Clocked(objective.kernels)
+                objective.kernels = clock.functions
+            leaf = images.clone().requires_grad_()
+            objective(leaf).backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+        assert clock.inside > 0

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from bench import memory
-from bench.memory import GIB, VARIANTS, MemoryRow, Problem, largest_minibatch
+from bench.memory import __main__ as program
+from bench.memory import measuring
+from bench.memory.measuring import largest_minibatch, measure_apart, model, saved_row, scale_rows
+from bench.memory.rows import GIB, VARIANTS, MemoryRow, Variant
+from bench.scenario import Problem
 from engine.configuration.command import run_command
+from engine.training.planner import shown_bytes
 
 CPU = torch.device("cpu")
 SMALL = Problem("vgg-small", 32, "dcgan")
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[6]], ids=lambda variant: variant.name)
-def test_modelled_is_measured(variant: memory.Variant) -> None:
-    modelled = memory.model(variant, SMALL, 16)
-    measured, resident = memory.measure_apart(variant, SMALL, 16, CPU)
+def test_modelled_is_measured(variant: Variant) -> None:
+    modelled = model(variant, SMALL, 16)
+    measured, resident = measure_apart(variant, SMALL, 16, CPU)
     assert modelled.peak == pytest.approx(measured, rel=0.1)
     assert resident > measured
 
 
 def test_every_variant_has_a_model_at_sizes_that_no_machine_has() -> None:
-    peaks = {variant.name: memory.model(variant, SMALL, 2**16).peak for variant in VARIANTS}
+    peaks = {variant.name: model(variant, SMALL, 2**16).peak for variant in VARIANTS}
     assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
     assert peaks["naive"] > 100 * GIB > 4 * peaks[VARIANTS[-1].name]
 
@@ -54,22 +60,24 @@ def test_largest_minibatch(total: Callable[[int], int], budget: int) -> None:
 
 
 def row(variant: str, minibatch: int, modelled: int, measured: int | None) -> MemoryRow:
-    return MemoryRow(variant, "float32", "vgg-small", "dcgan", 32, minibatch, 0, modelled, measured, None, {})
+    return MemoryRow(
+        variant, "float32", "vgg-small", "dcgan", 32, minibatch, 0, modelled, measured, None, environment={}
+    )
 
 
 def test_scale_is_the_slope_between_the_largest_minibatches() -> None:
     rows = [row("ours", 4, 100, 90), row("ours", 8, 140, 110), row("ours", 16, 300, None), row("naive", 4, 1, None)]
-    (scale,) = memory.scale_rows(rows)
+    (scale,) = scale_rows(rows)
     assert (scale.variant, scale.modelled, scale.measured) == ("ours", 20.0, 5.0)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "VARIANTS", VARIANTS[:1])
-    monkeypatch.setattr(memory, "CAPACITY_PROBLEMS", (SMALL,))
-    monkeypatch.setattr(memory, "capacity_rows", lambda *rest, known=memory.capacity_rows: known(*rest, VARIANTS[:1]))
+    for name in ("memory_rows", "capacity_rows"):
+        monkeypatch.setattr(program, name, partial(getattr(measuring, name), variants=VARIANTS[:1]))
+    monkeypatch.setattr(program, "CAPACITY_PROBLEMS", (SMALL,))
     out, picture = tmp_path / "rows.json", tmp_path / "plots" / "memory.png"
     flags = "--extractor vgg-small --batch-sizes 16 8 64 --measure-up-to 60MiB --device cpu"
-    memory.main([*flags.split(), "--json", str(out), "--plot", str(picture)])
+    program.main([*flags.split(), "--json", str(out), "--plot", str(picture)])
     rows = json.loads(out.read_text())
     assert [entry["minibatch"] for entry in rows[:3]] == [8, 16, 64]
     assert [entry["measured"] is None for entry in rows[:3]] == [False, True, True]
@@ -78,15 +86,21 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert len(capacities) == 4
     assert capacities == sorted(capacities)
     assert capacities[0] > 1000
-    assert picture.stat().st_size > 1000
-    text = capsys.readouterr().out
-    assert "largest minibatch (modelled)" in text
-    assert "| 12 GiB | 16 GiB | 24 GiB | 80 GiB |" in text
+    with Image.open(picture) as drawn:
+        assert drawn.size == (1200, 750)
+    lines = capsys.readouterr().out.splitlines()
+    for entry in rows[:3]:
+        (line,) = (line for line in lines if line.startswith(f"| naive | {entry['minibatch']} |"))
+        assert shown_bytes(entry["modelled"]) in line
+        assert entry["measured"] is None or f"{entry['modelled'] / entry['measured']:.3f}" in line
+    assert f"| naive | {rows[3]['modelled'] / 1024:.0f} |  |" in lines, "one measured minibatch has no slope"
+    assert "| largest minibatch (modelled) | variant | 12 GiB | 16 GiB | 24 GiB | 80 GiB |" in lines
+    assert f"| vgg-small at 32, dcgan | naive | {' | '.join(map(str, capacities))} |" in lines
 
 
 def test_a_failed_measurement_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"naive, minibatch 16: not measured: .*nothing"):
-        memory.measure_apart(VARIANTS[0], Problem("nothing", 32, "dcgan"), 16, CPU)
+        measure_apart(VARIANTS[0], Problem("nothing", 32, "dcgan"), 16, CPU)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +109,7 @@ def test_a_failed_measurement_says_why() -> None:
 )
 def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        run_command(memory.main, flags.split())
+        run_command(program.main, flags.split())
     assert exit_.value.code == 2
     text = capsys.readouterr().err
     assert message in text
@@ -105,6 +119,6 @@ def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16"])
 def test_the_pair_saves_little_more_than_its_taps(dtype: torch.dtype | None) -> None:
     """At most 1.3 times; pooling indices and the images are what is more."""
-    row = memory.saved_row(Problem("vgg19+resnet18", 32, "dcgan"), dtype, CPU)
+    row = saved_row(Problem("vgg19+resnet18", 32, "dcgan"), dtype, CPU)
     assert row.floor == 851_968 * (4 if dtype is None else 2)
     assert 1 <= row.saved / row.floor <= 1.3

@@ -12,7 +12,7 @@ from PIL import Image
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
 from bench.paper.results import correlations, findings, page, read_rows, results_table, summarise, verdict
-from bench.paper.runs import Plan, Row, _flags
+from bench.paper.runs import ExperimentPlan, RunRow, training_flags
 from engine.configuration.command import run_command
 from engine.configuration.config import Config, given_flags
 from engine.representation.build import build_extractor
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 CLAIM = Claim("A is better than B", "A", "B")
 
 
-def row(setting: str, seed: int, distance: float, **other) -> Row:
+def row(setting: str, seed: int, distance: float, **other) -> RunRow:
     values = {
         "experiment": "fidelity",
         "scale": "digits",
@@ -48,10 +48,10 @@ def row(setting: str, seed: int, distance: float, **other) -> Row:
             "versions": {"torch": "2"},
         },
     }
-    return Row(**{**values, **other})
+    return RunRow(**{**values, **other})
 
 
-def rows_of(a: list[float], b: list[float]) -> list[Row]:
+def rows_of(a: list[float], b: list[float]) -> list[RunRow]:
     pairs = [("A", value, seed) for seed, value in enumerate(a)] + [("B", value, seed) for seed, value in enumerate(b)]
     return [row(setting, seed, value) for setting, value, seed in pairs]
 
@@ -109,13 +109,13 @@ def test_rank_correlation_of_the_loss(order: tuple[int, ...], word: str) -> None
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_setting_is_a_run_of_engine_train(name: str, scale: str) -> None:
-    plan = Plan(SCALES[scale], Path("runs"), (0,), None, False, None, "cpu")
+    plan = ExperimentPlan(SCALES[scale], Path("runs"), (0,), None, False, None, "cpu")
     settings = EXPERIMENTS[name].settings(SCALES[scale])
     names = [setting.name for setting in settings]
     assert len(set(names)) == len(names)
     for setting in settings:
         weights = [Path(part) for part in setting.extractor.split("+")]
-        arguments = parser().parse_args(_flags(EXPERIMENTS[name], setting, plan, 0, weights))
+        arguments = parser().parse_args(training_flags(EXPERIMENTS[name], setting, plan, 0, weights))
         config = Config.build(arguments.preset, given_flags(arguments))
         assert config.preset == scale
         assert len(config.networks.weights) == len(weights)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from bench import throughput
-from bench.scenario import Scenario
+from bench.scenario import RECOMPUTE_GENERATOR, Problem, Scenario, engine_step, plain_step
+
+SMALL = Problem("vgg-small", 32)
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return throughput.measure("vgg-small", 32, 8, "cpu", 1, torch.bfloat16)
+    return throughput.measure_variants(SMALL, 8, "cpu", 1, torch.bfloat16)
 
 
 def test_every_variant_is_there_and_right(rows):
@@ -37,14 +40,25 @@ def test_every_variant_is_there_and_right(rows):
         assert row.environment["commit"]
 
 
-def test_ratios_and_tables(rows, capsys, tmp_path):
+def test_ratios(rows):
     seconds = {(row.variant, row.dtype): row.p50 for row in rows}
     found = throughput.ratios(rows)
     assert found["naive / ours --amp"] == seconds["naive", "float32"] / seconds["ours", "bf16"]
     floor = seconds["convolution floor", "bf16"] + seconds["generator alone", "bf16"]
     assert found["ours --amp / (convolution floor + generator)"] == seconds["ours", "bf16"] / floor
+    lines = throughput.ratios_table(rows).splitlines()
+    assert lines[2:] == [f"| {name} | {value:.2f} |" for name, value in found.items()]
+
+
+def test_table_holds_the_rows(rows, capsys):
     throughput.print_rows(rows)
-    assert "naive, frozen, compiled, autocast" in capsys.readouterr().out
+    headings, _, *lines = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert headings == ["variant", "dtype", "p20, s", "p50", "p80", "images/s", "gradient error"]
+    assert [line[:2] for line in lines] == [[row.variant, row.dtype] for row in rows]
+    for row, line in zip(rows, lines, strict=True):
+        assert [float(cell) for cell in line[2:5]] == pytest.approx([row.p20, row.p50, row.p80], abs=6e-4)
+        assert float(line[5]) == pytest.approx(row.images_per_second, abs=0.6)
+        assert len(line) == (6 if math.isnan(row.gradient_error) else 7)
 
 
 def test_a_wrong_gradient_is_not_timed(monkeypatch):
@@ -58,7 +72,7 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(Scenario, "naive", wrong)
     with pytest.raises(RuntimeError, match="naive, float32: gradient off by"):
-        throughput.measure("vgg-small", 32, 8, "cpu", 1, torch.bfloat16)
+        throughput.measure_variants(SMALL, 8, "cpu", 1, torch.bfloat16)
 
 
 def test_scale(capsys, tmp_path, monkeypatch):
@@ -67,7 +81,15 @@ def test_scale(capsys, tmp_path, monkeypatch):
     throughput.main([*command.split(), str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["minibatch"] for row in rows] == [4, 8, 12]
-    assert capsys.readouterr().out.count("\n") == 5
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][0] == "minibatch"
+    assert lines[0][-1] == "/ minibatch 8"
+    per_image = [row["p50"] / row["minibatch"] for row in rows]
+    for row, line, own in zip(rows, lines[2:], per_image, strict=True):
+        assert line[0] == str(row["minibatch"])
+        assert [float(cell) for cell in line[4:]] == pytest.approx(
+            [1e3 * own, own / per_image[0], own / per_image[1]], abs=6e-3
+        )
 
 
 @pytest.mark.parametrize(
@@ -80,7 +102,38 @@ def test_bad_input(flags, message, capsys):
 
 
 def test_convolutions_are_all_there():
-    scenario = Scenario.build("vgg19+resnet18", 32, 2, "cpu")
+    scenario = Scenario.shapes(Problem("vgg19+resnet18", 32))
     shapes = [tuple(grad.shape) for _, _, grad in throughput.Convolutions(scenario.extractor, 2).work]
     assert len(shapes) == 16 + 16 + 3  # VGG19's, ResNet18's up to its 16th ReLU, shortcuts that change the width
     assert shapes[0] == (2, 64, 32, 32)
+
+
+def test_engine_and_naive_version_take_the_same_step():
+    """From the same generator, z and target both losses send the generator the same way."""
+    scenario = Scenario.calibrated(SMALL, "cpu")
+    parts = scenario.parts(8)
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    ours, naive = (images.clone().requires_grad_() for _ in range(2))
+    parts.objective(ours).backward()
+    scenario.naive()(naive).backward()
+    # AMA's first step is α·sign(Δ), so each of the few features whose Δ is nearly 0 may differ.
+    assert torch.nn.functional.cosine_similarity(ours.grad.flatten(), naive.grad.flatten(), dim=0) > 0.999
+
+
+def test_steps_train_the_generator():
+    scenario = Scenario.calibrated(SMALL, "cpu")
+    parts = scenario.parts(4, torch.bfloat16, chunk_size=2, **RECOMPUTE_GENERATOR)
+    generator = scenario.generator()
+    for network, step in (
+        (parts.generator, engine_step(parts)),
+        (generator, plain_step(generator, scenario.naive(), 4)),
+    ):
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        step()
+        assert all(not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+
+
+def test_a_chunk_is_at_most_the_minibatch():
+    scenario = Scenario.shapes(SMALL)
+    assert scenario.config(4, chunk_size=8).matching.chunk_size is None
+    assert scenario.config(8, chunk_size=8).matching.chunk_size == 8

@@ -85,6 +85,12 @@ class DatasetCollector:
         return Moments(self.count, mean, m2, fingerprint, skipped)
 
 
+def fake_target(num_features: int) -> Moments:
+    """A target of zeros, for models of a step that look at shapes alone."""
+    zeros = torch.zeros(num_features, dtype=torch.float64)
+    return Moments(2, zeros, zeros)
+
+
 class MomentsKind:
     """The target: moments of every feature (`engine.comparison.reference.protocols.Kind`)."""
 

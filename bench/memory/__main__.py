@@ -1,0 +1,76 @@
+"""The command line; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import bench.memory
+from bench.memory.measuring import capacity_rows, measure_given, memory_rows, saved_row, scale_rows
+from bench.memory.printing import capacity_table, plot
+from bench.memory.rows import BUDGETS, CAPACITY_PROBLEMS, GIB
+from bench.rows import print_rows, write_json
+from bench.scenario import Problem
+from engine.configuration.command import Parser, run_command
+from engine.configuration.groups import memory_bytes
+
+
+def parser() -> Parser:
+    """The flags of `python -m bench.memory`."""
+    arguments = Parser(
+        prog="python -m bench.memory",
+        description=bench.memory.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = arguments.add_argument
+    add("--extractor", default="vgg19+resnet18", metavar="NAME")
+    add("--image-size", type=int, default=32, metavar="PIXELS")
+    add("--generator", choices=("dcgan", "resnet"), default="dcgan")
+    add("--batch-sizes", type=int, nargs="+", default=[4**n for n in range(2, 8)], metavar="N",
+        help="minibatches (default: 16 64 256 1024 4096 16384)")  # fmt: skip
+    add("--measure-up-to", default="12GiB", metavar="SIZE",
+        help="measure where the model says at most this, weights included (default: %(default)s)")  # fmt: skip
+    add("--no-capacity", action="store_true", help="leave out the largest minibatches that fit 12, 16, 24 and 80 GiB")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add("--plot", type=Path, metavar="FILE", help="draw peak against minibatch")
+    add("--one", help=argparse.SUPPRESS)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables, write what --json and --plot ask for."""
+    arguments = parser()
+    args = arguments.parse_args(argv)
+    if args.one is not None:
+        print(json.dumps(measure_given(args.one)))
+        return
+    limit = memory_bytes(args.measure_up_to, "measure_up_to")
+    if min(args.batch_sizes) < 2:
+        arguments.error(f"--batch-sizes: must be at least 2, got {min(args.batch_sizes)}")
+    device = torch.device(args.device)
+    problem = Problem(args.extractor, args.image_size, args.generator)
+    rows = memory_rows(problem, sorted(set(args.batch_sizes)), limit, device)
+    scales = scale_rows(rows)
+    capacities = [] if args.no_capacity else capacity_rows(CAPACITY_PROBLEMS, [n * GIB for n in BUDGETS])
+    saved = [saved_row(problem, dtype, device) for dtype in (None, torch.bfloat16)]
+    print_rows(rows)
+    for others in (scales, saved):
+        if others:
+            print()
+            print_rows(others)
+    if capacities:
+        print()
+        print(capacity_table(capacities))
+    if args.json is not None:
+        write_json(args.json, [*rows, *scales, *saved, *capacities])
+    if args.plot is not None:
+        plot(args.plot, rows)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,192 @@
+"""Memory of a training step, modelled and measured, and what follows from it: slopes and largest minibatches."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from bench.memory.rows import VARIANTS, CapacityRow, MemoryRow, SavedRow, ScaleRow, Variant, shown
+from bench.rows import environment, peak_memory
+from bench.scenario import Problem, Scenario, Step, engine_step, plain_step
+from engine.training.planner import Footprint
+
+# What is said to fit is said with an error of at most this share, on the safe side.
+_PRECISION = 0.005
+
+
+@functools.lru_cache(maxsize=4)
+def _on_cpu(problem: Problem, naive: bool) -> Scenario:
+    return Scenario.shapes(problem, naive=naive)
+
+
+def model(variant: Variant, problem: Problem, minibatch: int) -> Footprint:
+    """What a step needs, without allocating it."""
+    scenario = _on_cpu(problem, variant.naive is not None)
+    if variant.naive is not None:
+        return scenario.modelled_naive(minibatch, **variant.naive)
+    return scenario.modelled(minibatch, variant.precision, **variant.flags)
+
+
+def measure_peak(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> tuple[int, int]:
+    """(allocator's peak beyond the weights, resident size), bytes. In this process: call it once."""
+    scenario = Scenario.shapes(problem, device, naive=variant.naive is not None)
+    generator = scenario.generator()
+
+    def make_step(images: int) -> Step:
+        if variant.naive is not None:
+            return plain_step(generator, scenario.naive(copied=False, **variant.naive), images, variant.precision)
+        return engine_step(scenario.parts(images, variant.precision, generator=generator, **variant.flags))
+
+    def two_steps(images: int) -> None:
+        step = make_step(images)
+        step()
+        step()
+
+    two_steps(2)  # compiles
+    for module in (generator, nn.ModuleList(scenario.networks), scenario.extractor):
+        module.zero_grad(set_to_none=True)
+    gc.collect()
+    peak = peak_memory(lambda: two_steps(minibatch))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_apart(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> tuple[int, int]:
+    """`measure_peak` in a process of its own; RuntimeError with its last line if that fails."""
+    given = [variant.name, problem.extractor, problem.image_size, problem.generator, minibatch, str(device)]
+    command = [sys.executable, "-m", "bench.memory", "--one", json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"{variant.name}, minibatch {minibatch}: not measured: {reason}")
+    peak, resident = json.loads(done.stdout.strip().splitlines()[-1])
+    return peak, resident
+
+
+def measure_given(text: str) -> tuple[int, int]:
+    """`measure_peak` of what `measure_apart` wrote on the command line."""
+    name, extractor, size, generator, minibatch, device = json.loads(text)
+    (variant,) = (variant for variant in VARIANTS if variant.name == name)
+    return measure_peak(variant, Problem(extractor, size, generator), minibatch, torch.device(device))
+
+
+def memory_rows(
+    problem: Problem,
+    minibatches: Sequence[int],
+    measure_up_to: int,
+    device: torch.device,
+    variants: Sequence[Variant] = VARIANTS,
+) -> list[MemoryRow]:
+    """Every variant at every minibatch; measured where `measure_up_to` bytes are enough."""
+    rows, where = [], environment()
+    for variant in variants:
+        for minibatch in minibatches:
+            footprint = model(variant, problem, minibatch)
+            measured: tuple[int | None, int | None] = (None, None)
+            if footprint.total <= measure_up_to:
+                measured = measure_apart(variant, problem, minibatch, device)
+            print(f"{variant.name}, minibatch {minibatch}: {shown(footprint.peak)} modelled, "
+                  f"{shown(measured[0])} measured", file=sys.stderr)  # fmt: skip
+            rows.append(MemoryRow(
+                variant.name, variant.dtype, problem.extractor, problem.generator, problem.image_size, minibatch,
+                footprint.weights, footprint.peak, *measured, environment=where,
+            ))  # fmt: skip
+    return rows
+
+
+def scale_rows(rows: Sequence[MemoryRow]) -> list[ScaleRow]:
+    """What one more image costs every variant that has two minibatches."""
+    scales = []
+    for name in dict.fromkeys(row.variant for row in rows):
+        points = [row for row in rows if row.variant == name]
+        slopes = [_slope(a, b, a.modelled, b.modelled) for a, b in pairwise(points)]
+        measured = [
+            _slope(a, b, a.measured, b.measured)
+            for a, b in pairwise(points)
+            if a.measured is not None and b.measured is not None
+        ]
+        if slopes:
+            row = points[0]
+            scales.append(ScaleRow(
+                row.variant, row.dtype, row.extractor, row.generator, row.image_size, slopes[-1],
+                measured[-1] if measured else None, environment=row.environment,
+            ))  # fmt: skip
+    return scales
+
+
+def _slope(a: MemoryRow, b: MemoryRow, low: int, high: int) -> float:
+    return (high - low) / (b.minibatch - a.minibatch)
+
+
+def largest_minibatch(total: Callable[[int], int], budget: int) -> int:
+    """The largest N with `total(N)` ≤ `budget`, to `_PRECISION` and never too large; 0 if there is none from 2 on.
+
+    `total` grows, in a line beyond some N: both ends of the bracket move by interpolation.
+    """
+    if total(2) > budget:
+        return 0
+    low, high = 2, 4
+    while total(high) <= budget:
+        low, high = high, 4 * high
+    while high - low > max(1, _PRECISION * low):
+        share = (budget - total(low)) / (total(high) - total(low))
+        # A little off the line on both sides in turn, so that the bracket closes.
+        step = max(1, int(_PRECISION * low / 2))
+        middle = min(max(low + int(share * (high - low)) - step // 2, low + 1), high - 1)
+        for candidate in (middle, min(middle + step, high - 1)):
+            if low < candidate < high:
+                low, high = (candidate, high) if total(candidate) <= budget else (low, candidate)
+    return low
+
+
+def capacity_rows(
+    problems: Sequence[Problem], budgets: Sequence[int], variants: Sequence[Variant] = VARIANTS
+) -> list[CapacityRow]:
+    """The largest minibatch of every variant for every problem and budget (bytes)."""
+    rows, where = [], environment()
+    for problem in problems:
+        for variant in variants:
+            total = functools.cache(lambda n, v=variant, p=problem: model(v, p, n).total)
+            for budget in budgets:
+                rows.append(CapacityRow(
+                    variant.name, variant.dtype, problem.extractor, problem.generator, problem.image_size, budget,
+                    largest_minibatch(total, budget), environment=where,
+                ))  # fmt: skip
+            print(f"{variant.name}, {problem.extractor} at {problem.image_size}: "
+                  + ", ".join(str(row.minibatch) for row in rows[-len(budgets) :]), file=sys.stderr)  # fmt: skip
+    return rows
+
+
+def saved_row(problem: Problem, dtype: torch.dtype | None, device: torch.device) -> SavedRow:
+    """Measured with autograd's own hooks, as the difference between minibatches of 4 and 2."""
+    scenario = Scenario.shapes(problem, device)
+    objective = scenario.parts(4, dtype).objective
+    own = {parameter.untyped_storage().data_ptr() for parameter in objective.extractor.parameters()}
+
+    def saved(minibatch: int) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        size = problem.image_size
+        images = torch.rand(minibatch, 3, size, size, device=device).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = objective(images)
+        del loss
+        return sum(count for address, count in storages.items() if address not in own)
+
+    low = dtype or torch.float32
+    name = str(low).removeprefix("torch.")
+    floor = scenario.extractor.num_features * low.itemsize
+    return SavedRow(problem.extractor, problem.image_size, name, (saved(4) - saved(2)) // 2, floor)
