@@ -18,9 +18,9 @@ _STAGES = "ours --amp --recompute stages"
 _CAPACITIES = ("naive, frozen, autocast", "ours --amp", _STAGES, _LEAN)
 
 
-def _called_today(rows: Sequence[Row]) -> list[Row]:
+def _called_today(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows with their variants' flags under today's names."""
-    renamed = []
+    renamed: list[Row] = []
     for row in rows:
         variant = row.get("variant", "")
         for old, new in _RENAMED.items():
