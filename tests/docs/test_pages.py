@@ -122,3 +122,15 @@ def test_gigaflops_of_the_convolutions() -> None:
     extractor.features(convolutions[0].weight.new_zeros(1, 3, 32, 32))
     assert len(convolutions) == 16 + 19  # ResNet18's last one comes after its last tap
     assert pytest.approx(2 * 64 * count / 1e9, abs=0.05) == CONVOLUTION_GFLOP
+
+
+def test_flags_have_todays_names_whenever_the_rows_were_measured(tmp_path: Path) -> None:
+    old = json.loads((RESULTS / read_results(RESULTS, "memory_cpu").source.rpartition("/")[2]).read_text())
+    for row in old:
+        if "variant" in row:
+            name = row["variant"].replace("--checkpoint-generator", "--recompute-generator")
+            row["variant"] = name.replace("--checkpoint stages", "--recompute stages")
+    (tmp_path / "memory_cpu_2027-01-01.json").write_text(json.dumps(old))
+    for name in ("memory-aims", "memory-capacity"):
+        assert write(name, tmp_path) == write(name, RESULTS)
+        assert "--checkpoint" not in write(name, RESULTS)
