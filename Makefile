@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 
-.PHONY: help demo test test-slow audit check gpu clean
+.PHONY: help demo test test-slow audit check docs gpu clean
 
 help:
 	@echo "make demo       train on real handwritten digits and draw new ones (a few minutes on 2 CPU cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  run the tests that take minutes, the demo's independent check among them"
 	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (two minutes)"
 	@echo "make check      lint and type-check; edits nothing"
+	@echo "make docs       build the documentation as a site, build/site/index.html; fails on a broken link"
 	@echo "make gpu        on a CUDA device: its tests and all benchmarks, into one file of bench/results/"
 	@echo "make clean      remove the virtual environment and caches; runs/ stays"
 
@@ -40,6 +41,9 @@ check: .venv/.installed
 	$(RUN) -m ruff check --no-fix .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 gpu: .venv/.installed
 	@$(RUN) -m bench.gpu

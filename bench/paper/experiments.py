@@ -164,26 +164,26 @@ def _fidelity(scale: Scale) -> tuple[ExperimentSetting, ...]:
     )
 
 
-# Where a step is dear, few steps and large rates: so, minibatch 64 with AMA draws digits after 120 steps.
+# Where a step is expensive: few steps at large rates, at which AMA with minibatch 64 draws digits after 120 steps.
 _FAST = ("--lr", "1e-3", "--ama-lr", "1e-2", "--generator-ema", "0.95")
-# Where a few hundred steps can be afforded.
+# Where a few hundred steps are affordable.
 _MODERATE = ("--lr", "3e-4", "--ama-lr", "2e-3", "--generator-ema", "0.98")
 _PAPERS_AMA = ("--ama-variant", "paper")
 
 
 _COLOUR = (
-    "Classifiers of grey digits need not see colour, so the samples' colours drift, and the judge, which was trained "
-    "on photographs, minds that more than a reader of the digits would. An autoencoder has to draw its images again, "
-    "and sees it."
+    "Classifiers of grey digits need not see colour, so the colours of the samples drift. The judge was trained on "
+    "photographs and minds that more than a reader of digits would. An autoencoder has to draw its images again, so it "
+    "sees colour."
 )
 _FRINGES = (
-    "To the eye, AMA's strokes are the sharper ones and more of its digits can be read; they also have fringes of "
-    "colour, which the judge sees (see above). In a trial with the other sections' smaller rates, not shown, AMA was "
-    "ahead of the others at this step: they had drawn nothing yet."
+    "To the eye, AMA draws sharper strokes, and more of its digits are readable. They also have fringes of colour, "
+    "which the judge sees (see above). In a trial with the smaller rates of the other sections, not shown, AMA was "
+    "ahead at this step: the others had drawn nothing yet."
 )
 _LOSS = (
-    "AMA's loss is v · Δ, and v starts at zero: the loss rises and falls while v catches up with Δ, passes zero, and "
-    "then hardly moves. What the samples gain, they gain meanwhile. ‖Δ‖ is the better sign."
+    "AMA's loss is v · Δ, and v starts at zero. So the loss rises and falls while v catches up with Δ, passes zero, "
+    "and then hardly moves. The samples improve during that time. ‖Δ‖ is the better sign of progress."
 )
 
 

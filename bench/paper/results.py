@@ -133,9 +133,7 @@ def trend(rows: Sequence[RunRow]) -> str:
     names = settings_of(rows)
     means = [summarise(of_setting(rows, name, "kernel_distance")).mean for name in names]
     value = float(spearmanr(range(len(names)), means)[0])
-    return (
-        f"rank correlation of the layers' number with the mean kernel distance: {value:.2f} (−1: more is always better)"
-    )
+    return f"rank correlation of the number of layers with the mean kernel distance: {value:.2f} (−1: more is better)"
 
 
 def findings(rows: Sequence[RunRow]) -> list[str]:
@@ -238,7 +236,7 @@ def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
     agreements = [sentence for rows in results for sentence in findings(rows)]
     for word, heading in (
         ("disagrees", "Where these runs disagree with the paper"),
-        ("undecided", "What they leave open"),
+        ("undecided", "What these runs leave open"),
     ):
         chosen = [sentence for sentence in agreements if f"**{word}**" in sentence]
         parts.append(f"## {heading}\n\n" + ("\n".join(f"- {sentence}" for sentence in chosen) or "Nothing."))
@@ -248,17 +246,17 @@ def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
 
 _INTRODUCTION = """# The paper's experiments, at the size of a laptop
 
-This page is written by `python -m bench.paper --document docs/experiments.md ROWS.json …`; no number in it is typed by
-hand. Each experiment is one command, `python -m bench.paper --experiment NAME`; with `--scale cifar10`, `stl10` or
-`celeba64` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS of 50,000 samples).
-**That has not been done yet**: everything below is the small scale, scikit-learn's 1,797 digits and a few hundred steps
-at large learning rates, so it says how the method behaves early in a small training, and no more. (Where the rates
-are `--lr 1e-3 --ama-lr 1e-2`, they were chosen by one look at AMA with its first seed.)
+`python -m bench.paper --document docs/experiments.md ROWS.json …` writes this page from rows of results; no number in
+it is typed by hand. Each experiment is one command, `python -m bench.paper --experiment NAME`. With `--scale
+cifar10`, `stl10` or `celeba64` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS
+of 50,000 samples). **Nobody has run that yet.** Everything below is the small scale: scikit-learn's 1,797 digits and
+a few hundred steps at large learning rates. So it shows how the method behaves early in a small training, and no
+more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen after one look at AMA with its first seed.)
 
-Samples are judged by a network that no run was trained on. Where that is not Inception, the distances are not FID and
-KID, and comparable only with each other. Smaller is better for distances, larger for precision and recall. A claim
-"agrees" or "disagrees" if the mean kernel distances differ by more than two standard errors over the seeds, and is
-"undecided" otherwise. The matched networks are trained on the digits once, and are the same for all seeds."""
+A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
+and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim
+"agrees" or "disagrees" if the mean kernel distances differ by more than two standard errors over the seeds; otherwise
+it is "undecided". The matched networks are trained on the digits once and are the same for all seeds."""
 
 
 def _section(rows: Sequence[RunRow], figure: str) -> str:

@@ -1,0 +1,1 @@
+"""`python -m bench.pages`: the tables of docs/performance.md and docs/kernels.md, from the rows in bench/results/."""
