@@ -91,7 +91,9 @@ class Config:
         free = resumable()
         if self.validation.evaluate_every is None:
             free |= field_names(ValidationConfig) - {"lr_adapt"}
-        for name, value in _absolute(given).items():
+        if given.get("method", self.method.method) == self.method.method:
+            check_owners(given, self.method.method)
+        for name, value in sorted(_absolute(given).items(), key=lambda item: item[0] != "method"):
             if name not in free and flat[name] != value:
                 raise InputError(name, f"the run was started with {flat[name]}, it cannot be resumed with {value}")
         return self.replaced(given)

@@ -16,15 +16,16 @@ from bench.rows import peak_memory
 from engine import train
 from engine.comparison.distances.moments import Moments
 from engine.configuration import planning
-from engine.configuration.build import make_method
+from engine.configuration.build import make_method, make_schedule
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.planning import Planner, choose_chunk, predict
 from engine.generation.networks import build_generator
-from engine.generation.priors import Noise
 from engine.support.errors import InputError
 from engine.training.planner import Footprint, StorageTracker
+from engine.training.run_folder import RunFolder
+from engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -43,9 +44,10 @@ def measured(config: Config, plans: Planner) -> int:
     target = Moments(2, ones, ones)
 
     def two_steps() -> None:
-        method, noise = make_method(config, plans.generator, plans.extractor, target), Noise(0)
-        method.step(None, noise)
-        method.step(None, noise)
+        method = make_method(config, plans.generator, plans.extractor, target)
+        trainer = Trainer(method, make_schedule(config), RunFolder("nowhere"), {})
+        trainer.train_step()
+        trainer.train_step()
 
     gc.collect()
     plans.generator.zero_grad(set_to_none=True)
