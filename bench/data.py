@@ -36,7 +36,7 @@ from engine.representation.build import build_extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.tracing.tap import activate_
 from pipelines import ImageDataset, ImageLoader, open_dataset
-from pipelines.loader import dali_is_importable
+from pipelines.loading.loader import dali_is_importable
 
 HEIGHT, WIDTH, CROP, SIZE = 218, 178, 160, 64
 WORKERS = 2

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from pipelines.decoding.preprocessing import RESIZE_FILTER, Preprocessing
 from pipelines.errors import BadImage, DataError
-from pipelines.preprocessing import RESIZE_FILTER, Preprocessing
 
 Fingerprint = dict[str, str | int | float | bool]
 

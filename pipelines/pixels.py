@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipelines.dataset import ImageDataset
-from pipelines.loader import ImageLoader
+from pipelines.loading.loader import ImageLoader
 
 _BATCH = 256
 

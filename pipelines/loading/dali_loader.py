@@ -18,7 +18,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
 from pipelines.errors import BadImage
-from pipelines.torch_loader import is_range
+from pipelines.loading.torch_loader import is_range
 
 BLOCK_BYTES = 2**21
 """Of pictures in memory that go through DALI at a time."""
@@ -37,7 +37,7 @@ def run(
     if isinstance(dataset, ArrayDataset):
         yield from _arrays(dataset, batches, device, workers)
     elif isinstance(dataset, EncodedDataset):
-        from pipelines.dali_files import FileDecoder
+        from pipelines.loading.dali_files import FileDecoder
 
         yield from FileDecoder(dataset, device, workers, bad_images).run(batches)
     else:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines.arrays import open_array_file, open_digits
-from pipelines.binaries import open_cifar10, open_stl10
 from pipelines.dataset import ImageDataset
+from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import printable
 from pipelines.errors import DataError
-from pipelines.folders import open_folder
-from pipelines.lsun import open_lsun
-from pipelines.preprocessing import Preprocessing
+from pipelines.sources.arrays import open_array_file, open_digits
+from pipelines.sources.binaries import open_cifar10, open_stl10
+from pipelines.sources.folder import open_folder
+from pipelines.sources.lsun import open_lsun
 
 DATASETS = ("digits", "cifar10", "stl10", "celeba", "lsun", "images")
 ARRAY_SUFFIXES = (".npy", ".npz")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.arrays import from_pictures
 from pipelines.dataset import ArrayDataset
+from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import cache_folder, printable
 from pipelines.errors import DataError, one_line
-from pipelines.preprocessing import Preprocessing
+from pipelines.sources.arrays import from_pictures
 
 DOWNLOAD_TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""

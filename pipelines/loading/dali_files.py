@@ -1,8 +1,8 @@
 """DALI over encoded pictures: threads read the files ahead, DALI decodes what is plain, PIL the rest.
 
-Feeding bytes instead of letting DALI read the files is what makes one bad file one line: a file is looked at before
-DALI sees it (see `decoding.size_if_plain`), whatever is unusual or suspicious goes to PIL in the reading threads, and
-if DALI still stumbles, PIL says over which file.
+DALI gets bytes instead of file names, so that one bad file costs one line: the headers are read before DALI sees them
+(`decoding.pil.size_if_plain`), anything unusual or suspicious goes to PIL in the reading threads, and if DALI still
+fails, PIL tells which file is bad.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipelines.dali_loader import Collector, normalise, num_threads, pipeline_arguments
 from pipelines.dataset import EncodedDataset
-from pipelines.decoding import load, size_if_plain
+from pipelines.decoding.pil import load, size_if_plain
+from pipelines.decoding.preprocessing import Geometry
 from pipelines.errors import BadImage, DataError, one_line
-from pipelines.preprocessing import Geometry
-from pipelines.torch_loader import normalise as normalise_arrays
+from pipelines.loading.dali_loader import Collector, normalise, num_threads, pipeline_arguments
+from pipelines.loading.torch_loader import normalise as normalise_arrays
 
 CHUNK_IMAGES = 64
 """Most pictures that DALI decodes at once; the user's batches are put together from such chunks."""

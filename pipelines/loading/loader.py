@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipelines import torch_loader
 from pipelines.dataset import EncodedDataset, Fingerprint, ImageDataset
 from pipelines.errors import BadImage, DataError
+from pipelines.loading import torch_loader
 
 BACKENDS = ("auto", "dali", "torch")
 log = logging.getLogger("gfmn")
@@ -124,7 +124,7 @@ class ImageLoader:
         if not batches:
             return
         if self.backend == "dali":
-            from pipelines import dali_loader
+            from pipelines.loading import dali_loader
 
             run = dali_loader.run
         else:

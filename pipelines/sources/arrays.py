@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from pipelines.dataset import ArrayDataset
+from pipelines.decoding.preprocessing import RESIZE_FILTER, Preprocessing
 from pipelines.errors import DataError, one_line
-from pipelines.preprocessing import RESIZE_FILTER, Preprocessing
 
 
 def open_digits(name: str, preprocessing: Preprocessing) -> ArrayDataset:

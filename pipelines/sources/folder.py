@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.dataset import EncodedDataset
+from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import digest_files, printable, read_file
 from pipelines.errors import BadImage, DataError, one_line
-from pipelines.preprocessing import Preprocessing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 log = logging.getLogger("gfmn")

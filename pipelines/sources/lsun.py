@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipelines.dataset import EncodedDataset
+from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import digest_files, printable
 from pipelines.errors import DataError, one_line
-from pipelines.preprocessing import Preprocessing
 
 _OPENING = threading.Lock()
 
