@@ -41,8 +41,7 @@ from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, read_pixels
-from pipelines.registry import ARRAY_SUFFIXES
-from pipelines.sources.arrays import read_pictures
+from pipelines.sources.arrays import ARRAY_SUFFIXES, read_pictures
 
 log = logging.getLogger("gfmn")
 

@@ -1,4 +1,4 @@
-"""A dataset as one tensor of bytes, for what has to see all images at once."""
+"""A data set as one uint8 tensor, for methods that need all images at once."""
 
 from __future__ import annotations
 

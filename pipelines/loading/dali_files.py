@@ -179,7 +179,7 @@ class FileDecoder:
         return chunk
 
     def _feed(self) -> tuple[Any, ...]:
-        """What DALI calls for its next chunk; the chunk keeps the bytes alive until its images are out."""
+        """DALI calls this for its next chunk; the chunk keeps the bytes alive until its images are out."""
         if self._upcoming is None or not self._upcoming.plain:
             raise StopIteration
         chunk = self._advance()
@@ -193,7 +193,7 @@ class FileDecoder:
         return [sample.encoded for sample in plain], mirrored, sizes, x, y
 
     def _explain(self, error: RuntimeError) -> None:
-        """DALI failed on something that it was fed: let PIL decode all of it, and say what is bad."""
+        """DALI failed on some of its input: let PIL decode all of it and find the bad files."""
         bad = False
         for chunk in self._fed:
             pictures = self.dataset.pictures(chunk.indices)[0].tolist()

@@ -21,7 +21,7 @@ from pipelines.errors import BadImage
 from pipelines.loading.torch_loader import is_range
 
 BLOCK_BYTES = 2**21
-"""Of pictures in memory that go through DALI at a time."""
+"""Bytes of in-memory pictures per DALI run."""
 PREFETCH = 2
 """Batches that are prepared ahead of the one in use."""
 

@@ -1,4 +1,4 @@
-"""Folder trees of image files, with class folders where there are any."""
+"""Trees of image files; folders directly below the root are classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ImageFiles:
         return len(self.names)
 
     def where(self, picture: int) -> str:
-        """The file's path."""
+        """The path of the picture, as text for messages."""
         return printable(self.root / self.names[picture])
 
     def read(self, picture: int) -> bytes:

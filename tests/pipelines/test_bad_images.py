@@ -114,7 +114,7 @@ def test_a_bad_image_stops_the_pass_with_one_line(
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     assert len(message) < len(str(path)) + 250
-    assert "--skip-bad-images" in message
+    assert "skip_bad_images" in message
     assert seen == [0, 1, 2, 3], "what came before the bad file is delivered"
     assert capfd.readouterr() == ("", ""), "DALI's own account is dozens of lines, some of them written by C++"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,15 +121,18 @@ def test_large_pictures_are_decoded_in_small_chunks(photo_folder: Path, monkeypa
     dataset = open_dataset("images", photo_folder)
     reference = all_images(ImageLoader(dataset, 36, backend="dali"))
     sizes: list[int] = []
-    feed = pipelines.loading.dali_files.FileDecoder._feed
+    make_pipeline = pipelines.loading.dali_files.file_pipeline
 
-    def counted(decoder: pipelines.loading.dali_files.FileDecoder) -> tuple[object, ...]:
-        fed = feed(decoder)
-        sizes.append(len(fed[0]))
-        return fed
+    def counting_pipeline(source: Callable[[], tuple[Any, ...]], *arguments: Any, **options: Any) -> Any:
+        def counted() -> tuple[Any, ...]:
+            fed = source()
+            sizes.append(len(fed[0]))
+            return fed
+
+        return make_pipeline(counted, *arguments, **options)
 
     monkeypatch.setattr(pipelines.loading.dali_files, "CHUNK_PIXELS", 300_000)
-    monkeypatch.setattr(pipelines.loading.dali_files.FileDecoder, "_feed", counted)
+    monkeypatch.setattr(pipelines.loading.dali_files, "file_pipeline", counting_pipeline)
     (batch,) = ImageLoader(dataset, 36, backend="dali")
     assert sum(sizes) == 21
     assert max(sizes) <= 3
@@ -241,8 +246,8 @@ def test_digests_are_remembered_until_a_file_changes(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    digest_file = pipelines.digests._digest_file
-    monkeypatch.setattr(pipelines.digests, "_digest_file", lambda path: hashed.append(path) or digest_file(path))
+    digest_file = pipelines.digests.digest_file
+    monkeypatch.setattr(pipelines.digests, "digest_file", lambda path: hashed.append(path) or digest_file(path))
     file = tmp_path / "a.png"
     file.write_bytes(b"one")
 
@@ -253,7 +258,7 @@ def test_digests_are_remembered_until_a_file_changes(
     first, count = digest()
     assert count == 1
     assert digest() == (first, 1), "a file that has just changed is not trusted"
-    monkeypatch.setattr(pipelines.digests, "_FRESH", -3600.0)
+    monkeypatch.setattr(pipelines.digests, "FRESH_SECONDS", -3600.0)
     assert digest() == (first, 1)
     assert digest() == (first, 0), "now it is remembered"
     status = file.stat()
