@@ -22,7 +22,7 @@ from pipelines.dataset import EncodedDataset
 from pipelines.decoding.pil import load, size_if_plain
 from pipelines.decoding.preprocessing import Geometry
 from pipelines.errors import BadImage, DataError, one_line
-from pipelines.loading.dali_loader import Collector, normalise, num_threads, pipeline_arguments
+from pipelines.loading.dali_loader import OutputCollector, normalise, num_threads, pipeline_arguments
 from pipelines.loading.torch_loader import normalise as normalise_arrays
 
 CHUNK_IMAGES = 64
@@ -150,7 +150,7 @@ class FileDecoder:
         size, crop = self.dataset.image_size, self.dataset.preprocessing.center_crop
         decoder = "mixed" if self.device.type == "cuda" else "cpu"
         arguments = pipeline_arguments(self.device, CHUNK_IMAGES, self.workers)
-        collect = Collector(self.device)
+        collect = OutputCollector(self.device)
         pipeline = None
         self._upcoming = next(self._chunks, None)
         while self._upcoming is not None or self._fed:

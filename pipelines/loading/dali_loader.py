@@ -97,7 +97,7 @@ def _arrays(
     else:
         arguments = pipeline_arguments(device, 1, workers)
         pipeline = sequence_pipeline(lambda: next(feed)[0][np.newaxis], on_gpu, **arguments)
-    collect = Collector(device)
+    collect = OutputCollector(device)
     remaining = iter(batches)
     for block in blocks:
         (output,) = pipeline.run()
@@ -115,7 +115,7 @@ def _array_block(dataset: ArrayDataset, indices: np.ndarray) -> tuple[np.ndarray
     return dataset.images[chosen], mirrored.astype(np.int32)
 
 
-class Collector:
+class OutputCollector:
     """Turns DALI's outputs into tensors that stay valid for as long as the caller keeps them.
 
     On a CPU the tensor shares (and owns) DALI's memory. On CUDA it is copied on the current stream, and DALI's buffer
