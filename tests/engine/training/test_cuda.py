@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
+from helpers.objectives import AVERAGERS, MINIBATCH, real_features, run_step
 from oracle import in_float64, relative_error
-from test_matching import AVERAGERS, MINIBATCH, real_features, run_step
 
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
