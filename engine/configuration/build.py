@@ -14,6 +14,7 @@ from engine.comparison.averagers import AMA, Averager, MovingAverage, NoAverage
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.reference.statistics_pass import cached_target, fingerprint, target_loader
+from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.data import open_data as open_data
 from engine.representation.build import build_extractor
@@ -45,15 +46,16 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
         ]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
-    extractor = build_extractor(
-        networks.extractor,
-        image_size=config.data.image_size,
-        weights=weights,
-        layers=networks.layers,
-        layers_from=networks.layers_from,
-        taps=networks.taps,
-        bn=networks.extractor_bn,
-    )
+    with arguments_as(name="extractor", bn="extractor_bn"):
+        extractor = build_extractor(
+            networks.extractor,
+            image_size=config.data.image_size,
+            weights=weights,
+            layers=networks.layers,
+            layers_from=networks.layers_from,
+            taps=networks.taps,
+            bn=networks.extractor_bn,
+        )
     return extractor.to(device)
 
 
@@ -68,7 +70,10 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
         return path
     log.info("extractor %s: pretraining on %s (%s)", architecture, dataset.name, task)
     begun = time.perf_counter()
-    result = pretrain(architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device))
+    with arguments_as(architecture="extractor"):
+        result = pretrain(
+            architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device)
+        )
     result.save(path)
     seconds = time.perf_counter() - begun
     log.info(
