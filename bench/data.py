@@ -35,7 +35,7 @@ from engine.comparison.reference.target import MomentsKind
 from engine.configuration.command import Parser, run_command
 from engine.representation.build import build_extractor
 from pipelines import ImageDataset, ImageLoader, open_dataset
-from pipelines.loader import dali_is_importable
+from pipelines.loading.loader import dali_is_importable
 
 HEIGHT, WIDTH, CROP, SIZE = 218, 178, 160, 64
 WORKERS = 2

@@ -41,8 +41,7 @@ from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, read_pixels
-from pipelines.arrays import read_pictures
-from pipelines.datasets import ARRAY_SUFFIXES
+from pipelines.sources.arrays import ARRAY_SUFFIXES, read_pictures
 
 log = logging.getLogger("gfmn")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.configuration.build import choose_device
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, arguments_as, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.presets import PRESETS
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
-from engine.support.errors import InputError
+from engine.support.errors import InputError, Interrupted
 from pipelines import open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=tuple(PRESETS), default="digits", help="data set and settings (default: digits)")
     add("--out", type=Path, required=True, metavar="FILE", help="the weights, safetensors")
-    add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    add("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
     section = parser.add_argument_group("pretraining", "Defaults are the preset's.")
     add = section.add_argument
     unset = argparse.SUPPRESS
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, pretrain, save."""
+    """Parse the flags, pretrain the network, and save its weights."""
     arguments = _parser().parse_args(argv)
     given = given_flags(arguments)
     data = Config.build(arguments.preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
@@ -86,15 +86,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         center_crop=data.center_crop,
         skip_bad_images=data.skip_bad_images,
     )
-    result = pretrain(
-        values.pop("arch"),
-        dataset,
-        **values,
-        loader=data.loader,
-        device=device,
-        checkpoint=checkpoint,
-        resume=arguments.resume,
-    )
+    try:
+        with arguments_as(architecture="arch", flip="horizontal_flip"):
+            result = pretrain(
+                values.pop("arch"),
+                dataset,
+                **values,
+                loader=data.loader,
+                device=device,
+                checkpoint=checkpoint,
+                resume=arguments.resume,
+            )
+    except Interrupted as interruption:
+        raise Interrupted(f"{interruption}; --resume continues from there") from None
     result.save(arguments.out)
     checkpoint.unlink(missing_ok=True)
     print(f"{result.metric.replace('_', ' ')} on held-out images: {result.validation:.4f}")
@@ -107,24 +111,22 @@ _PRETRAIN_FLAGS = (
 
 
 def _check_out(out: Path, resume: bool) -> Path | None:
-    """Where the checkpoint goes, or None if the run is complete; InputError if something would be overwritten."""
+    """The checkpoint's file, or None if the run is complete; raise InputError if something would be overwritten."""
     checkpoint = out.with_name(out.name + ".checkpoint")
     if out.is_dir():
-        raise InputError(f"--out: {out} is a folder; name a file, such as {out / 'extractor.safetensors'}")
+        raise InputError("out", f"{out} is a folder; name a file, such as {out / 'extractor.safetensors'}")
     if resume and out.exists() and not checkpoint.exists():
         return None
     if not resume:
         for file in (out, checkpoint):
             if file.exists():
-                raise InputError(
-                    f"--out: {file} exists; resume that run with --resume, delete it, or name another file"
-                )
+                raise InputError("out", f"{file} exists; resume that run (--resume), delete it, or name another file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out: {out.parent} cannot be made ({error.strerror})") from None
+        raise InputError("out", f"{out.parent} cannot be made ({error.strerror})") from None
     if not os.access(out.parent, os.W_OK):
-        raise InputError(f"--out: {out.parent} cannot be written to")
+        raise InputError("out", f"{out.parent} cannot be written to")
     return checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Datasets, and how their images reach the device: through DALI, or through a plain torch loader where it is absent.
+"""Data sets, and loaders that bring their images to the device: DALI, or plain torch where DALI is not installed.
 
 dataset = open_dataset("images", "photos/", image_size=64, center_crop=160)
 for images, indices in ImageLoader(dataset, 64, device="cuda", shuffle=True, seed=1):
@@ -6,11 +6,11 @@ for images, indices in ImageLoader(dataset, 64, device="cuda", shuffle=True, see
 """
 
 from pipelines.dataset import ImageDataset
-from pipelines.datasets import DATASETS, open_dataset
 from pipelines.digests import cache_folder
 from pipelines.errors import BadImage, DataError
-from pipelines.loader import Batch, ImageLoader
+from pipelines.loading.loader import Batch, ImageLoader
 from pipelines.pixels import read_pixels
+from pipelines.registry import DATASETS, open_dataset
 
 __all__ = [
     "DATASETS",

@@ -1,4 +1,4 @@
-"""What a dataset is for the loaders: images in memory, or encoded files that are decoded on the way."""
+"""What a loader reads: a data set of images in memory, or of encoded files that are decoded while they are read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from pipelines.decoding.preprocessing import RESIZE_FILTER, Preprocessing
 from pipelines.errors import BadImage, DataError
-from pipelines.preprocessing import RESIZE_FILTER, Preprocessing
 
 Fingerprint = dict[str, str | int | float | bool]
 
@@ -167,7 +167,7 @@ class EncodedDataset(ImageDataset):
         self.files = files
 
     def fingerprint(self) -> Fingerprint:
-        """As for every dataset, and what decoding adds."""
+        """Everything that decides the images, the conventions of decoding included."""
         decoding: Fingerprint = {
             "orientation": "exif",
             "alpha": "over white",

@@ -2,8 +2,7 @@
 
 A digest is remembered under the names, sizes, inodes and both time stamps (modification and status change, in
 nanoseconds) of all files, as version control systems do: rewriting a file changes its status-change time, which no
-program can set back. Files that changed in the last two seconds are never remembered, because a clock tick may hide
-a second change.
+program can set back. Files that changed in the last two seconds (`FRESH_SECONDS`) are never remembered.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from pathlib import Path
 
 from pipelines.errors import BadImage, one_line
 
-_FRESH = 2.0
+FRESH_SECONDS = 2.0
+"""A file that changed this recently is not trusted: a clock tick may hide a second change."""
 _MAX_FILE = 2**30
 _BLOCK = 2**20
 
 
 def cache_folder() -> Path:
-    """Where what is made once is kept (digests, downloads, pretrained extractors, targets).
+    """The folder for everything that is made once: digests, downloads, pretrained extractors, targets.
 
     `GFMN_CACHE`, or `gfmn` in the user's cache folder.
     """
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path for messages: bytes that are no text become question marks instead of breaking the terminal."""
+    """A path for messages: bytes that are not text become question marks instead of breaking the terminal."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -70,20 +70,20 @@ def digest_files(root: Path, names: Sequence[str], *, skip_unreadable: bool) -> 
     total = hashlib.sha256()
     complete = True
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)) + 1)) as pool:
-        for name, path, content in zip(names, paths, pool.map(_digest_file, paths), strict=True):
+        for name, path, content in zip(names, paths, pool.map(digest_file, paths), strict=True):
             if isinstance(content, OSError):
                 complete = False
                 if not skip_unreadable:
                     raise BadImage(printable(path), one_line(content)).error()
                 content = "unreadable"
             total.update(os.fsencode(name) + b"\0" + content.encode() + b"\0")
-    if complete and newest < start - _FRESH and _key(root, names, paths)[0] == key:
+    if complete and newest < start - FRESH_SECONDS and _key(root, names, paths)[0] == key:
         _remember(remembered, total.hexdigest())
     return total.hexdigest()
 
 
-def _digest_file(path: str) -> str | OSError:
-    """Size and SHA-256 of one file's content."""
+def digest_file(path: str) -> str | OSError:
+    """Size and SHA-256 of one file's content as one text, or the error that reading it gave."""
     try:
         digest, size = hashlib.sha256(), 0
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:

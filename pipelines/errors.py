@@ -1,4 +1,4 @@
-"""What the readers and loaders say when a file, a folder or an option cannot be used."""
+"""Errors of readers and loaders: a file, a folder or an option cannot be used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class DataError(ValueError):
-    """Input that cannot be used, told in one line: which file, folder or option, and what to do about it."""
+    """Input that cannot be used. The message is one line: which file, folder or option, and what to do about it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
@@ -22,8 +22,8 @@ class BadImage(NamedTuple):
         return f"{self.path}: {self.reason}"
 
     def error(self) -> DataError:
-        """The error that stops a pass; the way out is part of the line."""
-        return DataError(f"{self.path}: {self.reason}; replace or remove it, or skip bad images (--skip-bad-images)")
+        """The error that stops a pass; its line says what the user can do."""
+        return DataError(f"{self.path}: {self.reason}; replace or remove it, or set skip_bad_images")
 
 
 def one_line(error: BaseException) -> str:

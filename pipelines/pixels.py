@@ -1,11 +1,11 @@
-"""A dataset as one tensor of bytes, for what has to see all images at once."""
+"""A data set as one uint8 tensor, for methods that need all images at once."""
 
 from __future__ import annotations
 
 import torch
 
 from pipelines.dataset import ImageDataset
-from pipelines.loader import ImageLoader
+from pipelines.loading.loader import ImageLoader
 
 _BATCH = 256
 

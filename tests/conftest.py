@@ -1,4 +1,4 @@
-"""Fixtures that the rooms share: small extractors with lively features, and images."""
+"""Fixtures that all test folders share: small extractors with lively features, and images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.visiting import enliven
 from oracle import tapped
 from torch import Tensor, nn
 
@@ -55,21 +56,6 @@ class TinyResidual(nn.Module):
         return F.relu(self.conv5(self.pool(x)))
 
 
-def enliven(network: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Random BatchNorm statistics and biases in place, so that features are neither dead nor all alike; returns it."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.running_mean, -0.2, 0.2),
-                (module.running_var, 0.02, 0.4),
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.1, 0.5),
-            ):
-                assert tensor is not None
-                tensor.data.uniform_(low, high, generator=generator)
-    return network
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same numbers, whatever runs before it."""
@@ -89,7 +75,8 @@ def tiny_extractor() -> Extractor:
     """`TinyResidual` tapped: 5 taps, D = 1,544, float32, 8×8 images. Not to be changed; copy it."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return tapped(enliven(TinyResidual(), torch.Generator().manual_seed(8)), image_size=8)
+        # Of a few seeds the one whose gradients cancel least, so that a mistake stands out from low precision.
+        return tapped(enliven(TinyResidual(), torch.Generator().manual_seed(13)), image_size=8)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
-from engine.representation.tracing.tap import tap_network
 
 Features = Callable[[Tensor], Tensor]
 
@@ -99,7 +99,7 @@ class WrittenOut:
         """Averager state under the names of `MomentMatching.state_dict`, in the order of `features`."""
         if self.adam is not None:
             inner = self.adam.state[self.v]
-            # Adam's own gradient is 2/D of v − Δ in the authors' mean; DESIGN keeps m and u in units of Δ.
+            # Adam's own gradient is 2/D of v − Δ in the authors' mean; the engine keeps m and u in units of Δ.
             scale = self.target.shape[1] / 2 if self.averager == "ama-authors" else 1.0
             assert self.v is not None
             return {
@@ -118,12 +118,7 @@ def in_float64(extractor: Extractor) -> Extractor:
 
 def tapped(network: nn.Module, image_size: int) -> Extractor:
     """Extractor of one network of a test's own, float32, all activations tapped."""
-    extractor = Extractor("own", image_size, batch_statistics=False)
-    graph, sites = tap_network(copy.deepcopy(network).eval().requires_grad_(False).double(), prefix="own")
-    extractor.networks.append(graph.float().requires_grad_(False))
-    extractor.sites = tuple(sites)
-    extractor.measure_taps()
-    return extractor
+    return build_extractor("own", module=network, image_size=image_size)
 
 
 def hooked_features(network: nn.Module, activations: Sequence[nn.Module]) -> Features:

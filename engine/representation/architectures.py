@@ -1,4 +1,4 @@
-"""The networks whose frozen features are matched, as plain modules that can be trained.
+"""Our own networks whose frozen features are matched, as plain modules that can be trained.
 
 Each maps images `[N, 3, H, W]` to K outputs `[N, K]`: class scores, or an autoencoder's latent code before its tanh.
 `build_extractor` taps their activations and drops the rest.
@@ -132,16 +132,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def find_architecture(name: str, image_size: int, flag: str = "--extractor") -> Architecture:
-    """The architecture `name`; InputError that names `flag` if it is unknown or cannot take images of this size."""
+def find_architecture(name: str, image_size: int) -> Architecture:
+    """The architecture `name`; raise InputError if it is unknown or cannot take images of this size."""
     architecture = ARCHITECTURES.get(name)
     if architecture is None:
-        raise InputError(f"{flag}: {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
+        raise InputError("name", f"{name!r} is not known; choose one of {', '.join(ARCHITECTURES)}")
     if architecture.sizes is not None and image_size not in architecture.sizes:
         sizes = ", ".join(map(str, architecture.sizes))
-        raise InputError(f"{flag}: {name} takes images of {sizes} pixels, not {image_size}")
+        raise InputError("name", f"{name} takes images of {sizes} pixels, not {image_size}")
     if image_size < architecture.multiple_of or image_size % architecture.multiple_of:
         raise InputError(
-            f"{flag}: {name} needs images whose side is a multiple of {architecture.multiple_of}, got {image_size}"
+            "name", f"{name} needs images whose side is a multiple of {architecture.multiple_of}, got {image_size}"
         )
     return architecture

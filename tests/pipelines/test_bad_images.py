@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import pipelines.folders
+import pipelines.sources.folder
 from pipelines import BadImage, DataError, ImageLoader, open_dataset
 
 NAME = "05 bad"
@@ -114,7 +114,7 @@ def test_a_bad_image_stops_the_pass_with_one_line(
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     assert len(message) < len(str(path)) + 250
-    assert "--skip-bad-images" in message
+    assert "skip_bad_images" in message
     assert seen == [0, 1, 2, 3], "what came before the bad file is delivered"
     assert capfd.readouterr() == ("", ""), "DALI's own account is dozens of lines, some of them written by C++"
 
@@ -182,14 +182,14 @@ def test_a_file_that_vanishes_during_the_pass(folder: Path, backend: str) -> Non
 
 def test_no_permission(folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:  # for whom permissions are no obstacle
-        read_file = pipelines.folders.read_file
+        read_file = pipelines.sources.folder.read_file
 
         def refused(path: str) -> bytes:
             if path.endswith("07.jpg"):
                 raise PermissionError(13, "Permission denied", path)
             return read_file(path)
 
-        monkeypatch.setattr(pipelines.folders, "read_file", refused)
+        monkeypatch.setattr(pipelines.sources.folder, "read_file", refused)
     else:
         (folder / "07.jpg").chmod(0)
     with pytest.raises(DataError, match=r"07\.jpg: permission denied"):
@@ -208,7 +208,7 @@ def test_no_permission_for_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
                 raise PermissionError(13, "Permission denied", str(path))
             return scandir(path)
 
-        monkeypatch.setattr(pipelines.folders.os, "scandir", refused)
+        monkeypatch.setattr(pipelines.sources.folder.os, "scandir", refused)
     else:
         closed.chmod(0)
     with pytest.raises(DataError, match=r"closed: permission denied"):

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines import DataError
-from pipelines.decoding import decode, size_if_plain
-from pipelines.preprocessing import Preprocessing
+from pipelines.decoding.pil import decode, size_if_plain
+from pipelines.decoding.preprocessing import Preprocessing
 
 # pytest puts its own warning filters above those of the code under test
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "RuntimeWarning")]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-import pipelines.dali_files
 import pipelines.digests
+import pipelines.loading.dali_files
 from pipelines import DataError, ImageLoader, open_dataset
 from pipelines.dataset import EncodedDataset
 from pipelines.digests import digest_files
@@ -79,9 +81,9 @@ def test_dalis_difference_is_in_the_outermost_pixels(photo_folder: Path) -> None
 def test_dali_decodes_what_is_plain_and_pil_the_rest(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali")
     by_pil = []
-    load = pipelines.dali_files.load
+    load = pipelines.loading.dali_files.load
     monkeypatch.setattr(
-        pipelines.dali_files,
+        pipelines.loading.dali_files,
         "load",
         lambda dataset, n, data: by_pil.append(dataset.files.where(n)) or load(dataset, n, data),
     )
@@ -119,15 +121,18 @@ def test_large_pictures_are_decoded_in_small_chunks(photo_folder: Path, monkeypa
     dataset = open_dataset("images", photo_folder)
     reference = all_images(ImageLoader(dataset, 36, backend="dali"))
     sizes: list[int] = []
-    feed = pipelines.dali_files.FileDecoder._feed
+    make_pipeline = pipelines.loading.dali_files.file_pipeline
 
-    def counted(decoder: pipelines.dali_files.FileDecoder) -> tuple[object, ...]:
-        fed = feed(decoder)
-        sizes.append(len(fed[0]))
-        return fed
+    def counting_pipeline(source: Callable[[], tuple[Any, ...]], *arguments: Any, **options: Any) -> Any:
+        def counted() -> tuple[Any, ...]:
+            fed = source()
+            sizes.append(len(fed[0]))
+            return fed
 
-    monkeypatch.setattr(pipelines.dali_files, "CHUNK_PIXELS", 300_000)
-    monkeypatch.setattr(pipelines.dali_files.FileDecoder, "_feed", counted)
+        return make_pipeline(counted, *arguments, **options)
+
+    monkeypatch.setattr(pipelines.loading.dali_files, "CHUNK_PIXELS", 300_000)
+    monkeypatch.setattr(pipelines.loading.dali_files, "file_pipeline", counting_pipeline)
     (batch,) = ImageLoader(dataset, 36, backend="dali")
     assert sum(sizes) == 21
     assert max(sizes) <= 3
@@ -144,9 +149,9 @@ def test_where_dali_fails_pil_decodes_or_says_what_is_wrong(
     Image.open(photo_folder / "1 bitmap.bmp").save(path, "GIF")
     if damaged:
         path.write_bytes(path.read_bytes()[:2000])
-    plain = pipelines.dali_files.size_if_plain
+    plain = pipelines.loading.dali_files.size_if_plain
     monkeypatch.setattr(
-        pipelines.dali_files, "size_if_plain", lambda data: (427, 640) if data[:3] == b"GIF" else plain(data)
+        pipelines.loading.dali_files, "size_if_plain", lambda data: (427, 640) if data[:3] == b"GIF" else plain(data)
     )
     dataset = open_dataset("images", photo_folder, image_size=64, skip_bad_images=damaged)
     expected = all_images(ImageLoader(dataset, 6, backend="torch"))
@@ -241,8 +246,8 @@ def test_digests_are_remembered_until_a_file_changes(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    digest_file = pipelines.digests._digest_file
-    monkeypatch.setattr(pipelines.digests, "_digest_file", lambda path: hashed.append(path) or digest_file(path))
+    digest_file = pipelines.digests.digest_file
+    monkeypatch.setattr(pipelines.digests, "digest_file", lambda path: hashed.append(path) or digest_file(path))
     file = tmp_path / "a.png"
     file.write_bytes(b"one")
 
@@ -253,7 +258,7 @@ def test_digests_are_remembered_until_a_file_changes(
     first, count = digest()
     assert count == 1
     assert digest() == (first, 1), "a file that has just changed is not trusted"
-    monkeypatch.setattr(pipelines.digests, "_FRESH", -3600.0)
+    monkeypatch.setattr(pipelines.digests, "FRESH_SECONDS", -3600.0)
     assert digest() == (first, 1)
     assert digest() == (first, 0), "now it is remembered"
     status = file.stat()

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_datasets import make_celeba, make_cifar10, make_lsun, make_stl10
+from helpers.tiny_datasets import make_celeba, make_cifar10, make_lsun, make_stl10, md5
 from PIL import Image
 
 import pipelines
 from pipelines import DataError, ImageLoader, open_dataset
-from pipelines.decoding import decode
+from pipelines.decoding.pil import decode
 
 
 def pixels(loader: ImageLoader) -> np.ndarray:
@@ -58,7 +58,6 @@ def test_cifar10_without_a_path_is_in_the_cache(
 def test_cifar10_is_unpacked_from_its_archive(
     photos: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tiny_datasets import md5
     from torchvision.datasets import CIFAR10
 
     images, _ = make_cifar10(tmp_path / "made", photos, monkeypatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import pipelines.loader
+import pipelines.loading.loader
 from pipelines import DataError, ImageLoader, open_dataset
 from pipelines.dataset import ImageDataset
 
@@ -58,10 +59,10 @@ def test_every_image_once_and_right(
 
 @pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 2, 1, 0], [0, 0, 3, 3], [96, 0, 1], [5]], ids=str)
 def test_any_order_of_indices_is_kept(dataset: ImageDataset, tiles: np.ndarray, backend: str, order: list[int]) -> None:
-    loader = ImageLoader(dataset, 4, backend=backend)
-    (batch,) = loader._run([np.array(order)])
-    assert batch.indices.tolist() == order
-    torch.testing.assert_close(batch.images, expected(tiles[order]), rtol=0, atol=1e-6)
+    loader = importlib.import_module(f"pipelines.loading.{backend}_loader")
+    ((images, indices),) = loader.run(dataset, [np.array(order)], torch.device("cpu"), None, {})
+    assert indices.tolist() == order
+    torch.testing.assert_close(images, expected(tiles[order]), rtol=0, atol=1e-6)
 
 
 def test_the_two_backends_give_the_same_bits(flipped: ImageDataset) -> None:
@@ -152,7 +153,7 @@ def test_without_dali_auto_says_one_line_and_works(
     dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    pipelines.loader._say_torch_once.cache_clear()
+    pipelines.loading.loader.warn_without_dali.cache_clear()
     with caplog.at_level(logging.INFO, logger="gfmn"):
         loaders = [ImageLoader(dataset, 40), ImageLoader(dataset, 40)]
     assert [loader.backend for loader in loaders] == ["torch", "torch"]

@@ -1,4 +1,4 @@
-"""The images that pretraining learns from, and the tenth of them that it is judged by and never learns from."""
+"""The images of pretraining: nine tenths to learn from, and one tenth, held out, to judge by."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pipelines.dataset import ArrayDataset
 
 _HELD_OUT = 10
 """One image in this many is held out."""
-_MEMORY = 4 * 2**30
-"""Datasets of up to this many bytes live on the device as one uint8 tensor."""
+IN_MEMORY_BYTES = 4 * 2**30
+"""Data sets of up to this many bytes live on the device as one uint8 tensor."""
 _READING_BATCH = 256
 _BLACK = -1.0
 
 Images = tuple[Tensor, Tensor]
-"""float32 [n, 3, H, W] in [-1, 1], channels_last, on the device; int64 [n] on the CPU, which pictures they show."""
+"""float32 [n, 3, H, W] in [-1, 1], channels_last, on the device; and which pictures they show, int64 [n] on the CPU."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to every training image: a random crop of the image padded with black, perhaps mirrored.
+    """A random crop of the image padded with black, perhaps mirrored; applied to every training image.
 
     Attributes:
         padding: pixels added on each side before a window of the old size is cut out at random; 0 is no crop.
@@ -38,10 +38,6 @@ class Augmentation:
 
     padding: int
     flip: bool
-
-    def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise InputError(f"--crop-padding: must not be negative, got {self.padding}")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augment `images` [n, 3, H, W]; the random numbers come from `generator`, a CPU generator."""
@@ -59,7 +55,7 @@ class Augmentation:
 
 
 class TrainingImages(Protocol):
-    """Where batches come from.
+    """A source of batches.
 
     Attributes:
         steps_per_epoch: batches of one pass over the training images.
@@ -91,16 +87,15 @@ def open_images(
         loader: backend of `ImageLoader`.
         progress: show a bar while files are read into memory.
 
-    Raises InputError if there are too few of them, or if the batches are too small.
+    Raises InputError if there are too few images to hold some out.
     """
-    if batch_size < 2:
-        raise InputError(f"--batch-size: BatchNorm needs at least 2 images, got {batch_size}")
     if dataset.num_pictures < 2 * _HELD_OUT:
         raise InputError(
-            f"--data: pretraining holds out one image in {_HELD_OUT} and needs at least {2 * _HELD_OUT} images, "
-            f"{dataset.name} has {dataset.num_pictures}"
+            "dataset",
+            f"pretraining holds out one image in {_HELD_OUT} and needs at least {2 * _HELD_OUT} images, "
+            f"{dataset.name} has {dataset.num_pictures}",
         )
-    if isinstance(dataset, ArrayDataset) or dataset.num_pictures * dataset.image_size**2 * 3 <= _MEMORY:
+    if isinstance(dataset, ArrayDataset) or dataset.num_pictures * dataset.image_size**2 * 3 <= IN_MEMORY_BYTES:
         images, shown = _read(dataset, loader, progress)
         return _InMemory(images.to(device), shown, batch_size, seed=seed)
     return _Streamed(dataset, batch_size, seed=seed, device=device, loader=loader)
@@ -134,7 +129,7 @@ class _InMemory:
 
 
 def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, Tensor]:
-    """All pictures uint8 [N, H, W, 3], and their numbers int64 [N]; those that had to be skipped are left out."""
+    """All pictures uint8 [N, H, W, 3], and their numbers int64 [N], without those that had to be skipped."""
     if isinstance(dataset, ArrayDataset):
         return torch.from_numpy(dataset.images), torch.arange(dataset.num_pictures)
     size = dataset.image_size
@@ -150,7 +145,7 @@ def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, 
 
 
 class _Streamed:
-    """Every epoch decodes all images anew; the batches lose those that are held out."""
+    """Every epoch decodes all images again, and drops the held-out ones from its batches."""
 
     def __init__(self, dataset: ImageDataset, batch_size: int, *, seed: int, device: torch.device, loader: str):
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""What pretraining hands over."""
+"""The result of pretraining: weights, the held-out metric and the history."""
 
 from __future__ import annotations
 

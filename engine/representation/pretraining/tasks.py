@@ -1,8 +1,10 @@
-"""What a network is pretrained to do. Every task trains a whole architecture, its outputs included."""
+"""The tasks that a network is pretrained for.
+
+Every task trains a whole architecture (`engine.representation.architectures`), its outputs included.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,14 +19,14 @@ from pipelines import ImageDataset
 
 
 class Task(Protocol):
-    """A loss, and what the network is judged by.
+    """A loss to train with, and a metric to judge the network by.
 
     Attributes:
-        module: what is trained, the network and whatever the task adds to it.
+        module: everything that is trained: the network, and what the task adds to it.
         network: the part that becomes the extractor.
         metric: name of the value that `score` sums up.
         optimizer: "sgd" or "adam".
-        lr, weight_decay: the usual ones.
+        lr, weight_decay: the optimizer's, unless the recipe names others.
     """
 
     module: nn.Module
@@ -35,11 +37,11 @@ class Task(Protocol):
     weight_decay: float
 
     def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Mean over the images [N, 3, H, W]."""
+        """The training loss, a mean over the images [N, 3, H, W] in [-1, 1]; `labels` int64 [N] if there are any."""
         ...
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Sum of the metric over the images."""
+        """The metric, summed over the images."""
         ...
 
 
@@ -53,38 +55,39 @@ class _Scores:
         self.module = self.network = architecture.make(num_classes, image_size)
 
     def posed(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The images as the network sees them, and the classes it should find, int64."""
+        """The images as the network sees them, and the classes that it should find, int64."""
         raise NotImplementedError
 
     def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Cross entropy."""
+        """Mean cross entropy of the classes, in float32."""
         images, classes = self.posed(images, labels)
         return F.cross_entropy(self.module(images).float(), classes)
 
 
 class Classify(_Scores):
-    """The class of the image; for labelled datasets."""
+    """Learn the class of the image; for labelled data sets."""
 
     def __init__(self, architecture: Architecture, dataset: ImageDataset):
         if dataset.labels is None or dataset.num_classes < 2:
             raise InputError(
-                f"--task: classify needs a dataset with at least 2 classes, {dataset.name} has "
-                f"{dataset.num_classes or 'no labels'}; use --task rotate or --task autoencode"
+                "task",
+                f"classify needs a dataset with at least 2 classes, {dataset.name} has "
+                f"{dataset.num_classes or 'no labels'}; choose rotate or autoencode",
             )
         super().__init__(architecture, dataset.image_size, dataset.num_classes)
 
     def posed(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Images and labels as they are."""
+        """The images and labels, unchanged."""
         assert labels is not None
         return images, labels
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """How many are right."""
+        """How many images get the right class."""
         return (self.module(images).argmax(1) == labels).sum()
 
 
 class Rotate(_Scores):
-    """By which of four quarter turns the image is rotated (Gidaris et al. 2018); needs no labels."""
+    """Learn by how many quarter turns the image is rotated, 0 to 3 (Gidaris et al. 2018); needs no labels."""
 
     def __init__(self, architecture: Architecture, dataset: ImageDataset):
         super().__init__(architecture, dataset.image_size, 4)
@@ -98,13 +101,13 @@ class Rotate(_Scores):
         return turned.contiguous(memory_format=torch.channels_last), classes
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """How many are right, each turned all four ways."""
+        """How many images are right, as a mean over their four turns."""
         right = [(self.module(images.rot90(turns, (2, 3))).argmax(1) == turns).sum() for turns in range(4)]
         return torch.stack(right).sum() / 4
 
 
 class Autoencoder(nn.Module):
-    """Images to tanh of the encoder's outputs, and back by the DCGAN-like generator (paper, section 5.1)."""
+    """From images to tanh of the encoder's outputs, and back by the DCGAN-like generator (paper, section 5.1)."""
 
     def __init__(self, encoder: nn.Module, image_size: int, latent: int):
         super().__init__()
@@ -112,12 +115,12 @@ class Autoencoder(nn.Module):
         self.decoder = build_generator("dcgan", image_size=image_size, nz=latent)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction, [N, 3, H, W]."""
+        """The reconstruction of `images`, [N, 3, H, W]."""
         return self.decoder(self.encoder(images).tanh())
 
 
 class Autoencode:
-    """The image itself, through a latent code: mean squared error of pixels in [-1, 1], by Adam.
+    """Learn to reconstruct the image from a latent code: mean squared error of pixels in [-1, 1], by Adam.
 
     The code has 128 values for up to 32 pixels and 512 above (the paper's for CelebA).
     """
@@ -129,13 +132,13 @@ class Autoencode:
         size = dataset.image_size
         if size not in GENERATOR_SIZES:
             sizes = ", ".join(map(str, GENERATOR_SIZES))
-            raise InputError(f"--task: autoencode decodes to images of {sizes} pixels, not {size}")
+            raise InputError("task", f"autoencode decodes to images of {sizes} pixels, not {size}")
         latent = 128 if size <= 32 else 512
         self.network = architecture.make(latent, size)
         self.module: nn.Module = Autoencoder(self.network, size, latent)
 
     def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Mean squared error of the pixels."""
+        """Mean squared error of the reconstructed pixels, in float32."""
         return F.mse_loss(self.module(images).float(), images)
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -151,15 +154,7 @@ TASKS: dict[str, Callable[[Architecture, ImageDataset], Task]] = {
 
 
 def make_task(name: str, architecture: Architecture, dataset: ImageDataset) -> Task:
-    """The task by its name; InputError if it is unknown, or if the dataset does not have what it needs."""
+    """The task `name`; raise InputError if it is unknown, or if the data set lacks what it needs."""
     if name not in TASKS:
-        raise InputError(f"--task: {name!r} is not one of {', '.join(TASKS)}")
+        raise InputError("task", f"{name!r} is not one of {', '.join(TASKS)}")
     return TASKS[name](architecture, dataset)
-
-
-def one_cycle(step: int, total: int) -> float:
-    """Share of the peak learning rate at `step` of `total`: up in the first fifth, then down a half cosine to 0."""
-    rise = max(total // 5, 1)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))

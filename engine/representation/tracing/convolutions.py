@@ -1,7 +1,7 @@
-"""The convolutions of a frozen network on a CPU: oneDNN's, with the activation where the result is stored.
+"""Frozen convolutions on a CPU: oneDNN's, which apply the activation while they store the result.
 
-Collecting a tap's moments then only has to read it. And nothing is kept for backward: the gradient with respect to a
-frozen convolution's input needs its weights alone, so what a pooling has returned, for one, can go.
+Collecting a tap's moments then only reads it. Nothing is kept for backward: the gradient with respect to the input of a
+frozen convolution needs its weights alone, so the input itself (a pooling's output, say) can be freed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def can_fuse(weight: Tensor) -> bool:
 
 
 def fuse(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphModule, dict[int, TapSite]]:
-    """`network` with `FrozenConv2d` for its convolutions, and those of its `sites` whose activation they apply.
+    """The network with `FrozenConv2d` for its convolutions, and by index the sites whose activation these apply.
 
     Args:
         network: frozen, from `engine.representation.tracing.tap.tap_network`; stays as it is, and shares its weights.
@@ -50,7 +50,7 @@ def fuse(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphMod
     modules = dict(fused.named_modules())
     calls = Counter(str(node.target) for node in fused.graph.nodes if node.op == "call_module")
     changed: dict[int, TapSite] = {}
-    # oneDNN's ReLU turns NaN into 0. Whatever is not finite has been so at the first tap, which therefore is not its.
+    # oneDNN's ReLU turns NaN into 0. Non-finite values already show at the first tap, so that tap keeps PyTorch's ReLU.
     first = next(node.args[1] for node in fused.graph.nodes if is_visit(node))
     for node in fused.graph.nodes:
         conv = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -69,13 +69,16 @@ def fuse(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphMod
 
 
 def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """A subclass may do something else than its attributes say (timm's pads its images to what TensorFlow does)."""
+    """Whether its attributes say all. A subclass may do something else: timm's pads its input as TensorFlow does."""
     return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 class FrozenConv2d(nn.Module):
-    """A frozen `nn.Conv2d` and an activation; in backward, the gradient with respect to the convolution's result is
-    expected (the mask is the tap's business), and the one with respect to its input is returned."""
+    """A frozen `nn.Conv2d` with an activation in the same call.
+
+    Its backward takes the gradient with respect to the *convolution's* result (the tap has applied the activation's
+    mask already) and returns the one with respect to the input.
+    """
 
     def __init__(self, conv: nn.Conv2d, activation: str):
         super().__init__()
@@ -83,18 +86,18 @@ class FrozenConv2d(nn.Module):
         self.epilogue = _EPILOGUES[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C', H', W']."""
+        """The activation of the convolution, [N, C, H, W] to [N, C', H', W']; differentiable as the class says."""
         return _FrozenConvolution.apply(x, self) if torch.is_grad_enabled() else self.run(x)
 
     def run(self, x: Tensor) -> Tensor:
-        """The convolution and the activation."""
+        """The same without a record for backward."""
         conv = self.conv
         return torch.ops.mkldnn._convolution_pointwise(
             x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *self.epilogue, ""
         )
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """∂L/∂x of the convolution, for ∂L/∂(its result)."""
+        """∂L/∂x [`shape`] of the convolution alone, from ∂L/∂(its result)."""
         conv = self.conv
         # Of x only the shape is needed, but a tensor without memory of its own would be filled.
         x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)

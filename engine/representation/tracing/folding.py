@@ -1,4 +1,4 @@
-"""A frozen network as the fastest graph that computes the same."""
+"""Fold BatchNorm into convolutions and drop no-ops in a frozen network."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 def freeze(graph_module: fx.GraphModule, *, fold: bool = True, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
-    """In place: a traced network in evaluation mode, as it will run millions of times.
+    """Freeze a traced network in place, in evaluation mode, and return it.
 
-    BatchNorm is folded into the convolutions before it (unless not `fold`: BatchNorm with batch statistics), modules
-    that do nothing are dropped, nothing requires a gradient, weights are channels_last and in `dtype`. The folding is
-    done in float64, so that the folded weights are correctly rounded.
+    BatchNorm is folded into the convolution before it (leave out `fold` for batch statistics), modules that do nothing
+    are dropped, and no parameter requires a gradient. The weights end channels_last and in `dtype`; the folding is done
+    in float64, so that they are correctly rounded.
     """
     graph_module.eval().requires_grad_(False).double()
     drop_identities(graph_module)
@@ -22,11 +22,11 @@ def freeze(graph_module: fx.GraphModule, *, fold: bool = True, dtype: torch.dtyp
         fold_batchnorm(graph_module)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    return graph_module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return graph_module.to(dtype).to(memory_format=torch.channels_last)
 
 
 def drop_identities(graph_module: fx.GraphModule) -> None:
-    """Take out what returns its input in evaluation: `nn.Identity` and dropout."""
+    """Drop modules that return their input in evaluation: `nn.Identity` and dropout."""
     modules = dict(graph_module.named_modules())
     for node in list(graph_module.graph.nodes):
         if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Identity | nn.Dropout | nn.Dropout2d):
@@ -35,7 +35,7 @@ def drop_identities(graph_module: fx.GraphModule) -> None:
 
 
 def fold_batchnorm(graph_module: fx.GraphModule) -> None:
-    """Replace every convolution followed by BatchNorm alone with the one convolution that they equal in evaluation:
+    """Replace a convolution that BatchNorm alone reads, and the BatchNorm, by the one convolution that they equal:
 
     w' = w · γ/√(running_var + ε)        b' = (b − running_mean) · γ/√(running_var + ε) + β
     """

@@ -1,7 +1,8 @@
-"""A tapped network cut into stages, so that backward can compute one stage again at a time."""
+"""Cut a tapped network into stages, so that backward can recompute one stage at a time."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import fx
@@ -12,11 +13,22 @@ from engine.representation.tracing.tap import is_visit
 def cut(graph_module: fx.GraphModule, sizes: Sequence[int]) -> list[fx.GraphModule]:
     """Networks `(x, visit) -> y` that do, one after the other, what `graph_module` does; they share its parameters.
 
-    Cuts go only where one tap is all that later layers read. Of all such partitions this is the one that needs the
-    least memory in a backward pass from the last stage to the first, when the inputs of a stage and of all stages
-    before it are kept and the stage itself is computed again:
+    A cut is possible only behind a tap that is all that later layers read. Here a shortcut leads from t1 around t2 to
+    t3, so there is no cut behind t2; cuts behind t0 and t3 give three stages:
+
+                       │                            │
+        images ──► t0 ─┼─► t1 ──┬──► t2 ──(+)─► t3 ─┼─► t4 ──► t5
+                       │        └────────────┘      │
+        stage 0        │ stage 1                    │ stage 2
+        input: images  │ input: t0                  │ input: t3
+
+    Backward goes from the last stage to the first. It holds the inputs of the present stage and of the stages before
+    it, and computes the present stage's own taps again. Of all possible partitions this is the one with the smallest
+    peak:
 
         max over stages s of  Σ_{i ≤ s} size of stage i's input + Σ sizes of stage s's own taps
+
+    The images themselves count as 0: they are in memory anyway.
 
     Args:
         graph_module: from `engine.representation.tracing.tap.tap_network`.
@@ -35,22 +47,29 @@ def cut(graph_module: fx.GraphModule, sizes: Sequence[int]) -> list[fx.GraphModu
             for node in nodes[: place[visit] + 1]
         )
     ]
-    cuts = _best_cuts(own, possible)
-    inputs = next(node for node in nodes if node.op == "placeholder" and node.target != "visit")
+    images = next(node for node in nodes if node.op == "placeholder" and node.target != "visit")
+    bounds = [images, *(visits[n] for n in best_cuts(own, possible)), visits[-1]]
     stages, begun = [], 0
-    for entry, stop in zip([inputs, *(visits[n] for n in cuts)], [*(visits[n] for n in cuts), visits[-1]], strict=True):
+    for entry, stop in itertools.pairwise(bounds):
         inside = [node for node in nodes[begun : place[stop] + 1] if node.op != "placeholder"]
         stages.append(_stage(graph_module, entry, inside, stop))
         begun = place[stop] + 1
     return stages
 
 
-def _best_cuts(sizes: Sequence[int], possible: Sequence[int]) -> list[int]:
-    """Indices of taps to cut behind, among the `possible`: see `cut`. Fewer cuts where nothing else decides."""
+def best_cuts(sizes: Sequence[int], possible: Sequence[int]) -> list[int]:
+    """Indices of the taps to cut behind, among the `possible` ones, for the smallest peak (see `cut`).
+
+    Args:
+        sizes: d_j of the network's own taps, in order.
+        possible: indices behind which a cut may go, ascending, without the last tap's.
+
+    Of partitions with the same peak, the one with the fewest cuts.
+    """
     best: tuple[int, int, list[int]] | None = None
     ends = [*possible, len(sizes) - 1]
     for limit in sorted({sum(sizes[i + 1 : j + 1]) for i in [-1, *possible] for j in ends if i < j}):
-        # As few stages as there can be whose own taps stay within the limit.
+        # As few stages as possible whose own taps stay within the limit.
         cuts: list[int] = []
         begun = -1
         for end, following in zip(ends, [*ends[1:], None], strict=True):

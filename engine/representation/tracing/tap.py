@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from engine.representation.tracing.folding import drop_identities, freeze
+from engine.support.errors import one_line
 
 Visitor = Callable[[int, Tensor, "Tensor | None"], Tensor]
 
@@ -99,14 +100,14 @@ def mask_(grad: Tensor, y: Tensor, activation: str) -> None:
 
 @dataclass(frozen=True)
 class Leaves:
-    """What tracing shall not look into: module types, and functions by identity."""
+    """Module types, and functions by identity, that torch.fx treats as leaves."""
 
     modules: tuple[type[nn.Module], ...] = ()
     functions: tuple[Callable, ...] = ()
 
 
 class NoMatch(ValueError):
-    """A pattern that matches no tap."""
+    """Raised where a pattern matches no activation."""
 
 
 class _Tracer(fx.Tracer):
@@ -141,14 +142,14 @@ def tap_network(
         layers_from: ... counted from the "bottom" (the images) or the "top".
         example: images that the network is run on once, to leave out activations that are no feature maps [N, C, H, W].
         fold: also `freeze` the graph, in the network's dtype.
-        leaves: what tracing shall not look into.
+        leaves: modules and functions that torch.fx treats as leaves.
 
     Raises ValueError if there is nothing to tap, or if the network cannot be traced; NoMatch if it is the pattern.
     """
     try:
         traced = fx.GraphModule(network, _Tracer(leaves or Leaves()).trace(network))
     except Exception as error:  # whatever the network's own code does with a symbolic value
-        raise ValueError(f"{prefix}: torch.fx cannot trace this network ({_first_line(error)})") from error
+        raise ValueError(f"{prefix}: torch.fx cannot trace this network ({one_line(error)})") from error
     drop_identities(traced)
     modules = dict(traced.named_modules())
     _make_out_of_place(traced.graph, modules)
@@ -156,7 +157,7 @@ def tap_network(
         try:
             ShapeProp(traced).propagate(example)
         except Exception as error:  # a network's own way to say that a size is wrong
-            raise ValueError(f"{prefix}: cannot take images {list(example.shape)} ({_first_line(error)})") from error
+            raise ValueError(f"{prefix}: cannot take images {list(example.shape)} ({one_line(error)})") from error
     found = [node for node in traced.graph.nodes if _activation_of(node, modules) and _may_be_feature_map(node)]
     if not found:
         raise ValueError(f"{prefix}: the network has no feature maps behind ReLU, ReLU6, SiLU or GELU to tap")
@@ -202,13 +203,13 @@ def _calls(node: fx.Node, kinds: tuple[type, ...], modules: dict[str, nn.Module]
 
 
 def _may_be_feature_map(node: fx.Node) -> bool:
-    """Whether the node's value is [N, C, H, W], as far as `ShapeProp` has told."""
+    """Whether the node's value is [N, C, H, W], or unknown because `ShapeProp` has not run."""
     seen = node.meta.get("tensor_meta")
     return seen is None or len(seen.shape) == 4
 
 
 def _make_out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """What changed its input in place returns a new value instead, which later readers of the input read.
+    """Let operations that change their input in place return a new value, and later readers of the input read that.
 
     A tap keeps its output for backward, so nothing else may write to it.
     """
@@ -252,14 +253,10 @@ def _matches(name: str, prefix: str, pattern: str) -> bool:
     return any(fnmatchcase(candidate, part.strip()) for part in pattern.split(",") for candidate in (name, short))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _insert_visits(
     graph: fx.Graph, taps: Sequence[fx.Node], modules: dict[str, nn.Module], first_index: int
 ) -> list[fx.Node]:
-    """Call the visitor at every tap, return the last one's output, and drop what nobody needs any more."""
+    """Call the visitor at every tap, return the last tap's output, and drop every node that nothing reads."""
     images = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(images):
         visit = graph.placeholder("visit")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import enliven
+from helpers.visiting import enliven
 from oracle import relative_error, tapped
 from torch import nn
 

@@ -13,7 +13,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.build import build_extractor
-from engine.representation.weights import read_state_dict
 from engine.support.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -250,111 +249,59 @@ def test_no_network_is_one_line(monkeypatch):
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", get_state_dict)
-    with pytest.raises(
-        InputError, match="--weights: the ImageNet weights of torchvision's resnet18 could not"
-    ) as error:
+    with pytest.raises(InputError) as error:
         build_extractor("torchvision:resnet18", image_size=32, weights="imagenet")
+    assert error.value.argument == "weights"
+    assert models.ResNet18_Weights.DEFAULT.url in error.value.message, "it says which file to fetch"
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "argument", "named"),
     [
-        ("vgg16", {}, "--extractor: 'vgg16' is not known; choose one of vgg-small, .*torchvision:NAME"),
-        ("torchvision:vgg99", {}, "--extractor: torchvision has no classifier 'vgg99'; .* such as vgg11"),
-        ("torchvision:", {}, "--extractor: 'torchvision:' is not known"),
-        ("torchvision:vit_b_32", {"image_size": 224}, "--extractor: torchvision:vit_b_32: the network has no feature"),
-        ("torchvision:alexnet", {}, r"--extractor: torchvision:alexnet: cannot take images \[2, 3, 8, 8\]"),
-        ("vgg19", {}, "--extractor: vgg19 needs images whose side is a multiple of 32, got 8"),
-        ("vgg-small", {"image_size": 0}, "--image-size"),
-        ("vgg-small", {"layers": 0}, "--layers: must be at least 1, got 0"),
-        ("vgg-small", {"layers_from": "side"}, "--layers-from: 'side' is not one of"),
-        ("vgg-small", {"bn": "none"}, "--extractor-bn: 'none' is not one of"),
-        ("vgg-small", {"taps": "conv*"}, r"--taps: no tap of vgg-small matches 'conv\*'; its taps are .*features.2"),
-        ("resnet18+vgg-small", {"taps": "blocks.*"}, "--taps: no tap of vgg-small matches"),
-        ("vgg-small", {"weights": "nowhere.pth"}, "--weights: nowhere.pth does not exist"),
-        ("vgg-small+resnet18", {"weights": ["one.pth"]}, "--weights: vgg-small.resnet18 needs 2 files"),
-        ("vgg-small", {"weights": "imagenet"}, "--weights: there are no ImageNet weights of vgg-small"),
-        ("resnet18", {"weights": "imagenet"}, "--weights: there are no ImageNet weights of resnet18; use vgg19, .*"),
+        ("vgg16", {}, "name", ["vgg16", *ARCHITECTURES, "torchvision:NAME", "timm:NAME"]),
+        ("", {}, "name", []),
+        ("torchvision:vgg99", {}, "name", ["vgg99", "vgg11"]),
+        ("torchvision:", {}, "name", ["torchvision:"]),
+        ("torchvision:vit_b_32", {"image_size": 224}, "name", ["torchvision:vit_b_32"]),
+        ("torchvision:alexnet", {}, "name", ["torchvision:alexnet", "[2, 3, 8, 8]"]),
+        ("vgg19", {}, "name", ["vgg19", "32", "8"]),
+        ("vgg-small", {"image_size": 0}, "image_size", ["0"]),
+        ("vgg-small", {"layers": 0}, "layers", ["0"]),
+        ("vgg-small", {"layers_from": "side"}, "layers_from", ["side", "bottom", "top"]),
+        ("vgg-small", {"bn": "none"}, "bn", ["none", "running", "batch"]),
+        ("vgg-small", {"taps": "conv*"}, "taps", ["vgg-small", "conv*", "features.2"]),
+        ("resnet18+vgg-small", {"taps": "blocks.*"}, "taps", ["vgg-small"]),
+        ("vgg-small", {"weights": "nowhere.pth"}, "weights", ["nowhere.pth"]),
+        ("vgg-small+resnet18", {"weights": ["one.pth"]}, "weights", ["vgg-small+resnet18", "2", "1"]),
+        ("vgg-small", {"weights": "imagenet"}, "weights", ["vgg-small"]),
+        ("resnet18", {"weights": "imagenet"}, "weights", ["resnet18", "vgg19"]),
     ],
 )
-def test_bad_input_is_one_line(name, options, message):
-    with pytest.raises(InputError, match=message) as error:
+def test_bad_input_is_one_line_about_its_argument(name, options, argument, named):
+    """It names what was given, and what would do."""
+    with pytest.raises(InputError) as error:
         build_extractor(name, **({"image_size": 8} | options))
+    assert error.value.argument == argument
+    assert all(part in error.value.message for part in named)
     assert "\n" not in str(error.value)
 
 
 def test_timm_missing_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     for name in ("timm:resnet18", "efficientnet-lite0"):
-        with pytest.raises(InputError, match=r"needs timm, which is not installed: pip install 'gfmn-engine\[perc"):
+        with pytest.raises(InputError) as error:
             build_extractor(name, image_size=32)
+        assert error.value.argument == "name"
+        assert "pip install 'gfmn-engine[perceptual]'" in error.value.message
 
 
 def test_timm_unknown_model():
     pytest.importorskip("timm")
-    with pytest.raises(InputError, match="--extractor: timm has no model 'resnet17'"):
+    with pytest.raises(InputError) as error:
         build_extractor("timm:resnet17", image_size=32)
-
-
-def changed(state, case):
-    if case == "missing":
-        return {key: value for key, value in state.items() if key != "blocks.1.bn1.weight"}
-    if case == "shape":
-        return state | {"blocks.2.conv1.weight": torch.zeros(1, 2, 3)}
-    if case == "larger":
-        return state | {"blocks.8.conv1.weight": torch.zeros(1)}
-    if case == "not finite":
-        return state | {"conv1.weight": torch.full((64, 3, 3, 3), torch.nan)}
-    if case == "another network":
-        return ARCHITECTURES["vgg-small"].make(10, 8).state_dict()
-    assert case == "other head"
-    return {key: value for key, value in state.items() if "classifier" not in key} | {"fc.weight": torch.zeros(3, 3)}
-
-
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("missing", "the file lacks blocks.1.bn1.weight$"),
-        ("shape", "the file has another shape for blocks.2.conv1.weight$"),
-        ("larger", "the file has blocks.8.conv1.weight$"),
-        ("not finite", "conv1.weight holds values that are not finite"),
-        ("another network", r"the file lacks conv1.weight, bn1.weight, bn1.bias and \d+ more$"),
-        ("other head", None),
-    ],
-)
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_that_do_not_fit(tmp_path, case, message, suffix):
-    path = tmp_path / f"w{suffix}"
-    state = changed(ARCHITECTURES["resnet18"].make(10, 8).state_dict(), case)
-    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    if message is None:
-        build_extractor("resnet18", image_size=8, weights=path)
-        return
-    with pytest.raises(InputError, match=message) as error:
-        build_extractor("resnet18", image_size=8, weights=path)
-    assert str(error.value).startswith(f"{path}: for resnet18: ")
-    assert "\n" not in str(error.value)
-
-
-class Malicious:
-    def __reduce__(self):
-        return (pytest.fail, ("a file of weights has run code",))
-
-    def __repr__(self):
-        return "Malicious()"
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"not weights", {"model": 1}, [torch.zeros(1)], Malicious(), {"w": Malicious()}], ids=repr
-)
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_files_that_are_no_state_dict(tmp_path, content, suffix):
-    path = tmp_path / f"w{suffix}"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(InputError, match=str(path)) as error:
-        read_state_dict(path)
-    assert "\n" not in str(error.value)
+    assert error.value.argument == "name"
+    assert "resnet17" in error.value.message
 
 
 def test_random_weights_follow_torchs_seed():

@@ -10,15 +10,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from engine.configuration.command import Interrupted, run_command
+from engine.configuration.command import run_command
 from engine.pretrain import main
 from engine.representation.build import build_extractor
 from engine.representation.pretraining import images as sources
-from engine.representation.pretraining import pretrain
+from engine.representation.pretraining import pretrain, training
 from engine.representation.pretraining.images import Augmentation, open_images
-from engine.representation.pretraining.tasks import Rotate, one_cycle
-from engine.representation.pretraining.training import _Pretraining
-from engine.support.errors import InputError
+from engine.representation.pretraining.recipe import one_cycle
+from engine.representation.pretraining.tasks import TASKS, Rotate
+from engine.support.errors import InputError, Interrupted
 from pipelines import open_dataset
 
 CPU = torch.device("cpu")
@@ -63,6 +63,7 @@ def test_digits_classifier_reaches_98_percent_of_images_it_never_saw():
     assert result.metric == "accuracy"
     assert result.validation >= 0.98
     assert [entry["epoch"] for entry in result.history] == [1, 2, 3, 4, 5]
+    assert json.loads(json.dumps(result.history)) == result.history
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
@@ -85,7 +86,7 @@ def test_callers_random_state_is_left_alone(tiny):
 @pytest.mark.parametrize("streamed", [False, True], ids=["in-memory", "streamed"])
 def test_every_image_is_either_trained_on_or_held_out(folder, streamed, monkeypatch):
     if streamed:
-        monkeypatch.setattr(sources, "_MEMORY", 0)
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     source = open_images(folder, 8, seed=1, device=CPU, loader="torch")
     epochs = [[shown for _, shown in source.epoch(number, 0)] for number in (0, 1)]
     trained = [torch.cat(epoch).tolist() for epoch in epochs]
@@ -110,7 +111,7 @@ def test_held_out_images_do_not_depend_on_the_seed(tiny):
 
 
 def test_both_copies_of_a_mirrored_picture_are_held_out(folder, monkeypatch):
-    monkeypatch.setattr(sources, "_MEMORY", 0)
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
     mirrored = open_dataset("images", folder.files.root, image_size=16, horizontal_flip=True)
     source = open_images(mirrored, 8, seed=1, device=CPU, loader="torch")
     trained = {number for _, shown in source.epoch(0, 0) for number in shown.tolist()}
@@ -194,15 +195,14 @@ def test_autoencoder_learns_and_reports_the_error_of_unseen_pixels():
 
 
 def interrupt_at(monkeypatch, step):
-    """A real Ctrl-C in the middle of training step `step`."""
-    train_step = _Pretraining._train_step
+    """A real Ctrl-C in the middle of training step `step`, when it asks for its learning rate."""
 
-    def interrupted(self, *arguments):
-        train_step(self, *arguments)
-        if self.step == step:
+    def interrupted(taken, total):
+        if taken == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
+        return one_cycle(taken, total)
 
-    monkeypatch.setattr(_Pretraining, "_train_step", interrupted)
+    monkeypatch.setattr(training, "one_cycle", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,10 @@ def test_checkpoint_of_other_settings_or_damaged_is_refused(tiny, tmp_path, monk
         interrupt_at(patch, 2)
         with pytest.raises(Interrupted):
             short(tiny, checkpoint=file)
-    with pytest.raises(InputError, match=r"--lr: .* 0.1, not 0.2"):
+    with pytest.raises(InputError) as error:
         short(tiny, checkpoint=file, resume=True, lr=0.2)
+    assert error.value.argument == "lr"
+    assert all(part in error.value.message for part in (str(file), "0.1", "0.2"))
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"{}" * 40):
         file.write_bytes(damaged)
@@ -239,44 +241,50 @@ def test_checkpoint_of_other_settings_or_damaged_is_refused(tiny, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "argument", "named"),
     [
-        ({"task": "sort"}, "--task: 'sort' is not one of classify, rotate, autoencode"),
-        ({"task": "autoencode"}, "--task: autoencode decodes to images of 32, 64, 128 pixels, not 16"),
-        ({"architecture": "vgg16"}, "--arch: 'vgg16' is not known"),
-        ({"architecture": "vgg19"}, "--arch: vgg19 needs images whose side is a multiple of 32, got 16"),
-        ({"architecture": "dcgan-encoder"}, "--arch: dcgan-encoder takes images of 32, 64, 128 pixels, not 16"),
-        ({"image_size": 32}, "--image-size"),
-        ({"steps": 0}, "--steps: must be at least 1"),
-        ({"epochs": 1}, "not both"),
-        ({"batch_size": 1}, "--batch-size"),
-        ({"lr": 0.0}, "--lr"),
-        ({"lr": float("nan")}, "--lr"),
-        ({"weight_decay": -1.0}, "--weight-decay"),
-        ({"crop_padding": -1}, "--crop-padding"),
-        ({"lr": 1e30}, "--lr: the loss became"),
+        ({"task": "sort"}, "task", ["sort", *TASKS]),
+        ({"task": "autoencode"}, "task", ["autoencode", "32, 64, 128", "16"]),
+        ({"architecture": "vgg16"}, "architecture", ["vgg16", "vgg-small"]),
+        ({"architecture": "vgg19"}, "architecture", ["vgg19", "32", "16"]),
+        ({"architecture": "dcgan-encoder"}, "architecture", ["dcgan-encoder", "32, 64, 128", "16"]),
+        ({"image_size": 32}, "image_size", ["32", "16"]),
+        ({"steps": 0}, "steps", ["0"]),
+        ({"steps": None, "epochs": 0}, "epochs", ["0"]),
+        ({"epochs": 1}, "steps", ["epochs"]),
+        ({"batch_size": 1}, "batch_size", ["1"]),
+        ({"lr": 0.0}, "lr", ["0.0"]),
+        ({"lr": float("nan")}, "lr", ["nan"]),
+        ({"momentum": float("inf")}, "momentum", ["inf"]),
+        ({"weight_decay": -1.0}, "weight_decay", ["-1.0"]),
+        ({"crop_padding": -1}, "crop_padding", ["-1"]),
+        ({"lr": 1e30}, "lr", ["the loss became"]),
     ],
-    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_bad_input_is_one_line(tiny, options, message):
-    with pytest.raises(InputError, match=message) as error:
+def test_bad_input_is_one_line_about_its_argument(tiny, options, argument, named):
+    with pytest.raises(InputError) as error:
         short(tiny, **options)
+    assert error.value.argument == argument
+    assert all(part in error.value.message for part in named)
     assert "\n" not in str(error.value)
 
 
 def test_classify_without_labels_says_what_to_do(tmp_path):
     dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", labels=False), image_size=16)
-    with pytest.raises(
-        InputError, match=r"--task: classify needs .* no labels; use --task rotate or --task autoencode"
-    ):
+    with pytest.raises(InputError) as error:
         short(dataset)
+    assert error.value.argument == "task"
+    assert all(part in error.value.message for part in ("no labels", "rotate", "autoencode"))
     assert short(dataset, task="rotate", steps=2).metric == "accuracy"
 
 
 def test_too_few_images(tmp_path):
     dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", count=19), image_size=16)
-    with pytest.raises(InputError, match="needs at least 20 images, images has 19"):
+    with pytest.raises(InputError) as error:
         short(dataset)
+    assert error.value.argument == "dataset"
+    assert all(part in error.value.message for part in ("20", "19"))
 
 
 def command(tmp_path, *flags):
@@ -296,8 +304,9 @@ def test_command_line_writes_weights_and_prints_the_validation(tmp_path, capsys)
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["seed"], metadata["flip"], metadata["batch_size"]) == ("5", "True", "8")
-    with pytest.raises(InputError, match=r"--out: .* exists"):
+    with pytest.raises(InputError) as error:
         command(tmp_path, "--out", str(out))
+    assert error.value.argument == "out"
     command(tmp_path, "--out", str(out), "--resume")
     assert "is complete" in capsys.readouterr().out
 
@@ -309,8 +318,9 @@ def test_command_line_resumes_after_ctrl_c(tmp_path, monkeypatch, capsys):
         interrupt_at(patch, 2)
         with pytest.raises(Interrupted, match="--resume"):
             command(tmp_path, "--out", str(out))
-    with pytest.raises(InputError, match=r"--out: .*parts.safetensors.checkpoint exists"):
+    with pytest.raises(InputError, match="checkpoint exists") as error:
         command(tmp_path, "--out", str(out))
+    assert error.value.argument == "out"
     command(tmp_path, "--out", str(out), "--resume")
     assert same(load_file(out), load_file(whole))
     assert not out.with_name(out.name + ".checkpoint").exists()
@@ -319,10 +329,13 @@ def test_command_line_resumes_after_ctrl_c(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--arch", "vgg16"], "error: --arch: 'vgg16' is not known"),
+        (["--arch", "vgg16"], "error: --arch: 'vgg16'"),
         (["--threads", "0"], "error: --threads"),
         (["--device", "cuda"], "error: --device"),
         (["--steps", "many"], "invalid int value"),
+        (["--crop-padding", "-1"], "error: --crop-padding: "),
+        (["--batch-size", "1"], "error: --batch-size: "),
+        (["--dataset", "images", "--task", "autoencode"], "error: --task: autoencode"),
     ],
 )
 def test_command_line_fails_with_one_line(tmp_path, capsys, flags, message):
@@ -334,7 +347,3 @@ def test_command_line_fails_with_one_line(tmp_path, capsys, flags, message):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
-
-
-def test_history_can_be_written_as_json(tiny):
-    assert json.loads(json.dumps(short(tiny).history))[-1]["step"] == 7

@@ -8,14 +8,14 @@ import itertools
 import pytest
 import torch
 from helpers.objectives import AVERAGERS, MINIBATCH, make_pair, run_step
-from oracle import in_float64, relative_error
+from oracle import in_float64, relative_error, tapped
 from torch import nn
 
 from engine.generation.networks import build_generator, run_generator
 from engine.representation.build import build_extractor
 from engine.representation.feature_pass import Chunk, FeaturePass
 from engine.representation.protocols import TapInput
-from engine.representation.tracing.stages import _best_cuts
+from engine.representation.tracing.stages import best_cuts
 
 
 def visited(networks: list[list[nn.Module]], images: torch.Tensor) -> list[torch.Tensor]:
@@ -56,7 +56,7 @@ def test_stages_visit_the_same_taps(name):
     ],
 )
 def test_cuts_need_the_least_memory(sizes, possible, cuts):
-    found = _best_cuts(sizes, possible)
+    found = best_cuts(sizes, possible)
 
     def peak(chosen):
         bounds = [-1, *chosen, len(sizes) - 1]
@@ -97,8 +97,6 @@ def test_stages_of_a_pair_add_both_gradients(built_extractor, draw_images):
 
 def test_other_activations_and_batch_statistics(draw_images):
     """SiLU stays in the graph of a stage; batch statistics come out the same the second time."""
-    from oracle import tapped
-
     network = nn.Sequential()
     for channels, activation in ((3, nn.SiLU()), (6, nn.GELU()), (6, nn.ReLU6()), (6, nn.ReLU())):
         network.extend([nn.Conv2d(channels, 6, 3, padding=1), activation])
@@ -125,7 +123,7 @@ def test_unknown_recompute(tiny_extractor):
 
 
 def test_stages_keep_at_most_two_thirds():
-    """Bytes between forward and backward, inputs of stages only; the recomputed stage is `_best_cuts`'s business."""
+    """Numbers kept between forward and backward, the inputs of stages; `best_cuts` has its own test of the rest."""
     extractor = build_extractor("vgg19+resnet18", image_size=32)
 
     class Activates:

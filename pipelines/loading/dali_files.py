@@ -1,8 +1,8 @@
 """DALI over encoded pictures: threads read the files ahead, DALI decodes what is plain, PIL the rest.
 
-Feeding bytes instead of letting DALI read the files is what makes one bad file one line: a file is looked at before
-DALI sees it (see `decoding.size_if_plain`), whatever is unusual or suspicious goes to PIL in the reading threads, and
-if DALI still stumbles, PIL says over which file.
+DALI gets bytes instead of file names, so that one bad file costs one line: the headers are read before DALI sees them
+(`decoding.pil.size_if_plain`), anything unusual or suspicious goes to PIL in the reading threads, and if DALI still
+fails, PIL tells which file is bad.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from pipelines.dali_loader import Collector, normalise, num_threads, pipeline_arguments
 from pipelines.dataset import EncodedDataset
-from pipelines.decoding import load, size_if_plain
+from pipelines.decoding.pil import load, size_if_plain
+from pipelines.decoding.preprocessing import Geometry
 from pipelines.errors import BadImage, DataError, one_line
-from pipelines.preprocessing import Geometry
-from pipelines.torch_loader import normalise as normalise_arrays
+from pipelines.loading.dali_loader import OutputCollector, normalise, num_threads, pipeline_arguments
+from pipelines.loading.torch_loader import normalise as normalise_arrays
 
 CHUNK_IMAGES = 64
 """Most pictures that DALI decodes at once; the user's batches are put together from such chunks."""
@@ -150,7 +150,7 @@ class FileDecoder:
         size, crop = self.dataset.image_size, self.dataset.preprocessing.center_crop
         decoder = "mixed" if self.device.type == "cuda" else "cpu"
         arguments = pipeline_arguments(self.device, CHUNK_IMAGES, self.workers)
-        collect = Collector(self.device)
+        collect = OutputCollector(self.device)
         pipeline = None
         self._upcoming = next(self._chunks, None)
         while self._upcoming is not None or self._fed:
@@ -179,7 +179,7 @@ class FileDecoder:
         return chunk
 
     def _feed(self) -> tuple[Any, ...]:
-        """What DALI calls for its next chunk; the chunk keeps the bytes alive until its images are out."""
+        """DALI calls this for its next chunk; the chunk keeps the bytes alive until its images are out."""
         if self._upcoming is None or not self._upcoming.plain:
             raise StopIteration
         chunk = self._advance()
@@ -193,7 +193,7 @@ class FileDecoder:
         return [sample.encoded for sample in plain], mirrored, sizes, x, y
 
     def _explain(self, error: RuntimeError) -> None:
-        """DALI failed on something that it was fed: let PIL decode all of it, and say what is bad."""
+        """DALI failed on some of its input: let PIL decode all of it and find the bad files."""
         bad = False
         for chunk in self._fed:
             pictures = self.dataset.pictures(chunk.indices)[0].tolist()

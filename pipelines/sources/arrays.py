@@ -1,4 +1,4 @@
-"""Datasets that live in memory as one uint8 array: the embedded digits, `.npy` and `.npz` files."""
+"""Data sets that live in memory as one uint8 array: `.npy` and `.npz` files, and what other sources have unpacked."""
 
 from __future__ import annotations
 
@@ -11,38 +11,18 @@ import numpy as np
 from PIL import Image
 
 from pipelines.dataset import ArrayDataset
+from pipelines.decoding.preprocessing import RESIZE_FILTER, Preprocessing
 from pipelines.errors import DataError, one_line
-from pipelines.preprocessing import RESIZE_FILTER, Preprocessing
 
-
-def open_digits(name: str, preprocessing: Preprocessing) -> ArrayDataset:
-    """The 1,797 handwritten digits that scikit-learn carries, 8×8 with values 0..16, labels 0..9.
-
-    Each is enlarged to 3/4 of `image_size` (24×24 in 32×32) with PIL's bicubic filter, clipped to 0..255, and centred
-    on black in three equal channels, so that an extractor sees strokes with a margin.
-    """
-    if preprocessing.center_crop is not None:
-        raise DataError("dataset 'digits' is drawn at the image size and takes no center_crop; leave it out")
-    size = preprocessing.image_size
-    if size < 11:
-        raise DataError(f"dataset 'digits' needs an image_size of at least 11 pixels to show 8×8 digits, not {size}")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    side = round(size * 3 / 4)
-    start = (size - side) // 2
-    images = np.zeros((len(digits.images), size, size, 3), dtype=np.uint8)
-    for image, digit in zip(images, digits.images.astype(np.float32) * np.float32(255 / 16), strict=True):
-        enlarged = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC))
-        image[start : start + side, start : start + side] = np.rint(enlarged.clip(0, 255))[..., None]
-    return ArrayDataset(name, preprocessing, images, labels=digits.target, num_classes=10, resize_filter="bicubic")
+ARRAY_SUFFIXES = (".npy", ".npz")
+"""Names of array files end like this, in upper or lower case."""
 
 
 def open_array_file(name: str, path: Path, preprocessing: Preprocessing) -> ArrayDataset:
     """Images from a `.npy` file, or from a `.npz` file with `images` (or `arr_0`) and perhaps `labels` (or `arr_1`).
 
-    The array is uint8, [N, H, W, 3], [N, H, W, 1], [N, H, W] or [N, 3, H, W]; other sizes than `image_size` are
-    cropped and resized once, here. Nothing in the file can execute code.
+    The array is uint8, [N, H, W, 3], [N, H, W, 1], [N, H, W] or [N, 3, H, W]; pictures of another size than
+    `image_size` are cropped and resized once, here. Nothing in the file can execute code.
 
     Raises:
         DataError: the file is damaged, or holds something else.
@@ -52,7 +32,7 @@ def open_array_file(name: str, path: Path, preprocessing: Preprocessing) -> Arra
 
 
 def read_pictures(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The pictures of such a file in their own size, uint8 [N, H, W, 3], and their labels int64 [N] if it has any.
+    """The pictures of an array file in their own size, uint8 [N, H, W, 3], and their labels int64 [N] if it has any.
 
     Raises:
         DataError: the file is damaged, or holds something else.

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipelines import torch_loader
 from pipelines.dataset import EncodedDataset, Fingerprint, ImageDataset
 from pipelines.errors import BadImage, DataError
+from pipelines.loading import torch_loader
 
 BACKENDS = ("auto", "dali", "torch")
 log = logging.getLogger("gfmn")
@@ -39,8 +39,8 @@ class ImageLoader:
         workers: decoding threads (DALI: one per CPU) or processes (torch: 2). The images do not depend on it.
 
     Raises:
-        DataError: an argument out of range, or a backend or device that is not there. While iterating, the first
-            file that cannot be used, unless the dataset skips bad images: then they are counted in `bad_images`.
+        DataError: an argument is out of range, or a backend or device is not available. While iterating: the first
+            file that cannot be used, unless the dataset skips bad images; `bad_images` lists those.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class ImageLoader:
         self.epoch = 0
         """Number of the next epoch; set it to repeat or to continue an interrupted sequence of epochs."""
         self.position = 0
-        """Batches of the current epoch that are out, those without a single good image included: `batches(position)`
-        of the same epoch goes on from here."""
+        """Batches of the current epoch that were yielded or had no good image: `batches(position)` of the same epoch
+        continues from here."""
         self._bad_images: dict[int, BadImage] = {}
 
     @property
     def bad_images(self) -> list[BadImage]:
-        """What was left out so far, each file once, in dataset order (empty unless the dataset skips bad images)."""
+        """The files left out so far, each once, in dataset order; empty unless the dataset skips bad images."""
         return [*self.dataset.bad_images, *(bad for _, bad in sorted(self._bad_images.items()))]
 
     @property
@@ -99,7 +99,7 @@ class ImageLoader:
         return self.batches()
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
-        """The batches of the next epoch from batch number `first` on, for a pass that continues."""
+        """The batches of the next epoch from batch number `first` on, so that an interrupted pass can resume."""
         order = np.arange(len(self.dataset))
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset))
@@ -110,7 +110,7 @@ class ImageLoader:
         return self._run([part[start : start + self.batch_size] for start in starts])
 
     def fingerprint(self) -> Fingerprint:
-        """The dataset's, and who decodes: JPEG decoders and resizers differ in the last bits between backends."""
+        """The dataset's fingerprint and the decoder: JPEG decoders and resizers differ in the last bits."""
         decoder = "none"
         if isinstance(self.dataset, EncodedDataset):
             decoder = "pil" if self.backend == "torch" else f"dali-{self.device.type}"
@@ -124,7 +124,7 @@ class ImageLoader:
         if not batches:
             return
         if self.backend == "dali":
-            from pipelines import dali_loader
+            from pipelines.loading import dali_loader
 
             run = dali_loader.run
         else:
@@ -153,10 +153,11 @@ def _resolve_backend(backend: str) -> str:
         return "dali"
     if backend == "dali":
         raise DataError("backend 'dali' needs NVIDIA DALI, which is not installed; install it or use backend 'torch'")
-    _say_torch_once()
+    warn_without_dali()
     return "torch"
 
 
 @functools.cache
-def _say_torch_once() -> None:
+def warn_without_dali() -> None:
+    """One warning per process that the torch backend takes DALI's place."""
     log.warning("NVIDIA DALI is not installed: images come through the torch loader")

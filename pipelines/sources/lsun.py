@@ -11,14 +11,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipelines.dataset import EncodedDataset
+from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import digest_files, printable
 from pipelines.errors import DataError, one_line
-from pipelines.preprocessing import Preprocessing
+from pipelines.sources.paths import existing_path
 
 _OPENING = threading.Lock()
 
 
-def open_lsun(name: str, path: Path, preprocessing: Preprocessing, *, skip_bad_images: bool = False) -> EncodedDataset:
+def open_lsun(
+    name: str, path: Path | None, preprocessing: Preprocessing, *, skip_bad_images: bool = False
+) -> EncodedDataset:
     """All pictures of an LSUN database in the order of their keys.
 
     Args:
@@ -30,7 +33,8 @@ def open_lsun(name: str, path: Path, preprocessing: Preprocessing, *, skip_bad_i
     Raises:
         DataError: no database, a damaged or empty one, or no `lmdb` package.
     """
-    return EncodedDataset(name, preprocessing, LmdbImages(_find(path)), skip_bad_images=skip_bad_images)
+    files = LmdbImages(_find(existing_path(name, path)))
+    return EncodedDataset(name, preprocessing, files, skip_bad_images=skip_bad_images)
 
 
 class LmdbImages:

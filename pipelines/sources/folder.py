@@ -1,4 +1,4 @@
-"""Folder trees of image files, with class folders where there are any."""
+"""Trees of image files; folders directly below the root are classes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.dataset import EncodedDataset
+from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import digest_files, printable, read_file
 from pipelines.errors import BadImage, DataError, one_line
-from pipelines.preprocessing import Preprocessing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 log = logging.getLogger("gfmn")
@@ -29,7 +29,7 @@ class ImageFiles:
         return len(self.names)
 
     def where(self, picture: int) -> str:
-        """The file's path."""
+        """The path of the picture, as text for messages."""
         return printable(self.root / self.names[picture])
 
     def read(self, picture: int) -> bytes:

@@ -18,10 +18,10 @@ from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
 from pipelines.errors import BadImage
-from pipelines.torch_loader import is_range
+from pipelines.loading.torch_loader import is_range
 
 BLOCK_BYTES = 2**21
-"""Of pictures in memory that go through DALI at a time."""
+"""Bytes of in-memory pictures per DALI run."""
 PREFETCH = 2
 """Batches that are prepared ahead of the one in use."""
 
@@ -37,7 +37,7 @@ def run(
     if isinstance(dataset, ArrayDataset):
         yield from _arrays(dataset, batches, device, workers)
     elif isinstance(dataset, EncodedDataset):
-        from pipelines.dali_files import FileDecoder
+        from pipelines.loading.dali_files import FileDecoder
 
         yield from FileDecoder(dataset, device, workers, bad_images).run(batches)
     else:
@@ -97,7 +97,7 @@ def _arrays(
     else:
         arguments = pipeline_arguments(device, 1, workers)
         pipeline = sequence_pipeline(lambda: next(feed)[0][np.newaxis], on_gpu, **arguments)
-    collect = Collector(device)
+    collect = OutputCollector(device)
     remaining = iter(batches)
     for block in blocks:
         (output,) = pipeline.run()
@@ -115,7 +115,7 @@ def _array_block(dataset: ArrayDataset, indices: np.ndarray) -> tuple[np.ndarray
     return dataset.images[chosen], mirrored.astype(np.int32)
 
 
-class Collector:
+class OutputCollector:
     """Turns DALI's outputs into tensors that stay valid for as long as the caller keeps them.
 
     On a CPU the tensor shares (and owns) DALI's memory. On CUDA it is copied on the current stream, and DALI's buffer

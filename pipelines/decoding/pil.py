@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipelines.dataset import EncodedDataset
+from pipelines.decoding.preprocessing import MAX_PIXELS
 from pipelines.errors import BadImage, DataError, one_line
-from pipelines.preprocessing import MAX_PIXELS
 
 # PIL warns of what `decode` refuses or repairs. `warnings.catch_warnings` is of no use in threads.
 for _category in (UserWarning, Image.DecompressionBombWarning):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
-from pipelines.decoding import load
+from pipelines.decoding.pil import load
 from pipelines.errors import BadImage
 
 SCALE = float(np.float32(1 / 127.5))

@@ -1,0 +1,67 @@
+"""`open_dataset`: every data set of the engine by its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from pipelines.dataset import ImageDataset
+from pipelines.decoding.preprocessing import Preprocessing
+from pipelines.errors import DataError
+from pipelines.sources.celeba import open_celeba
+from pipelines.sources.cifar10 import open_cifar10
+from pipelines.sources.digits import open_digits
+from pipelines.sources.images import open_images
+from pipelines.sources.lsun import open_lsun
+from pipelines.sources.stl10 import open_stl10
+
+
+class Opener(Protocol):
+    """The function of one source that opens its data set."""
+
+    def __call__(
+        self, name: str, path: Path | None, preprocessing: Preprocessing, *, skip_bad_images: bool = False
+    ) -> ImageDataset:
+        """Open it; raise DataError if it is missing, damaged or empty, or if an option does not fit it."""
+        ...
+
+
+DATASETS: dict[str, Opener] = {
+    "digits": open_digits,
+    "cifar10": open_cifar10,
+    "stl10": open_stl10,
+    "celeba": open_celeba,
+    "lsun": open_lsun,
+    "images": open_images,
+}
+"""Every data set by its name. To add one, write its opener in `pipelines/sources/` and name it here."""
+
+
+def open_dataset(
+    name: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    image_size: int = 32,
+    center_crop: int | None = None,
+    horizontal_flip: bool = False,
+    skip_bad_images: bool = False,
+) -> ImageDataset:
+    """Open a dataset of images, image_size × image_size pixels.
+
+    Args:
+        name: one of `DATASETS`.
+        path: the folder or file. `digits` takes none; `cifar10` is downloaded (into the cache without a path).
+        image_size: height and width of the images, in pixels.
+        center_crop: side of the centre square that is cut out before the resize, in pixels; 160 for `celeba`.
+        horizontal_flip: also show every picture mirrored, which doubles the length.
+        skip_bad_images: leave out files that cannot be used and list them, instead of stopping at the first one.
+
+    Raises:
+        DataError: the dataset is missing, damaged or empty, or an option does not fit it.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    preprocessing = Preprocessing(image_size=image_size, center_crop=center_crop, horizontal_flip=bool(horizontal_flip))
+    where = None if path is None else Path(path).expanduser()
+    return DATASETS[name](name, where, preprocessing, skip_bad_images=skip_bad_images)

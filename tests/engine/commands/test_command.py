@@ -1,0 +1,47 @@
+"""What a command prints for an error of the library: one line, with the flag in place of the argument."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.configuration.command import arguments_as, run_command
+from engine.support.errors import InputError, Interrupted
+from pipelines import DataError
+
+
+def failing(error: Exception):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("image_size", "must be at least 1"), 2, "error: --image-size: must be at least 1"),
+        (InputError(Path("run_1/w.pth"), "is damaged"), 2, "error: run_1/w.pth: is damaged"),
+        (InputError("", "no image\ncould be used"), 2, "error: no image could be used"),
+        (DataError("center_crop must be positive"), 2, "error: center_crop must be positive"),
+        (Interrupted("interrupted at step 3"), 130, "interrupted at step 3"),
+    ],
+    ids=["argument", "file", "neither", "data", "interrupted"],
+)
+def test_one_line_and_an_exit_code(error, code, line, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_command(failing(error), [])
+    assert exit_.value.code == code
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_an_argument_is_renamed_and_others_are_left():
+    with pytest.raises(InputError) as error, arguments_as(bn="extractor_bn", name="extractor"):
+        raise InputError("bn", "'none' is not one of running, batch")
+    assert (error.value.argument, error.value.message) == ("extractor_bn", "'none' is not one of running, batch")
+    for argument in ("layers", Path("bn"), ""):
+        left = InputError(argument, "is wrong")
+        with pytest.raises(InputError) as error, arguments_as(bn="extractor_bn"):
+            raise left
+        assert error.value is left
