@@ -9,8 +9,8 @@ from pipelines.dataset import ImageDataset
 from pipelines.datasets import DATASETS, open_dataset
 from pipelines.digests import cache_folder
 from pipelines.errors import BadImage, DataError
+from pipelines.in_memory import read_pixels
 from pipelines.loader import Batch, ImageLoader
-from pipelines.pixels import read_pixels
 
 __all__ = [
     "DATASETS",

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.tracing.tap import activate_
+from engine.support.pixels import to_float
 
 Features = Callable[[Tensor], Tensor]
 """Pictures uint8 [N, 3, H, W] → features [N, F], on the CPU, in batches."""
@@ -107,7 +108,7 @@ def channel_means(extractor: Extractor, batch_size: int = 64) -> Features:
 
     def of_batch(pictures: Tensor) -> Tensor:
         collector = _ChannelMeans(feature_pass.prepared)
-        feature_pass.collect(pictures.to(extractor.device).float().div(127.5).sub(1), collector)
+        feature_pass.collect(to_float(pictures.to(extractor.device)), collector)
         return torch.cat(collector.means, dim=1).cpu()
 
     return lambda pictures: torch.cat([of_batch(part) for part in pictures.split(batch_size)])

@@ -34,6 +34,7 @@ from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import CHECKPOINTS
 from engine.support.errors import InputError
+from engine.support.files import total_memory
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer, amp_dtype
 from kernels import reference
@@ -327,9 +328,10 @@ def _available() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
-    for name, share in (("SC_AVPHYS_PAGES", 1.0), ("SC_PHYS_PAGES", 0.5)):
-        if name in os.sysconf_names:
-            return int(share * os.sysconf(name) * os.sysconf("SC_PAGE_SIZE"))
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return total_memory() // 2
     raise InputError("--chunk-size: auto can't tell how much memory is free here; give --memory-budget")
 
 
