@@ -18,7 +18,7 @@ class Scale:
         name: the preset of `engine.train`.
         extractor: the network that is matched where an experiment does not say another; the classifier of Table 3.
         layers: how many of its layers `layers` tries.
-        network: whose features judge the samples (`engine.evaluation.metrics.evaluation_network`); None is Inception-v3.
+        network: whose features judge the samples (`engine.evaluation.judges.evaluation_network`); None is Inception-v3.
         samples: that are judged.
         metrics: of `engine.evaluation.metrics.METRICS`.
     """

@@ -20,7 +20,8 @@ from bench.paper.experiments import SMALL, Experiment, Scale, Setting
 from bench.rows import environment
 from engine.configuration.build import open_data
 from engine.configuration.config import Config
-from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, compute_metrics, evaluation_network
+from engine.evaluation.judges import EvaluationNetwork, evaluation_network
+from engine.evaluation.metrics import KID_SUBSET, compute_metrics
 from engine.generation.sampling import RunSampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically

@@ -37,7 +37,10 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     try:
         main(argv)
     except (InputError, DataError) as error:
-        sys.exit(_fail(2, f"error: {' '.join(str(error).split())}"))
+        shown = str(error)
+        if isinstance(error, InputError) and error.argument and isinstance(error.argument, str):
+            shown = f"--{error.argument.replace('_', '-')}: {error.message}"
+        sys.exit(_fail(2, f"error: {' '.join(shown.split())}"))
     except Interrupted as interruption:
         sys.exit(_fail(130, str(interruption)))
     except KeyboardInterrupt:

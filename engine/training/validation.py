@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from engine.configuration.config import Config, ValidationConfig
 from engine.configuration.data import open_data
 from engine.evaluate import was_trained_on
-from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, common_names, evaluation_network
+from engine.evaluation.judges import EvaluationNetwork, evaluation_network
+from engine.evaluation.metrics import KID_SUBSET, common_names
 from engine.evaluation.three_sample import three_sample_test
 from engine.support.errors import InputError
 from pipelines import read_pixels
@@ -36,7 +38,7 @@ class Evaluation:
     Attributes:
         metrics: for `metrics.jsonl`: the network, numbers of images, distances, and the three-sample test if it ran.
         best: whether no earlier evaluation of the run had a smaller kernel distance.
-        lr_factor: what the learning rate is to be multiplied with: 1, or less where samples stopped getting closer.
+        lr_factor: factor for the learning rate: 1, or less where samples stopped getting closer.
     """
 
     metrics: dict[str, Any]
@@ -101,8 +103,8 @@ class Validation:
     def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation:
         """Evaluate `draw(n)`, uint8 [n, 3, H, W] of fresh random z, after `step` steps; `seed` decides KID's subsets.
 
-        The last step of a run may lie between two evaluations: it changes no rate, so that a run that is gone on with
-        is the one that never stopped.
+        The last step of a run may lie between two evaluations: it changes no rate, so that a resumed run equals one
+        that never stopped.
         """
         samples = self.network.features(draw(self.config.evaluate_samples), device=self.device)
         metrics: dict[str, Any] = {
@@ -146,9 +148,10 @@ class Validation:
 
 
 def make_validation(config: Config, device: torch.device) -> Validation:
-    """What `--evaluate-every` asks for: against all images of the run's data set, none of them mirrored.
+    """The evaluations that `config.validation` describes: against all images of the run's data set, none mirrored.
 
-    Warns if the network is the one whose features are matched. InputError if it cannot be had.
+    Warns if the network is the one whose features are matched. Raises InputError that names `evaluate_extractor` or
+    `evaluate_weights` (or its file) if the network is unavailable.
     """
     asked = config.validation
     try:
@@ -156,12 +159,11 @@ def make_validation(config: Config, device: torch.device) -> Validation:
             asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
         )
     except InputError as error:
-        text = str(error).replace("--weights", "--evaluate-weights")
-        raise InputError(text.replace("--feature-extractor", "--evaluate-extractor")) from None
+        arguments: dict[str | Path, str] = {"name": "evaluate_extractor", "weights": "evaluate_weights"}
+        raise InputError(arguments.get(error.argument, error.argument), error.message) from None
     if was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
         log.warning(
-            "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
-            "are",
+            "warning: %s is the network that is matched; by its features the samples look better than they are",
             network.label,
         )
     dataset = open_data(config.replaced({"horizontal_flip": False}))

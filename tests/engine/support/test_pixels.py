@@ -33,7 +33,7 @@ def test_the_memory_format_and_the_argument_stay() -> None:
 
 @pytest.mark.parametrize(("value", "byte"), [(-1.5, 0), (-1, 0), (0, 128), (0.999, 255), (1, 255), (7, 255)])
 def test_values_outside_are_clipped(value: float, byte: int) -> None:
-    images = torch.full((1, 3, 2, 2), value)
+    images = torch.full((1, 3, 2, 2), float(value))
     assert (pixels.to_uint8(images) == byte).all()
     assert (pipeline_pixels.to_uint8(images) == byte).all()
 
