@@ -136,7 +136,7 @@ def test_weights_of_another_network_are_named(tmp_path, weights, inception_weigh
 
 def test_a_file_that_does_not_exist_is_named(tmp_path):
     for name in (None, "vgg-small"):
-        with pytest.raises(InputError, match="nowhere.pth"):
+        with pytest.raises(InputError, match=r"nowhere\.pth"):
             evaluation_network(name, weights=tmp_path / "nowhere.pth", image_size=32)
 
 

@@ -1,0 +1,30 @@
+"""The command line that repeats a run."""
+
+from __future__ import annotations
+
+import shlex
+
+from engine.configuration.config import PRESETS, Config
+
+
+def train_command(config: Config) -> str:
+    """The command that trains with `config` again: its preset, and a flag for every value that is not the preset's.
+
+    A value that no flag can give (None, an empty list) needs the run's config.json.
+    """
+    words = ["python", "-m", "engine.train", "--preset", config.preset]
+    usual, own = Config.build(config.preset, {}).flat() if config.preset in PRESETS else {}, config.flat()
+    for name, value in own.items():
+        if name in usual and usual[name] == value:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value is None or value == ():
+            return "python -m engine.train --config config.json"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            words += [flag, *value]
+        else:
+            words.append(f"{flag}={value}" if str(value).startswith("-") else flag)
+            words += [] if str(value).startswith("-") else [str(value)]
+    return shlex.join(words)
