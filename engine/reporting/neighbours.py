@@ -121,6 +121,5 @@ class _ChannelMeans:
         self.means: list[Tensor] = []
 
     def collect(self, tap: int, y: Tensor, residual: Tensor | None) -> None:
-        """See `engine.representation.feature_pass.Collector`."""
         activate_(y, residual, self.to_apply[tap])
         self.means.append(y.float().mean(dim=(2, 3)))

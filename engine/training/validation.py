@@ -79,7 +79,7 @@ class KernelRate:
 
 
 class Validation:
-    """Compares samples with real images every so many steps.
+    """Compares samples with real images every `config.evaluate_every` steps.
 
     Args:
         network: whose features are compared.
