@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,12 @@ from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
 from engine.configuration.presets import PRESETS
 from engine.configuration.provenance import was_trained_on
-from engine.evaluation.metrics import (
-    KID_SUBSET,
-    METRICS,
-    SEED,
-    EvaluationNetwork,
-    ImageSet,
-    check_metrics,
-    check_sizes,
-    compute_metrics,
-    evaluation_network,
-)
+from engine.evaluation.image_set import ImageSet
+from engine.evaluation.judges import EvaluationNetwork, download_judges, evaluation_network
+from engine.evaluation.metrics import KID_SUBSET, METRICS, SEED, check_metrics, check_sizes, compute_metrics
+from engine.generation.saved import SavedSampler
 from engine.support.errors import InputError
-from engine.support.files import write_atomically
+from engine.support.files import total_memory, write_atomically
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, read_pixels
 from pipelines.sources.arrays import ARRAY_SUFFIXES, read_pictures
@@ -58,14 +51,14 @@ _DIGITS = {"kernel_distance": 6}
 
 
 def parser() -> Parser:
-    """The command line."""
-    arguments = Parser(
+    """The flags of `python -m engine.evaluate`."""
+    parser = Parser(
         prog="python -m engine.evaluate",
         description="Judge a run's samples, or given images, by torch-fidelity's FID, KID, Inception score, and "
         "precision and recall.",
     )
-    add = arguments.add_argument
-    judged = arguments.add_mutually_exclusive_group(required=True)
+    add = parser.add_argument
+    judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--run", metavar="DIR", help="judge samples of this training run")
     judged.add_argument("--images", metavar="PATH", help="judge these: a folder of PNG or JPEG files, .npy or .npz")
     add("--best", action="store_true", help="with --run: the generator that --evaluate-every found best")
@@ -88,39 +81,30 @@ def parser() -> Parser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     add("--json", type=Path, metavar="FILE", help="write the numbers, and all that they depend on")
-    add_flags(arguments, "data")
-    return arguments
+    add_flags(parser, "data")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, gather both sets of images, compare, print."""
+    """Check everything that costs nothing, then draw the samples, compare them with real images, and print."""
     arguments = parser().parse_args(argv)
-    metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     _check(arguments)
+    metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     device = choose_device(arguments.device, arguments.threads)
-    config, sampler, step = None, None, None
-    if arguments.run is not None:
-        sampler = load_run_sampler(arguments.run, best=arguments.best)
-        config, step = Config.load(RunFolder(arguments.run).config), sampler.step
-        count, side = arguments.samples or 5000, sampler.generator.spec.image_size
-        generated = ImageSet(torch.zeros(1, 3, side, side, dtype=torch.uint8), arguments.run)
-    else:
-        generated = _open(arguments.images, "--images")
-        count, side = generated.count, generated.size[0]
-    network = evaluation_network(arguments.feature_extractor, weights=arguments.weights, image_size=side)
-    real = _real(arguments, config, unary=metrics == ("is",))
-    check_sizes(network, generated, real)
-    check_metrics(metrics, network, count, None if real is None else real.count, arguments.kid_subset_size)
-    if config is not None and was_trained_on(config, arguments.feature_extractor, arguments.weights):
+    judged = _Judged.open(arguments)
+    network = _judge(arguments, judged.images.size[0])
+    real = _real(arguments, judged.config, unary=metrics == ("is",))
+    check_sizes(network, judged.images, real)
+    check_metrics(metrics, network, judged.count, None if real is None else real.count, arguments.kid_subset_size)
+    download_judges(network, metrics)
+    if judged.config is not None and was_trained_on(judged.config, arguments.feature_extractor, arguments.weights):
         log.warning(
             "warning: the run was trained to match the features of %s; by these its samples look better than they are",
             network.label,
         )
-    if sampler is not None:
-        log.info("%s: drawing %d samples of step %d", arguments.run, count, sampler.step)
-        generated = ImageSet(sampler.to(device).draw_pixels(count, arguments.seed), arguments.run)
+    judged.draw(arguments.seed, device)
     values = compute_metrics(
-        generated,
+        judged.images,
         real,
         network,
         metrics,
@@ -130,26 +114,88 @@ def main(argv: Sequence[str] | None = None) -> None:
         kid_subset_size=arguments.kid_subset_size,
         progress=sys.stderr.isatty(),
     )
-    print(table(values, network, generated, real, step))
+    print(table(values, network, judged.images, real, judged.step))
     if arguments.json is not None:
-        report = {
-            "metrics": named(values, network),
-            "network": {"label": network.label, "digest": network.digest, "weights": arguments.weights},
-            "precision_recall_network": "VGG16" if network.is_inception else network.label,
-            "generated": {"source": generated.name, "images": generated.count, "step": step, "best": arguments.best},
-            "real": None if real is None else {"source": real.name, "images": real.count},
-            "image_size": list(generated.size),
-            "seed": arguments.seed,
-            "kid_subset_size": arguments.kid_subset_size or KID_SUBSET,
-            "batch_size": arguments.batch_size,
-            "device": str(device),
-            "versions": {
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "torch-fidelity": torch_fidelity.__version__,
-            },
-        }
+        report = _report(arguments, values, network, judged, real, device)
         write_atomically(arguments.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@dataclass
+class _Judged:
+    """What is judged: given images, or samples that a run's generator draws once everything else is checked.
+
+    Attributes:
+        images: until `draw` a run has one black image here, of its samples' size.
+        count: how many images are judged.
+        sampler, config: of the run; None for given images.
+    """
+
+    images: ImageSet
+    count: int
+    sampler: SavedSampler | None = None
+    config: Config | None = None
+
+    @classmethod
+    def open(cls, arguments: Any) -> _Judged:
+        if arguments.run is None:
+            images = _open(arguments.images, "images")
+            return cls(images, images.count)
+        sampler = load_run_sampler(arguments.run, best=arguments.best)
+        side = sampler.generator.spec.image_size
+        black = ImageSet(torch.zeros(1, 3, side, side, dtype=torch.uint8), Path(arguments.run))
+        return cls(black, arguments.samples or 5000, sampler, Config.load(RunFolder(arguments.run).config))
+
+    @property
+    def step(self) -> int | None:
+        return None if self.sampler is None else self.sampler.step
+
+    def draw(self, seed: int, device: torch.device) -> None:
+        if self.sampler is None:
+            return
+        log.info("%s: drawing %d samples of step %d", self.images.name, self.count, self.sampler.step)
+        self.images = ImageSet(self.sampler.to(device).draw_pixels(self.count, seed), self.images.argument)
+
+
+def _judge(arguments: Any, image_size: int) -> EvaluationNetwork:
+    try:
+        return evaluation_network(arguments.feature_extractor, weights=arguments.weights, image_size=image_size)
+    except InputError as error:
+        argument = "feature_extractor" if error.argument == "name" else error.argument
+        raise InputError(argument, error.message) from None
+
+
+def _report(
+    arguments: Any,
+    values: Mapping[str, float],
+    network: EvaluationNetwork,
+    judged: _Judged,
+    real: ImageSet | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What `--json` writes: the numbers, and all that they depend on."""
+    generated = judged.images
+    return {
+        "metrics": named(values, network),
+        "network": {"label": network.label, "digest": network.digest, "weights": arguments.weights},
+        "precision_recall_network": "VGG16" if network.is_inception else network.label,
+        "generated": {
+            "source": generated.name,
+            "images": generated.count,
+            "step": judged.step,
+            "best": arguments.best,
+        },
+        "real": None if real is None else {"source": real.name, "images": real.count},
+        "image_size": list(generated.size),
+        "seed": arguments.seed,
+        "kid_subset_size": arguments.kid_subset_size or KID_SUBSET,
+        "batch_size": arguments.batch_size,
+        "device": str(device),
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "torch-fidelity": torch_fidelity.__version__,
+        },
+    }
 
 
 def named(values: Mapping[str, float], network: EvaluationNetwork) -> dict[str, float]:
@@ -189,31 +235,32 @@ def table(
 
 
 def _check(arguments: Any) -> None:
+    """Refuse what argparse lets pass and needs no file to be seen."""
     if arguments.run is None:
-        for flag, given in (("samples", arguments.samples is not None), ("best", arguments.best)):
+        for name, given in (("samples", arguments.samples is not None), ("best", arguments.best)):
             if given:
-                raise InputError(f"--{flag}: belongs to --run; of --images all are judged")
-    for flag in ("samples", "real_samples", "batch_size"):
-        value = getattr(arguments, flag)
+                raise InputError(name, "belongs to --run; of --images all are judged")
+    for name in ("samples", "real_samples", "batch_size"):
+        value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise InputError(f"--{flag.replace('_', '-')}: must be at least 1, got {value}")
+            raise InputError(name, f"must be at least 1, got {value}")
     if not 0 <= arguments.seed < 2**32:
-        raise InputError(f"--seed: must be from 0 to {2**32 - 1}, got {arguments.seed}")
+        raise InputError("seed", f"must be from 0 to {2**32 - 1}, got {arguments.seed}")
     if arguments.json is not None and arguments.json.is_dir():
-        raise InputError(f"--json: {arguments.json} is a folder; name a file")
+        raise InputError("json", f"{arguments.json} is a folder; name a file")
 
 
-def _open(path: str, flag: str) -> ImageSet:
-    """The images of `--images` or `--against`."""
+def _open(path: str, argument: str) -> ImageSet:
+    """The images at the path that `argument`, "images" or "against", gives."""
     file = Path(path).expanduser()
     if not file.exists():
-        raise InputError(f"{flag}: {path} does not exist")
+        raise InputError(argument, f"{path} does not exist")
     if file.is_dir():
         return ImageSet(file)
     if file.suffix.lower() not in ARRAY_SUFFIXES:
-        raise InputError(f"{flag}: {path} is neither a folder of images nor a .npy or .npz file")
+        raise InputError(argument, f"{path} is neither a folder of images nor a .npy or .npz file")
     pictures, _ = read_pictures(file)
-    return ImageSet(torch.from_numpy(pictures).permute(0, 3, 1, 2), str(path))
+    return ImageSet(torch.from_numpy(pictures).permute(0, 3, 1, 2), Path(path))
 
 
 def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | None:
@@ -221,10 +268,10 @@ def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | N
     names = {entry.name for entry in dataclasses.fields(DataConfig)}
     given = {name: value for name, value in given_flags(arguments).items() if name in names}
     if arguments.against is not None:
-        other = ["preset"] * (arguments.preset is not None) + ["real-samples"] * (arguments.real_samples is not None)
-        for flag in [*other, *given]:
-            raise InputError(f"--{flag.replace('_', '-')}: contradicts --against, whose images are taken as they are")
-        return None if unary else _open(arguments.against, "--against")
+        asked = [name for name in ("preset", "real_samples") if getattr(arguments, name) is not None]
+        if contradicting := [*asked, *given]:
+            raise InputError(contradicting[0], "contradicts --against, whose images are taken as they are")
+        return None if unary else _open(arguments.against, "against")
     if unary:
         return None
     if arguments.preset is not None or (of_run is None and given):
@@ -234,7 +281,7 @@ def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | N
             given.setdefault("dataset", "images")
         config = of_run.replaced(given)
     else:
-        raise InputError("--images: say what they are compared with: --against PATH, --preset, or --dataset and --data")
+        raise InputError("images", "say what they are compared with: --against PATH, --preset, or --dataset and --data")
     # Mirrored images are for training; what others compare with is the data set itself.
     dataset = open_data(config.replaced({"horizontal_flip": given.get("horizontal_flip", False)}))
     where = dataset.name if config.data.data is None else f"{dataset.name} ({config.data.data})"
@@ -245,8 +292,8 @@ def _pixels(dataset: ImageDataset, backend: str, limit: int | None, seed: int) -
     """The images of `dataset`, uint8 [N, 3, H, W]; only `limit` of them, at random, if there are more."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     size = count * 3 * dataset.image_size**2
-    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3:
-        raise InputError(f"--real-samples: {count} images of {dataset.name} take {size / 2**30:.1f} GiB; take fewer")
+    if size > total_memory() / 3:
+        raise InputError("real_samples", f"{count} images of {dataset.name} take {size / 2**30:.1f} GiB; take fewer")
     return read_pixels(dataset, limit=limit, seed=seed, backend=backend)
 
 

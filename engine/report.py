@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from engine.configuration.build import choose_device, load_run_sampler
 from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
+from engine.configuration.train_command import train_command
 from engine.reporting.page import render
-from engine.reporting.real import chosen_space, open_real
+from engine.reporting.real import FeatureSpace, feature_space, open_real
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
@@ -19,65 +23,78 @@ log = logging.getLogger("gfmn")
 
 
 def parser() -> Parser:
-    """The command line."""
-    arguments = Parser(
+    """The flags of `python -m engine.report`."""
+    parser = Parser(
         prog="python -m engine.report",
         description="Write one self-contained HTML page about a run: samples over time, losses, the nearest real "
         "images of some samples, interpolations, the configuration.",
     )
-    arguments.add_argument("--run", required=True, metavar="DIR", help="folder of a training run")
-    arguments.add_argument("--out", metavar="FILE", help="the page (default: report.html in the run's folder)")
-    arguments.add_argument("--title", metavar="TEXT", help="of the page (default: the folder's name)")
-    arguments.add_argument("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
-    arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the extractor")
-    arguments.add_argument(
+    add = parser.add_argument
+    add("--run", required=True, metavar="DIR", help="folder of a training run")
+    add("--out", metavar="FILE", help="the page (default: report.html in the run's folder)")
+    add("--title", metavar="TEXT", help="of the page (default: the folder's name)")
+    add("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the extractor")
+    add(
         "--neighbours-of",
         type=int,
         default=10_000,
         metavar="N",
         help="look for the nearest among at most this many real images (default: 10000)",
     )
-    arguments.add_argument(
+    add(
         "--feature-extractor",
         metavar="NAME",
         help="network whose features decide what is near, such as efficientnet-lite0 or inception (default: the "
         "extractor that the run matched)",
     )
-    arguments.add_argument("--weights", metavar="FILE", help="of --feature-extractor (default: its own)")
-    return arguments
+    add("--weights", metavar="FILE", help="of --feature-extractor (default: its own)")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, gather, write."""
+    """Check, open the run and its real images, render, write."""
     arguments = parser().parse_args(argv)
-    if not 0 <= arguments.seed < 2**63:
-        raise InputError(f"--seed: must be from 0 to 2^63 − 1, got {arguments.seed}")
-    if arguments.neighbours_of < 2:
-        raise InputError(f"--neighbours-of: must be at least 2, got {arguments.neighbours_of}")
+    _check(arguments)
     run, sampler = RunFolder(arguments.run), load_run_sampler(arguments.run)
     out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
     if out.is_dir():
-        raise InputError(f"--out: {out} is a folder; name a file, such as {out}/report.html")
+        raise InputError("out", f"{out} is a folder; name a file, such as {out}/report.html")
     config = Config.load(run.config)
     title = arguments.title or run.path.resolve().name
     device = choose_device(arguments.device, config.training.threads)
-    if arguments.weights is not None and arguments.feature_extractor is None:
-        raise InputError("--weights: are those of --feature-extractor NAME, which is not given")
-    space = None
-    if arguments.feature_extractor is not None:
-        space = chosen_space(arguments.feature_extractor, arguments.weights, config.data.image_size, device)
-    real = open_real(run, config, device, space)
     page = render(
         title=title,
         sampler=sampler,
         config=config,
+        command=train_command(config),
         run=run,
-        real=real,
+        real=open_real(run, config, device, _space(arguments, config.data.image_size, device)),
         seed=arguments.seed,
         limit=arguments.neighbours_of,
     )
     write_atomically(out, page.encode())
     log.info("%s: %s of step %d, %.1f MB", out, title, sampler.step, len(page.encode()) / 1e6)
+
+
+def _check(arguments: Any) -> None:
+    if not 0 <= arguments.seed < 2**63:
+        raise InputError("seed", f"must be from 0 to 2^63 − 1, got {arguments.seed}")
+    if arguments.neighbours_of < 2:
+        raise InputError("neighbours_of", f"must be at least 2, got {arguments.neighbours_of}")
+    if arguments.weights is not None and arguments.feature_extractor is None:
+        raise InputError("weights", "are those of --feature-extractor NAME, which is not given")
+
+
+def _space(arguments: Any, image_size: int, device: torch.device) -> FeatureSpace | None:
+    """The features that `--feature-extractor` chooses; None for those of the run's own extractor."""
+    if arguments.feature_extractor is None:
+        return None
+    try:
+        return feature_space(arguments.feature_extractor, arguments.weights, image_size, device)
+    except InputError as error:
+        argument = "feature_extractor" if error.argument == "name" else error.argument
+        raise InputError(argument, error.message) from None
 
 
 if __name__ == "__main__":

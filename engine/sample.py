@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,33 +20,30 @@ from engine.support.pixels import grid, save_png, to_uint8
 log = logging.getLogger("gfmn")
 
 _STEPS = 8
+"""Images in a row of `--interpolate`."""
 
 
 def parser() -> Parser:
-    """The command line."""
-    arguments = Parser(
+    """The flags of `python -m engine.sample`."""
+    parser = Parser(
         prog="python -m engine.sample",
         description="Draw images from a run's generator: a grid (.png), or an array uint8 [N, H, W, 3] (.npy).",
     )
-    arguments.add_argument("--run", required=True, metavar="DIR", help="folder of a training run")
-    arguments.add_argument("--count", type=int, default=64, metavar="N", help="images (default: 64)")
-    arguments.add_argument("--out", required=True, metavar="FILE", help="grid.png or samples.npy")
-    arguments.add_argument("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
-    arguments.add_argument("--best", action="store_true", help="the generator that --evaluate-every found best")
-    arguments.add_argument(
-        "--interpolate", action="store_true", help=f"rows of {_STEPS} images on the way from one z to another"
-    )
-    return arguments
+    add = parser.add_argument
+    add("--run", required=True, metavar="DIR", help="folder of a training run")
+    add("--count", type=int, default=64, metavar="N", help="images (default: 64)")
+    add("--out", required=True, metavar="FILE", help="grid.png or samples.npy")
+    add("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
+    add("--best", action="store_true", help="the generator that --evaluate-every found best")
+    add("--interpolate", action="store_true", help=f"rows of {_STEPS} images, each from one random z to another")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, sample, write."""
+    """Check, draw, write a grid or an array."""
     arguments = parser().parse_args(argv)
     out = Path(arguments.out)
-    if arguments.count < 1:
-        raise InputError(f"--count: must be at least 1, got {arguments.count}")
-    if out.suffix not in (".png", ".npy"):
-        raise InputError(f"--out: {out} must end in .png or .npy")
+    _check(arguments, out)
     sampler = load_run_sampler(arguments.run, best=arguments.best)
     if arguments.interpolate:
         rows = math.ceil(arguments.count / _STEPS)
@@ -60,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         np.save(buffer, to_uint8(images).numpy())
         write_atomically(out, buffer.getvalue())
     log.info("%s: %d images of step %d", out, len(images), sampler.step)
+
+
+def _check(arguments: Any, out: Path) -> None:
+    if arguments.count < 1:
+        raise InputError("count", f"must be at least 1, got {arguments.count}")
+    if out.suffix not in (".png", ".npy"):
+        raise InputError("out", f"{out} must end in .png or .npy")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ for images, indices in ImageLoader(dataset, 64, device="cuda", shuffle=True, see
 from pipelines.dataset import ImageDataset
 from pipelines.digests import cache_folder
 from pipelines.errors import BadImage, DataError
+from pipelines.in_memory import read_pixels
 from pipelines.loading.loader import Batch, ImageLoader
-from pipelines.pixels import read_pixels
 from pipelines.registry import DATASETS, open_dataset
 
 __all__ = [

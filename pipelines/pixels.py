@@ -1,30 +1,21 @@
-"""A data set as one uint8 tensor, for methods that need all images at once."""
+"""Bytes and values in [-1, 1]: this package's one way from each to the other."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from pipelines.dataset import ImageDataset
-from pipelines.loading.loader import ImageLoader
+HALF = 127.5
+"""Half of 255: the byte that would be 0 in [-1, 1], and the deviation that DALI divides by."""
+_SCALE = float(np.float32(1 / HALF))
+"""float32 reciprocal, because DALI multiplies by it too: both backends give the same bits, and exactly -1 and 1."""
 
-_BATCH = 256
+
+def to_float_(images: torch.Tensor) -> torch.Tensor:
+    """Floats from 0 to 255 to [-1, 1], in place: (x − 127.5) · (1/127.5)."""
+    return images.sub_(HALF).mul_(_SCALE)
 
 
-def read_pixels(
-    dataset: ImageDataset, *, limit: int | None = None, seed: int = 0, backend: str = "auto"
-) -> torch.Tensor:
-    """All images as uint8 [N, 3, H, W], in the dataset's order: round(127.5 · (x + 1)) of what `ImageLoader` gives.
-
-    If there are more than `limit`, only that many, at random: `seed` decides which.
-
-    Raises DataError for an image that cannot be used, as the loader does; skipped ones are left out.
-    """
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    parts = [torch.empty(0, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)]
-    read = 0
-    for images, _ in ImageLoader(dataset, _BATCH, backend=backend, shuffle=count < len(dataset), seed=seed):
-        parts.append(images[: count - read].add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8))
-        read += len(parts[-1])
-        if read == count:
-            break
-    return torch.cat(parts)
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floats in [-1, 1] as uint8 of the same shape: round(127.5 · (x + 1)), clipped to 0..255."""
+    return images.add(1).mul_(HALF).round_().clamp_(0, 255).to(torch.uint8)

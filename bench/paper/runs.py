@@ -19,7 +19,8 @@ from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
 from bench.rows import Row
 from engine.configuration.build import load_run_sampler, open_data
 from engine.configuration.config import Config
-from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, compute_metrics, evaluation_network
+from engine.evaluation.judges import EvaluationNetwork, evaluation_network
+from engine.evaluation.metrics import KID_SUBSET, compute_metrics
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder

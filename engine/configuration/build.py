@@ -295,7 +295,7 @@ def make_validation(config: Config, device: torch.device) -> Validation | None:
         return None
     # torch-fidelity takes a second to import.
     from engine.configuration.provenance import was_trained_on
-    from engine.evaluation.metrics import evaluation_network
+    from engine.evaluation.judges import evaluation_network
     from engine.training.validation import Validation
 
     with arguments_as(name="evaluate_extractor", feature_extractor="evaluate_extractor", weights="evaluate_weights"):

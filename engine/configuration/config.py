@@ -98,6 +98,18 @@ class Config:
                 raise InputError(name, f"the run was started with {flat[name]}, it cannot be resumed with {value}")
         return self.replaced(given)
 
+    def groups(self) -> dict[str, Any]:
+        """The groups of settings that decide something here, by name: all but those of other methods."""
+        found = {name: getattr(self, name) for name in GROUPS}
+        return {
+            name: group for name, group in found.items() if self.method.method in getattr(group, "methods", METHODS)
+        }
+
+    @property
+    def summary(self) -> str:
+        """How features are compared, for people."""
+        return "; ".join(group.summary for group in self.groups().values() if hasattr(group, "summary"))
+
     def flat(self) -> dict[str, Any]:
         """Field name → value, over all groups."""
         return {key: value for name in GROUPS for key, value in dataclasses.asdict(getattr(self, name)).items()}

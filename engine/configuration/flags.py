@@ -79,7 +79,7 @@ def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    return " ".join(value) if isinstance(value, tuple) else value
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _element(hint: Any) -> tuple[type, bool]:

@@ -153,6 +153,11 @@ class GfmnConfig:
         require(self.ma_alpha is None or 0 < self.ma_alpha <= 1, "ma_alpha", f"must be in (0, 1], got {self.ma_alpha}")
         require(self.correction in (0, 1), "correction", f"must be 0 or 1, got {self.correction}")
 
+    @property
+    def summary(self) -> str:
+        """For people."""
+        return {"ama": "AMA", "ma": "moving average", "none": "no averager"}[self.averager]
+
 
 @dataclass(kw_only=True)
 class MmdConfig:
@@ -183,6 +188,11 @@ class MmdConfig:
         require(takes or not self.mmd_bandwidths, "mmd_bandwidths", f"--mmd-kernel {self.mmd_kernel} has none")
         require(self.mmd_degree >= 1, "mmd_degree", f"must be at least 1, got {self.mmd_degree}")
         require(self.mmd_images >= 2, "mmd_images", f"must be at least 2, got {self.mmd_images}")
+
+    @property
+    def summary(self) -> str:
+        """For people."""
+        return f"MMD with {self.mmd_kernel} kernels, pooled by {self.pool}"
 
 
 @dataclass(kw_only=True)

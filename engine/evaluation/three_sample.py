@@ -43,8 +43,8 @@ def three_sample_test(real: Tensor, new: Tensor, old: Tensor) -> RelativeDistanc
     contributes to first order: 2 (mean_j k(new_i, new_j) − mean_r k(real_r, new_i)) for a new one, the same for an old
     one, and 2 (mean k(real_r, old) − mean k(real_r, new)) for a real one.
 
-    The three sets must be independent: new and old samples must not come from the same z. Where all three have the
-    same law the first order vanishes, and the test says nothing.
+    The three sets must be independent: new and old samples must not come from the same z. If all three distributions
+    are equal, the first-order term vanishes and the test is uninformative.
 
     Args:
         real, new, old: features [n, F] of at least two images each; the numbers of images may differ.

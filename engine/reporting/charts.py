@@ -1,4 +1,4 @@
-"""The geometry of small charts: where lines, ticks and labels lie in an SVG that a template draws."""
+"""The geometry of small charts: the places of lines, ticks and labels in an SVG that a template draws."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Chart:
     """What a template draws. Ticks and marks are (position, label).
 
     Attributes:
-        title: says what is shown, with its unit.
+        title: names the quantity and its unit.
         lines: in drawing order.
         x_ticks, y_ticks: along the axes.
         marks: vertical lines.
         x_label: under the axis.
         summary: the chart in words, for those who do not see it.
-        averaged: so many points stand for one another.
+        averaged: how many logged points each drawn point is the mean of.
     """
 
     title: str
@@ -125,7 +125,7 @@ def _chart(
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers in [low, high], at most `most` and one."""
+    """Round numbers in [low, high], at most `most` + 1 of them."""
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
@@ -165,7 +165,7 @@ def _finite(points: Sequence[Point], *, positive: bool) -> list[Point]:
 
 
 def _thinned(points: list[Point], size: int) -> list[Point]:
-    """Means of `size` points after one another."""
+    """The means of every `size` consecutive points."""
     if size == 1:
         return points
     parts = [points[start : start + size] for start in range(0, len(points), size)]

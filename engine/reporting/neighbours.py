@@ -1,4 +1,4 @@
-"""Nearest real images of generated ones in a feature space, and what tells a copy from a good likeness."""
+"""The nearest real images of samples in a feature space, and the measure that tells a copy from a likeness."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import TapInput
+from engine.support.pixels import to_float
 
 Features = Callable[[Tensor], Tensor]
-"""Pictures uint8 [N, 3, H, W] → features [N, F], on the CPU, in batches."""
+"""Images uint8 [N, 3, H, W] → features [N, F] on the CPU."""
 CLOSER = 0.95
 """A sample is suspiciously close if this share of real images is farther from its own nearest neighbour."""
-_BLOCK = 128
-_SPARE = 3
+_BLOCK = 128  # queries at a time
+_SPARE = 3  # candidates beyond k
 
 
 @dataclass(frozen=True)
-class Comparison:
+class NearestImages:
     """Samples and the real images that lie nearest to them.
 
     Attributes:
@@ -40,7 +41,7 @@ class Comparison:
 
     @property
     def farther(self) -> Tensor:
-        """[N]: the share of real images that are farther from their nearest neighbour than the sample from its own."""
+        """[N]: the share of real images that are farther from their nearest neighbour than each sample from its own."""
         ordered = self.yardstick.sort().values
         return 1 - torch.searchsorted(ordered, self.distances[:, 0].contiguous(), right=True) / len(ordered)
 
@@ -56,16 +57,17 @@ class Comparison:
         return int(same.any(dim=1).sum())
 
     def quantile(self, q: float) -> float:
-        """Of the yardstick."""
+        """The distance of the yardstick below which the share `q` of it lies."""
         ordered = self.yardstick.sort().values
         return float(ordered[min(int(q * len(ordered)), len(ordered) - 1)])
 
 
-def compare(samples: Tensor, real: Tensor, features: Features, *, k: int = 5) -> Comparison:
-    """Find the `k` nearest real images of every sample, both uint8 [n, 3, H, W]; at least two real images.
+def nearest_images(samples: Tensor, real: Tensor, features: Features, *, k: int = 5) -> NearestImages:
+    """Find the `k` nearest real images of every sample, both uint8 [n, 3, H, W].
 
     Every feature is divided by its deviation over the real images, so that none counts for its scale; features that
-    are the same for all of them are left out. The distance is Euclidean.
+    are the same for all of them are left out. The distance is Euclidean. Raises ValueError for fewer than two real
+    images.
     """
     if len(real) < 2:
         raise ValueError(f"real: at least two images are needed, got {len(real)}")
@@ -73,12 +75,12 @@ def compare(samples: Tensor, real: Tensor, features: Features, *, k: int = 5) ->
     deviation, mean = torch.std_mean(of_real, dim=0, correction=0)
     used = deviation > 1e-6 * mean.abs()
     of_real, of_samples = (((x - mean) / deviation)[:, used] for x in (of_real, of_samples))
-    indices, distances = nearest(of_samples, of_real, min(k, len(real)))
-    _, others = nearest(of_real, of_real, 1, skip_self=True)
-    return Comparison(samples, real, indices, distances, others[:, 0])
+    indices, distances = nearest_rows(of_samples, of_real, min(k, len(real)))
+    _, others = nearest_rows(of_real, of_real, 1, skip_self=True)
+    return NearestImages(samples, real, indices, distances, others[:, 0])
 
 
-def nearest(queries: Tensor, references: Tensor, k: int, *, skip_self: bool = False) -> tuple[Tensor, Tensor]:
+def nearest_rows(queries: Tensor, references: Tensor, k: int, *, skip_self: bool = False) -> tuple[Tensor, Tensor]:
     """Indices int64 [N, k] and Euclidean distances [N, k] of the nearest `references` [R, F] to `queries` [N, F].
 
     Candidates come from |q|² + |r|² − 2qr, which is fast and loses digits where q ≈ r; their distances are then
@@ -105,12 +107,12 @@ def channel_means(extractor: Extractor, batch_size: int = 64) -> Features:
     """The extractor's taps, each averaged over positions to its channels, side by side: [N, ΣC]."""
     feature_pass = FeaturePass(extractor)
 
-    def of_batch(pictures: Tensor) -> Tensor:
+    def of_batch(images: Tensor) -> Tensor:
         collector = _ChannelMeans()
-        feature_pass.collect(pictures.to(extractor.device).float().div(127.5).sub(1), collector)
+        feature_pass.collect(to_float(images.to(extractor.device)), collector)
         return torch.cat(collector.means, dim=1).cpu()
 
-    return lambda pictures: torch.cat([of_batch(part) for part in pictures.split(batch_size)])
+    return lambda images: torch.cat([of_batch(part) for part in images.split(batch_size)])
 
 
 class _ChannelMeans:

@@ -1,4 +1,4 @@
-"""The page itself: sections in the order of the template, `templates/report.html`."""
+"""The page: what the sections of `templates/report.html` show, in their order."""
 
 from __future__ import annotations
 
@@ -14,28 +14,45 @@ from torch import Tensor
 from engine.configuration.config import Config
 from engine.generation.saved import SavedSampler
 from engine.reporting.charts import Chart, histogram_chart, number
-from engine.reporting.neighbours import Comparison, compare
-from engine.reporting.numbers import evaluations, is_number, loss_charts
-from engine.reporting.pictures import COLUMNS, as_picture, as_png, data_uri, largest_side, sample_steps, upper_left
-from engine.reporting.real import Real
-from engine.reporting.settings import settings, train_command, versions
+from engine.reporting.neighbours import NearestImages, nearest_images
+from engine.reporting.numbers import evaluation_tables, is_number, logged_charts
+from engine.reporting.pictures import COLUMNS, as_picture, as_png, data_uri, largest_side, samples_over_time, upper_left
+from engine.reporting.real import RealImages
+from engine.reporting.settings import configuration_lines, versions
 from engine.support.pixels import grid
 from engine.training.run_folder import RunFolder
 from pipelines import DataError, read_pixels
 
 log = logging.getLogger("gfmn")
 
-_PATHS = 6
-_COMPARED = 256
-_FIRST, _CLOSEST = 6, 6
+_PATHS = 6  # rows of interpolations
+_COMPARED = 256  # samples whose nearest real images are looked for
+_FIRST, _CLOSEST = 6, 6  # of them are shown: the first ones, and the closest of the others
 _SMALL = 96  # pixels of a larger image beside its neighbours
-_GRID_BYTES = 600_000  # of one picture
+_GRID_BYTES = 600_000  # of one grid
 
 
 def render(
-    *, title: str, sampler: SavedSampler, config: Config, run: RunFolder, real: Real, seed: int, limit: int
+    *,
+    title: str,
+    sampler: SavedSampler,
+    config: Config,
+    command: str,
+    run: RunFolder,
+    real: RealImages,
+    seed: int,
+    limit: int,
 ) -> str:
-    """The page."""
+    """The report as one HTML page without other files.
+
+    Args:
+        title: of the page.
+        sampler, config, run: of the run.
+        command: the command line that repeats the run.
+        real: from `open_real`.
+        seed: of the z that the samples and interpolations are drawn from, and of the choice of real images.
+        limit: the most real images that samples are compared with.
+    """
     size = config.data.image_size
     metrics = [entry for entry in run.read_metrics() if isinstance(entry, dict) and is_number(entry.get("step"))]
     environment = Environment(
@@ -58,20 +75,20 @@ def render(
         size=size,
         scale=max(1, min(3, 64 // size)),
         final=upper_left(final, size, largest_side([final], size, _GRID_BYTES, (8, 6, 4, 3)) or 2),
-        steps=sample_steps(run, size),
+        steps=samples_over_time(run, size),
         paths=upper_left(paths, size),
-        losses=loss_charts(metrics),
-        evaluations=evaluations(metrics),
+        losses=logged_charts(metrics),
+        evaluations=evaluation_tables(metrics),
         neighbours=_neighbours(sampler, config, real, seed, limit),
         preset=config.preset,
-        groups=settings(config),
-        command=train_command(config),
+        groups=configuration_lines(config),
+        command=command,
         versions=versions(),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     )
 
 
-def _facts(sampler: SavedSampler, config: Config, real: Real, metrics: list[dict[str, Any]]) -> list[str]:
+def _facts(sampler: SavedSampler, config: Config, real: RealImages, metrics: list[dict[str, Any]]) -> list[str]:
     networks, training = config.networks, config.training
     origin = {("pretrain",): "pretrained", ("random",): "random weights", ("imagenet",): "ImageNet weights"}
     extractor = networks.extractor + (f" ({origin[networks.weights]})" if networks.weights in origin else "")
@@ -79,14 +96,13 @@ def _facts(sampler: SavedSampler, config: Config, real: Real, metrics: list[dict
         extractor += f", {number(real.num_features)} features"
     images = f"{number(len(real.dataset))} images of " if real.dataset is not None else ""
     taken, planned = sampler.step, training.steps
-    averager = {"ama": "AMA", "ma": "moving average", "none": "no averager"}[config.gfmn.averager]
     facts = [
         f"{networks.generator} generator",
         f"matched to {extractor}",
         f"{config.data.dataset}, {images}{config.data.image_size}×{config.data.image_size}",
         f"step {number(taken)}" + (f" of {number(planned)}" if taken < planned else ""),
         f"minibatch {number(training.batch_size)}",
-        averager,
+        config.summary,
     ]
     if training.device != "auto":
         facts.append(training.device)
@@ -98,7 +114,7 @@ def _facts(sampler: SavedSampler, config: Config, real: Real, metrics: list[dict
 
 
 def _seconds(metrics: list[dict[str, Any]], batch_size: int) -> float:
-    """What the logged steps took, from their rates; 0 if any of them is missing."""
+    """Seconds of all logged steps, from their rates; 0 if a rate is missing."""
     total, before = 0.0, 0
     for entry in metrics:
         rate: object = entry.get("images_per_second")
@@ -116,8 +132,14 @@ def _duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sample beside its nearest real images: (PNG, distance) each."""
+class _Match:
+    """One sample beside its nearest real images.
+
+    Attributes:
+        sample: PNG.
+        neighbours: (PNG, distance) of each, nearest first.
+        farther: the share of real images that are farther from their own nearest neighbour.
+    """
 
     sample: bytes
     neighbours: list[tuple[bytes, str]]
@@ -125,14 +147,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """The section on copies, or why there is none."""
+class _NeighboursSection:
+    """What the section "Nearest real images" shows; only `missing`, the reason, if it is left out."""
 
     missing: str | None = None
     sentence: str = ""
     copies: int = 0
-    first: list[Row] = dataclasses.field(default_factory=list)
-    closest: list[Row] = dataclasses.field(default_factory=list)
+    first: list[_Match] = dataclasses.field(default_factory=list)
+    closest: list[_Match] = dataclasses.field(default_factory=list)
     chart: Chart | None = None
     quantile_5: str = ""
     median: str = ""
@@ -143,35 +165,35 @@ class Neighbours:
     changed: tuple[str, ...] = ()
 
 
-def _neighbours(sampler: SavedSampler, config: Config, real: Real, seed: int, limit: int) -> Neighbours:
+def _neighbours(sampler: SavedSampler, config: Config, real: RealImages, seed: int, limit: int) -> _NeighboursSection:
     if real.dataset is None or real.space is None:
-        return Neighbours(missing=real.missing)
+        return _NeighboursSection(missing=real.missing)
     samples = sampler.draw_pixels(_COMPARED, seed)
     try:
         images = read_pixels(real.dataset, limit=limit, seed=seed, backend=config.data.loader)
     except DataError as error:
         log.warning("no nearest real images in the report: %s", error)
-        return Neighbours(missing=str(error))
+        return _NeighboursSection(missing=str(error))
     if len(images) < 2:
-        return Neighbours(missing="the data set has a single image")
-    comparison = compare(samples, images, real.space.features)
-    others = comparison.distances[_FIRST:, 0].argsort()[:_CLOSEST] + _FIRST
-    return Neighbours(
-        sentence=closeness(comparison),
-        copies=comparison.num_copies,
-        first=[_row(comparison, index) for index in range(_FIRST)],
-        closest=[_row(comparison, index) for index in others.tolist()],
+        return _NeighboursSection(missing="the data set has a single image")
+    found = nearest_images(samples, images, real.space.features)
+    others = found.distances[_FIRST:, 0].argsort()[:_CLOSEST] + _FIRST
+    return _NeighboursSection(
+        sentence=closeness(found),
+        copies=found.num_copies,
+        first=[_match(found, index) for index in range(_FIRST)],
+        closest=[_match(found, index) for index in others.tolist()],
         chart=histogram_chart(
             "Distance to the nearest real image, % of images",
             {
-                "real images, to another one": comparison.yardstick.tolist(),
-                "samples": comparison.distances[:, 0].tolist(),
+                "real images, to another one": found.yardstick.tolist(),
+                "samples": found.distances[:, 0].tolist(),
             },
-            marks={"5%": comparison.quantile(0.05), "median": comparison.quantile(0.5)},
+            marks={"5%": found.quantile(0.05), "median": found.quantile(0.5)},
             x_label="distance",
         ),
-        quantile_5=number(comparison.quantile(0.05)),
-        median=number(comparison.quantile(0.5)),
+        quantile_5=number(found.quantile(0.05)),
+        median=number(found.quantile(0.5)),
         features=real.space.description,
         compared=len(samples),
         real=len(images),
@@ -180,9 +202,9 @@ def _neighbours(sampler: SavedSampler, config: Config, real: Real, seed: int, li
     )
 
 
-def closeness(comparison: Comparison) -> str:
-    """How many samples are suspiciously close to a real image, in one sentence."""
-    closer, count = comparison.num_closer, len(comparison.samples)
+def closeness(found: NearestImages) -> str:
+    """One sentence: how many samples are suspiciously close to a real image, and how many new real ones would be."""
+    closer, count = found.num_closer, len(found.samples)
     verb = "is" if closer == 1 else "are"
     return (
         f"{closer or 'None'} of {count} samples {verb} closer to a real image than 95% of real images are to their own "
@@ -190,19 +212,17 @@ def closeness(comparison: Comparison) -> str:
     )
 
 
-def _row(comparison: Comparison, index: int) -> Row:
+def _match(found: NearestImages, index: int) -> _Match:
     def png(pixels: Tensor) -> bytes:
         picture = as_picture(pixels)
         picture.thumbnail((_SMALL, _SMALL))
         return as_png(picture)
 
-    return Row(
-        png(comparison.samples[index]),
+    return _Match(
+        png(found.samples[index]),
         [
-            (png(comparison.real[neighbour]), f"{distance:.2f}")
-            for neighbour, distance in zip(
-                comparison.indices[index].tolist(), comparison.distances[index].tolist(), strict=True
-            )
+            (png(found.real[neighbour]), f"{distance:.2f}")
+            for neighbour, distance in zip(found.indices[index].tolist(), found.distances[index].tolist(), strict=True)
         ],
-        f"{100 * float(comparison.farther[index]):.0f}%",
+        f"{100 * float(found.farther[index]):.0f}%",
     )

@@ -1,4 +1,4 @@
-"""Grids of images as PNGs, few and small enough for a page."""
+"""Grids of images as PNG files, few and small enough for a page."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from engine.training.run_folder import RunFolder
 log = logging.getLogger("gfmn")
 
 COLUMNS = 8
-"""Of the grids that training writes."""
-_GRIDS = 24
-_GRIDS_BYTES = 2_000_000  # of the pictures over time, together
+"""Images in a row of the grids that training writes."""
+_GRIDS = 24  # at most, of the samples over time
+_GRIDS_BYTES = 2_000_000  # all of them together
 _STEP = re.compile(r"step_(\d+)\.png")
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The samples over time: (step, picture), and how many pictures the run's folder has."""
+class SamplesOverTime:
+    """The chosen grids as (step, picture), and how many grids the run's folder holds."""
 
     pictures: list[tuple[int, Picture]]
     available: int
 
 
-def sample_steps(run: RunFolder, size: int) -> Steps:
-    """The pictures that training left, cut and chosen so that the page stays small."""
+def samples_over_time(run: RunFolder, size: int) -> SamplesOverTime:
+    """The grids of images of `size` pixels that training wrote, cut and chosen so that the page stays small."""
     files = sorted(
         (int(match[1]), path) for path in run.samples.glob("step_*.png") if (match := _STEP.fullmatch(path.name))
     )
@@ -43,12 +43,12 @@ def sample_steps(run: RunFolder, size: int) -> Steps:
             with Image.open(path) as picture:
                 opened.append((step, picture.convert("RGB")))
         except (OSError, SyntaxError, ValueError):
-            log.warning("%s: is not a picture, and left out", path)
+            log.warning("%s: left out of the report, it is not a readable image", path)
     side = largest_side([picture for _, picture in opened], size, _GRIDS_BYTES, (8, 6, 4))
     if side is None:
         opened = evenly(opened, _GRIDS // 2)
         side = largest_side([picture for _, picture in opened], size, _GRIDS_BYTES, (4, 3)) or 2
-    return Steps([(step, upper_left(picture, size, side)) for step, picture in opened], len(files))
+    return SamplesOverTime([(step, upper_left(picture, size, side)) for step, picture in opened], len(files))
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
@@ -100,17 +100,17 @@ def upper_left(picture: Image.Image, size: int, side: int = COLUMNS) -> Picture:
 
 
 def as_picture(pixels: Tensor) -> Image.Image:
-    """Of uint8 [3, H, W]."""
+    """An image uint8 [3, H, W] as PIL has it."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def as_png(picture: Image.Image) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a PNG file, as small as PIL makes it."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
 def data_uri(png: bytes) -> str:
-    """A PNG as an address that holds all of it."""
+    """A PNG as a data: URI, so that the page needs no other file."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

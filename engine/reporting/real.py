@@ -1,4 +1,4 @@
-"""The real images of a run and a feature space to compare samples with them in, if they can still be had."""
+"""The run's real images, if they are still available, and a feature space for comparing samples with them."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ log = logging.getLogger("gfmn")
 
 
 @dataclass(frozen=True)
-class Space:
-    """Where distances between images are measured: the features, and what they are in words."""
+class FeatureSpace:
+    """Features whose distances decide which images are near, and a description of them for the page."""
 
     features: Features
     description: str
 
 
-def chosen_space(name: str, weights: str | None, image_size: int, device: torch.device) -> Space:
-    """The features of an evaluation network; InputError if there is no such network or no weights of it."""
-    from engine.evaluation.metrics import evaluation_network  # torch-fidelity takes a second to import
+def feature_space(name: str, weights: str | None, image_size: int, device: torch.device) -> FeatureSpace:
+    """The features of an evaluation network; "inception" is torch-fidelity's. Raises what `evaluation_network` does."""
+    from engine.evaluation.judges import evaluation_network  # torch-fidelity takes a second to import
 
     network = evaluation_network(None if name == "inception" else name, weights=weights, image_size=image_size)
-    return Space(lambda images: network.features(images, device=device), f"the features of {network.label}")
+    return FeatureSpace(lambda images: network.features(images, device=device), f"the features of {network.label}")
 
 
 @dataclass(frozen=True)
-class Real:
-    """The run's dataset, and where its images are compared with samples.
+class RealImages:
+    """The run's data set, and the feature space in which its images are compared with samples.
 
     Attributes:
-        dataset, space: None if they could not be had.
-        num_features: that were matched, None if that is not known.
-        changed: what differs from training, in words.
-        missing: why there is nothing to compare with, one line; None if there is.
+        dataset, space: None if unavailable.
+        num_features: of the run's own extractor; None if that is unavailable or another space was chosen.
+        changed: one sentence for each difference from the training.
+        missing: one line that says why samples cannot be compared; None if they can.
     """
 
     dataset: ImageDataset | None = None
-    space: Space | None = None
+    space: FeatureSpace | None = None
     num_features: int | None = None
     changed: tuple[str, ...] = ()
     missing: str | None = None
 
 
-def open_real(run: RunFolder, config: Config, device: torch.device, space: Space | None = None) -> Real:
-    """Open what the run was trained on; `space` takes the place of its own extractor.
+def open_real(run: RunFolder, config: Config, device: torch.device, space: FeatureSpace | None = None) -> RealImages:
+    """Open the run's data set and extractor; `space` takes the extractor's place.
 
-    What can't be opened any more costs a warning, not the page.
+    If one of them is no longer available, this warns, and the page is written without the comparison.
     """
     dataset, num_features, changed = None, None, []
     trained = _trained_with(run)
@@ -72,19 +72,19 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Space
             if trained.get("extractor_weights", weights) != weights:
                 changed.append("the extractor’s weights are not those of the training")
             num_features = extractor.num_features
-            space = Space(
+            space = FeatureSpace(
                 channel_means(extractor),
                 f"the channels of all {len(extractor.taps)} taps of {extractor.name}, averaged over positions",
             )
     except (InputError, DataError) as error:
         missing = " ".join(str(error).split())
         log.warning("%s: no nearest real images in the report: %s", run.path, missing)
-        return Real(dataset, missing=missing)
-    return Real(dataset, space, num_features, tuple(changed))
+        return RealImages(dataset, missing=missing)
+    return RealImages(dataset, space, num_features, tuple(changed))
 
 
 def _trained_with(run: RunFolder) -> dict[str, str]:
-    """The fingerprint in the newest checkpoint; empty if there is none."""
+    """The target's fingerprint in the newest checkpoint; empty if there is none."""
     try:
         with safe_open(run.checkpoint_paths()[-1], framework="pt") as file:
             return dict(json.loads(file.metadata()["fingerprint"]))

@@ -1,4 +1,4 @@
-"""Pictures: from tensors in [-1, 1] to uint8 and to files."""
+"""Images in [-1, 1] and as bytes: the engine's one way from each to the other, grids, and PNG files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ def to_uint8(images: Tensor) -> Tensor:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 images of any shape as new float32 ones in [-1, 1], in the same memory format: (x − 127.5)/127.5."""
+    return pixels.to(torch.float32, copy=True).sub_(127.5).div_(127.5)
+
+
 def grid(images: Tensor, columns: int) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] as one uint8 picture [3, H', W'], row by row, two pixels apart."""
+    """Images [N, 3, H, W] in [-1, 1] as one uint8 image [3, H', W'], row by row, two pixels apart."""
     pixels = to_uint8(images).permute(0, 3, 1, 2)
     return make_grid(pixels, nrow=columns, padding=2, pad_value=64)
 
 
 def save_png(path: Path, picture: Tensor) -> None:
-    """Write a uint8 picture [3, H, W], whole or not at all."""
+    """Write an image uint8 [3, H, W] to `path`, whole or not at all."""
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())

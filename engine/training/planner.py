@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from engine.support.errors import InputError
+from engine.support.files import total_memory
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,10 @@ def _available() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
-    for name, share in (("SC_AVPHYS_PAGES", 1.0), ("SC_PHYS_PAGES", 0.5)):
-        if name in os.sysconf_names:
-            return int(share * os.sysconf(name) * os.sysconf("SC_PAGE_SIZE"))
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return total_memory() // 2
     raise InputError("memory_budget", "this system does not tell how much memory is free; give a size")
 
 

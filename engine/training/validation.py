@@ -12,7 +12,8 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, common_names
+from engine.evaluation.judges import EvaluationNetwork
+from engine.evaluation.metrics import KID_SUBSET, common_names
 from engine.evaluation.three_sample import three_sample_test
 
 log = logging.getLogger("gfmn")
@@ -72,7 +73,7 @@ class KernelRate:
 
 
 class Validation:
-    """Compares samples with real images every so many steps.
+    """Compares samples with real images every `config.evaluate_every` steps.
 
     Args:
         network: whose features are compared.

@@ -19,6 +19,7 @@ from nvidia.dali import fn, pipeline_def, types
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
 from pipelines.errors import BadImage
 from pipelines.loading.torch_loader import is_range
+from pipelines.pixels import HALF
 
 BLOCK_BYTES = 2**21
 """Bytes of in-memory pictures per DALI run."""
@@ -64,7 +65,7 @@ def num_threads(workers: int | None) -> int:
 
 def normalise(images: Any, mirrored: Any, layout: str = "CHW", **crop: Any) -> Any:
     """DALI nodes: uint8 HWC → float32 CHW in [-1, 1], mirrored where int32 `mirrored` is 1."""
-    scale: Any = {"mean": [127.5] * 3, "std": [127.5] * 3, "dtype": types.DALIDataType.FLOAT}
+    scale: Any = {"mean": [HALF] * 3, "std": [HALF] * 3, "dtype": types.DALIDataType.FLOAT}
     return fn.crop_mirror_normalize(images, mirror=mirrored, output_layout=layout, **scale, **crop)
 
 

@@ -12,9 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
 from pipelines.decoding.pil import load
 from pipelines.errors import BadImage
-
-SCALE = float(np.float32(1 / 127.5))
-"""float32 reciprocal, because DALI multiplies by it too: both backends give the same bits, and exactly -1 and 1."""
+from pipelines.pixels import to_float_
 
 WORKERS = 2
 """Decoding processes, unless the caller says otherwise."""
@@ -49,7 +47,7 @@ def normalise(pictures: torch.Tensor, mirrored: np.ndarray) -> torch.Tensor:
     elif mirrored.any():
         chosen = torch.from_numpy(np.flatnonzero(mirrored)).to(images.device)
         images[chosen] = images[chosen].flip(3)
-    return images.sub_(127.5).mul_(SCALE)
+    return to_float_(images)
 
 
 def _slices(

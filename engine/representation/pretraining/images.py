@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.support.errors import InputError
+from engine.support.pixels import to_float, to_uint8
 from pipelines import ImageDataset, ImageLoader
 from pipelines.dataset import ArrayDataset
 
@@ -125,7 +126,7 @@ class _InMemory:
 
     def _images(self, chosen: Tensor) -> Images:
         pictures = self.images[chosen.to(self.images.device)].permute(0, 3, 1, 2)
-        return pictures.float().sub_(127.5).div_(127.5), self.shown[chosen]
+        return to_float(pictures), self.shown[chosen]
 
 
 def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, 
     loader = ImageLoader(dataset, _READING_BATCH, backend=backend)
     for batch in tqdm(loader, desc="reading images", unit="batch", disable=None if progress else True):
         pictures, mirrored = (torch.from_numpy(array) for array in dataset.pictures(batch.indices.numpy()))
-        values = batch.images.add(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1)
+        values = to_uint8(batch.images)
         images[pictures[~mirrored]] = values[~mirrored]
         seen[pictures[~mirrored]] = True
     return images[seen], seen.nonzero().flatten()

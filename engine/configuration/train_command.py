@@ -1,0 +1,37 @@
+"""The command line that repeats a run."""
+
+from __future__ import annotations
+
+import shlex
+
+from engine.configuration.config import Config
+from engine.configuration.groups import owners
+from engine.configuration.presets import PRESETS
+
+
+def train_command(config: Config) -> str:
+    """The command that trains with `config` again: its preset, and a flag for every value that is not the preset's.
+
+    A value that no flag can give (None, an empty list) needs the run's config.json.
+    """
+    words = ["python", "-m", "engine.train", "--preset", config.preset]
+    method, own = config.method.method, config.flat()
+    usual = Config.build(config.preset, {"method": method}).flat() if config.preset in PRESETS else {}
+    default = Config.build(config.preset, {}).method.method if usual else None
+    for name, value in own.items():
+        # What belongs to other methods decides nothing, and would be refused.
+        if (owners(name) and method not in owners(name)) or (name != "method" and usual.get(name, ...) == value):
+            continue
+        if name == "method" and value == default:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value is None or value == ():
+            return "python -m engine.train --config config.json"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}" if str(value).startswith("-") else flag)
+            words += [] if str(value).startswith("-") else [str(value)]
+    return shlex.join(words)

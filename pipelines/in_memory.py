@@ -1,0 +1,31 @@
+"""A whole dataset as one tensor of bytes, for what has to see all images at once."""
+
+from __future__ import annotations
+
+import torch
+
+from pipelines.dataset import ImageDataset
+from pipelines.loading.loader import ImageLoader
+from pipelines.pixels import to_uint8
+
+_BATCH = 256
+
+
+def read_pixels(
+    dataset: ImageDataset, *, limit: int | None = None, seed: int = 0, backend: str = "auto"
+) -> torch.Tensor:
+    """All images as uint8 [N, 3, H, W], in the dataset's order, from the values that `ImageLoader` gives.
+
+    If there are more than `limit`, only that many, at random: `seed` decides which.
+
+    Raises DataError for an image that cannot be used, as the loader does; skipped ones are left out.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    parts = [torch.empty(0, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)]
+    read = 0
+    for images, _ in ImageLoader(dataset, _BATCH, backend=backend, shuffle=count < len(dataset), seed=seed):
+        parts.append(to_uint8(images[: count - read]))
+        read += len(parts[-1])
+        if read == count:
+            break
+    return torch.cat(parts)

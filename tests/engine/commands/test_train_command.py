@@ -1,0 +1,31 @@
+"""The command in a report trains the same again."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+
+import pytest
+
+from engine import train
+from engine.configuration.config import Config
+from engine.configuration.train_command import train_command
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--preset cifar10 --weights random --no-fused-ama --amp",
+        "--data some/<folder>/it's --image-size 64 --chunk-size auto --memory-budget 12GiB --center-crop 100",
+        "--lr 1e-05 --generator-ema 0.5 --averager ma --extractor vgg19+resnet18 --weights a.safetensors b.safetensors",
+    ],
+)
+def test_the_command_trains_the_same_again(flags: str) -> None:
+    def parsed(words: list[str]) -> Config:
+        return train.configure(train.parser().parse_args(words))[0]
+
+    config = parsed(flags.split())
+    words = shlex.split(train_command(config))
+    assert words[:3] == ["python", "-m", "engine.train"]
+    assert asdict(parsed(words[3:])) == asdict(config)
