@@ -84,7 +84,7 @@ def timings_of_tap(tap: TapShape, dtype: torch.dtype, device: str) -> list[Timin
     torch.manual_seed(0)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     ours = kernels.select("auto", torch.device(device), dtype)
-    own_name = {"kernels.compiled": "compiled", "kernels.triton_ops": "triton"}.get(ours.__name__, "reference")
+    own_name = ours.__name__.removeprefix("kernels.")
 
     def draw() -> Tensor:
         return torch.randn(MINIBATCH, *tap.shape, device=device).to(dtype, memory_format=torch.channels_last)
@@ -148,7 +148,7 @@ def timing_of_averager(features: int, device: str) -> Timing:
     torch.manual_seed(0)
     args = averager_arguments(features, device)
     ours = kernels.select("auto", torch.device(device), torch.float32)
-    own_name = {"kernels.compiled": "compiled", "kernels.triton_ops": "triton"}.get(ours.__name__, "reference")
+    own_name = ours.__name__.removeprefix("kernels.")
     backends: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
         f"gfmn, {own_name}": ours.averager_step,
         "plain PyTorch": plain_averager,

@@ -12,6 +12,8 @@ from cases import Activations, AveragerRun
 from torch._dynamo.utils import counters
 
 from kernels import compiled
+from kernels.compiled.averaging import step_kernel
+from kernels.compiled.moments import backward_kernel, moments_kernel
 
 # Below and above the grain that decides on threads; sizes that coincide with each other; one image; many images.
 SMALL = ((64, 64, 1, 1), (2, 2, 1, 1), (1, 5, 3, 3), (7, 3, 5, 5), (33, 2, 2, 2), (2000, 3, 1, 1))
@@ -21,7 +23,7 @@ LARGE = ((16, 64, 8, 8), (64, 512, 2, 2), (256, 256, 1, 1), (1, 128, 16, 16), (1
 @pytest.fixture
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    for kernel in (compiled._relu_moments, compiled._relu_moments_backward, compiled._averager_step):
+    for kernel in (moments_kernel, backward_kernel, step_kernel):
         monkeypatch.setattr(kernel, "variants", {})
 
 
