@@ -1,10 +1,20 @@
-"""What keeps torch.compile to one kernel per variant, and its overhead per call below that of small taps.
+"""What keeps torch.compile to one kernel per variant, and its overhead per call below the work of small taps.
 
-`Kernel` and its helpers lean on details of Dynamo and Inductor, as they are in PyTorch 2.14.1. Each trick, and what
-fails without it, is said where it stands; `tests/kernels/test_compiled.py` shows most of the failures.
+`Kernel` leans on details of Dynamo and Inductor that are not promised to stay. Seen on PyTorch 2.14.1; this fails when
+a trick is removed:
 
-Nothing of torch.compile is imported before the first call: it takes seconds, and it imports Triton, whose interpreter
-has to be chosen before that.
+- *A code object of its own for every variant.* Dynamo keeps what it compiled by code object. With one for all, a
+  variant is taken for another (the guards that would tell them apart are filtered out), and results are wrong:
+  tests/kernels/test_operations.py.
+- *Only guards on sizes.* Evaluating the others costs more than small taps do, the more so as the caches then hold a
+  convolution's data and not Python's. They also compile anew what differs in nothing but which arguments are the same
+  object, such as two cached scalars: "Duplicate tensors found", test_one_compilation_for_all_shapes.
+- *Examples through dlpack.* A view into a larger buffer shows Dynamo its storage offset, which becomes a guard
+  ("2 <= mean.storage_offset()") and another compilation where the next tap begins at 0:
+  test_slices_of_one_buffer_compile_nothing_again. A tensor from dlpack has the same memory and offset 0.
+- *`mark_dynamic` for the number of images.* `dynamic=True` alone ties it to another size that it happens to equal.
+- *No import of `torch._dynamo` before the first call.* It takes seconds, and it imports Triton, whose interpreter has
+  to be chosen before that: tests/kernels/test_public.py.
 """
 
 from __future__ import annotations
@@ -27,14 +37,10 @@ GRAIN = 32768
 
 
 class Kernel:
-    """A function compiled once per `variant`: for one thread (fewer than `GRAIN` elements) and for as many as there
-    are when it runs, per dtypes, and per what is given and what isn't.
+    """Decorator: a function of tensors, compiled once per variant.
 
-    torch.compile's own look at every argument of every call costs more than small taps do, the more so as the caches
-    then hold a convolution's data and not Python's. It keeps to sizes here; the rest is the key of the variant.
-
-    Nothing of torch.compile is imported before the first call: it takes seconds, and it imports Triton, whose
-    interpreter has to be chosen before that.
+    A variant is for one thread (fewer than `GRAIN` elements) or for as many as there are when it runs, and for one
+    `key`: the dtypes, what is given and what isn't, and every other constant of the call. Sizes are dynamic.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -51,7 +57,7 @@ class Kernel:
         return compiled(*args)
 
     def _compile(self, serial: bool) -> Callable[..., Any]:
-        # PyTorch keeps what it compiled by code object, and must not take one variant for another.
+        # A code object of its own; its name only helps who reads PyTorch's logs.
         code = self.function.__code__.replace(co_name=f"{self.function.__name__}_{len(self.variants)}")
         threads = {"cpp.threads": 1} if serial else {"cpp.dynamic_threads": True}
         compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # its stub lacks recompile_limit
@@ -65,20 +71,21 @@ class Kernel:
 
 
 def _keep_sizes(guards: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards stay; the rest is the variant's key."""
     return [guard.guard_type == "SHAPE_ENV" for guard in guards]
 
 
 @functools.cache
 def dynamo() -> types.ModuleType:
+    """`torch._dynamo`, imported at the first call."""
     return importlib.import_module("torch._dynamo")
 
 
 def _as_example(x: Tensor) -> Tensor:
-    """The same memory for torch.compile to look at: a tensor of its own, no view into a buffer at some offset."""
+    """The memory of `x` for torch.compile to look at: a tensor of its own, not a view at some offset into a buffer."""
     if not x.dim():
         return x
     x = from_dlpack(to_dlpack(x.data))
     if x.dim() == 2:
-        # By itself "dynamic" would still tie the number of images to another size that is equal to it by chance.
         dynamo().mark_dynamic(x, 0, min=2, max=MAX_ROWS)
     return x
