@@ -12,7 +12,8 @@ a trick is removed:
 - *Examples through dlpack.* A view into a larger buffer shows Dynamo its storage offset, which becomes a guard
   ("2 <= mean.storage_offset()") and another compilation where the next tap begins at 0:
   test_slices_of_one_buffer_compile_nothing_again. A tensor from dlpack has the same memory and offset 0.
-- *`mark_dynamic` for the number of images.* `dynamic=True` alone ties it to another size that it happens to equal.
+- *`mark_dynamic` for the number of images.* `dynamic=True` alone ties it to another size that it happens to equal:
+  test_one_compilation_for_all_shapes.
 - *No import of `torch._dynamo` before the first call.* It takes seconds, and it imports Triton, whose interpreter has
   to be chosen before that: tests/kernels/test_public.py.
 """
