@@ -1,33 +1,25 @@
-"""The three fused operations of moment matching, and the one place that chooses who computes them.
+"""The fused operations of moment matching, and the one place that chooses who computes them.
 
-A backend is a module with three functions of the same names and signatures:
+Every backend is a module with the same four operations under the names and signatures that this one documents:
 
-`relu_moments(x, mean, m2, count, bias=None, residual=None, activation="relu")`
-    In place, `x ← activation(x + bias + residual)` for a convolution's output x [N, C, H, W] (dense, contiguous or
-    channels_last); then merges the N new images into the moments of the `count` images seen before. With
-    `mean, m2` [F] in the memory order of x and `count = 0`, the buffers are overwritten and need no initial value:
-
-        mean_d = 1/N Σ_n x_nd      m2_d = Σ_n (x_nd − mean_d)²      (Chan et al. 1979 for count > 0)
-
-`relu_moments_backward(grad, y, a, b, activation="relu")`
-    In place, `grad ← (grad + a + b·y) · mask`, where y is what `relu_moments` left behind, `grad` [N, C, H, W] the
-    gradient with respect to y that came from later layers, and the mask is activation'(y): y > 0 for "relu",
-    0 < y < 6 for "relu6", 1 for "none". The result is the gradient with respect to x (DESIGN's identity 1).
-
-`averager_step(mean, m2, count, target_mean, target_variance, v, m, u, step, *, rule, rate, beta1, beta2, eps,
-correction, advance, weight=None) -> (a, b, sums)`
-    One pass over all D features: difference Δ = target − batch, the averager's new direction v (`rule` "ama", "ma",
-    "ma_moments" or "none"; state v, m, u [2, D] and the 0-d int64 `step` change in place, only when `advance`), the
-    coefficients a, b [D] of the gradient, and sums [4] = (loss over means, loss over variances, Σ(Δ^μ)², Σ(Δ^σ)²).
-    Without `advance`, "ama" and "ma" use the v that is there, and "ma_moments" the average that would come next.
-    With `weight` w [D] the averager sees w·Δ^μ and w²·Δ^σ, and a and b carry w·v^μ and w²·v^σ.
-
-All tensors of one call are on one device. Per-feature buffers are contiguous and float32 for float16, bfloat16 and
-float32 activations, float64 for float64; `mean` and `m2` of `relu_moments` may be float64 for all of them. ValueError
-names the argument that is not as it should be. The functions are PyTorch operators (see `kernels.operators`).
+| operation | what it does |
+| --- | --- |
+| `relu_moments` | activation in place, and the moments of its output |
+| `relu_moments_backward` | the gradient of both |
+| `averager_step` | difference → averager's step → loss → coefficients of the gradient |
+| `dataset_moments` | `relu_moments` over a whole dataset, in float64 |
 
 `reference` is plain PyTorch (the oracle), `compiled` goes through torch.compile (CPU), `triton` runs on CUDA, or on a
-CPU inside Triton's interpreter.
+CPU inside Triton's interpreter. The functions here choose by the tensors' device and dtype, as `select("auto", …)`
+does; who calls them again and again calls `select` once.
+
+`averager_step` fuses what the paper writes one after the other: `difference`, `direction` (the averager's step),
+`matching_loss` and `coefficients`. Under these names the pieces stand in every backend's `averaging.py`; those of this
+module are the reference's, plain PyTorch for any device, for averagers that have no fused kernel.
+
+All tensors of one call are on one device. Per-feature buffers are contiguous and float32 for float16, bfloat16 and
+float32 activations, float64 for float64. ValueError names the argument that is not as it should be. The operations
+are PyTorch operators (see `kernels.operators`).
 """
 
 from __future__ import annotations
@@ -37,10 +29,27 @@ import importlib
 import importlib.util
 import logging
 from types import ModuleType
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from kernels import compiled, reference
+from kernels.reference import coefficients, difference, direction, matching_loss, totals
+
+__all__ = [
+    "BACKENDS",
+    "averager_step",
+    "coefficients",
+    "dataset_moments",
+    "difference",
+    "direction",
+    "matching_loss",
+    "relu_moments",
+    "relu_moments_backward",
+    "select",
+    "totals",
+]
 
 BACKENDS = ("auto", "reference", "compiled", "triton")
 log = logging.getLogger("gfmn")
@@ -57,7 +66,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     if device.type == "cuda":
         return None
     if device.type == "cpu" and importlib.import_module("triton").knobs.runtime.interpret:
-        interpreted = importlib.import_module("kernels.triton_ops").INTERPRETED
+        interpreted = importlib.import_module("kernels.triton").INTERPRETED
         return None if interpreted else "TRITON_INTERPRET=1 was set after Triton had been imported"
     return f"Triton needs a CUDA device, not {device.type} (on a CPU its interpreter will do: set TRITON_INTERPRET=1)"
 
@@ -80,8 +89,114 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
         return reference
     reason = _why_not_triton(device) if chosen == "triton" else _why_not_compiled(device.type, dtype)
     if reason is None:
-        return compiled if chosen == "compiled" else importlib.import_module("kernels.triton_ops")
+        return compiled if chosen == "compiled" else importlib.import_module("kernels.triton")
     if name != "auto":
         raise ValueError(f"kernels: the {chosen} backend cannot run here: {reason}")
     _warn_once(f"the {chosen} kernels cannot run here: {reason}; using the plain PyTorch ones, which are slower")
     return reference
+
+
+def relu_moments(
+    x: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+) -> None:
+    """In place, `x ← activation(x + bias + residual)`, and its N images join the moments of `count` images before.
+
+    With `count = 0` the buffers are overwritten and need no initial value:
+
+        mean_d = 1/N Σ_n x_nd      m2_d = Σ_n (x_nd − mean_d)²      (Chan et al. 1979 for count > 0)
+
+    Args:
+        x: [N, C, H, W], a convolution's output, dense in contiguous or channels_last order.
+        mean, m2: [F], F = C·H·W, in the memory order of x; they may be float64 for activations of any dtype.
+        count: images merged before.
+        bias: [C].
+        residual: a shortcut, laid out as x.
+        activation: "relu", "relu6" or "none".
+    """
+    select("auto", x.device, x.dtype).relu_moments(x, mean, m2, count, bias, residual, activation)
+
+
+def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
+    """In place, `grad ← (grad + a + b·y) · activation'(y)`: the gradient with respect to the input of `relu_moments`.
+
+    The derivative is y > 0 for "relu", 0 < y < 6 for "relu6" and 1 for "none" (docs/method.md, identity 1).
+
+    Args:
+        grad: [N, C, H, W], the gradient with respect to y that came from later layers, laid out as y.
+        y: what `relu_moments` left in x; only read.
+        a, b: [F], from `averager_step`, in the memory order of y.
+        activation: as in `relu_moments`.
+    """
+    select("auto", y.device, y.dtype).relu_moments_backward(grad, y, a, b, activation)
+
+
+def averager_step(
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    target_mean: Tensor,
+    target_variance: Tensor,
+    v: Tensor,
+    m: Tensor,
+    u: Tensor,
+    step: Tensor,
+    *,
+    rule: str,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    correction: int,
+    advance: bool,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over all D features: `difference`, `direction`, `matching_loss` and `coefficients` in one.
+
+    Args:
+        mean, m2: [D], moments of the minibatch's `count` images.
+        target_mean, target_variance: [D].
+        v, m, u: [2, D], the averager's state, changed in place when `advance`; only what the rule keeps is looked at.
+        step: 0-d int64, steps taken before; counted up when `advance`.
+        rule: of `kernels.rules.RULES`: "ama", "ma", "ma_moments" or "none".
+        rate: α, AMA's learning rate or the moving average's share of the new value.
+        beta1, beta2, eps: AMA's.
+        correction: c of the variance m2/(N − c).
+        advance: whether the averager takes a step. Without, "ama" and "ma" use the v that is there, and "ma_moments"
+            the average that would come next.
+        weight: w [D]; the averager sees w·Δ^μ and w²·Δ^σ, and a and b carry w·v^μ and w²·v^σ.
+
+    Returns:
+        a, b [D], coefficients of the gradient; and [4] float64, the loss over means and over variances, Σ(Δ^μ)² and
+        Σ(Δ^σ)².
+    """
+    backend = select("auto", mean.device, mean.dtype)
+    result = backend.averager_step(
+        mean, m2, count, target_mean, target_variance, v, m, u, step, rule=rule, rate=rate, beta1=beta1, beta2=beta2,
+        eps=eps, correction=correction, advance=advance, weight=weight,
+    )  # fmt: skip
+    return cast("tuple[Tensor, Tensor, Tensor]", result)
+
+
+def dataset_moments(
+    x: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    images: int = 0,
+) -> None:
+    """`relu_moments` for batches of a whole dataset: activations of any dtype, all sums in float64.
+
+    Args:
+        x, residual, activation, count: as in `relu_moments`.
+        mean, m2: [F] float64.
+        images: that are expected in all, which decides what is worth compiling, and changes no more than rounding.
+    """
+    select("auto", x.device, x.dtype).dataset_moments(x, mean, m2, count, residual, activation, images)

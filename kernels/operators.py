@@ -1,4 +1,4 @@
-"""The three operations as PyTorch operators, `torch.ops.gfmn.<operation>.<backend>`.
+"""The operations as PyTorch operators, `torch.ops.gfmn.<operation>.<backend>`.
 
 `operator` registers one backend's function and returns it as a call of the operator. One schema serves every backend,
 so that what is mutated and what is returned is known to FakeTensorMode, torch.compile and `torch.library.opcheck`
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels.layout import accumulation_dtype, is_channels_last
+from kernels.rules import RULES
 
 ACTIVATIONS = ("relu", "relu6", "none")
-# The state that each averager rule reads and changes.
-RULES = {"ama": ("v", "m", "u"), "ma": ("v",), "ma_moments": ("v",), "none": ()}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 F = TypeVar("F", bound=Callable[..., Any])
 _SCHEMAS = {
@@ -28,6 +27,10 @@ _SCHEMAS = {
         "str activation='relu') -> ()"
     ),
     "relu_moments_backward": "(Tensor(a!) grad, Tensor y, Tensor a, Tensor b, str activation='relu') -> ()",
+    "dataset_moments": (
+        "(Tensor(a!) x, Tensor(b!) mean, Tensor(c!) m2, SymInt count, Tensor? residual=None, str activation='relu', "
+        "SymInt images=0) -> ()"
+    ),
     "averager_step": (
         "(Tensor mean, Tensor m2, SymInt count, Tensor target_mean, Tensor target_variance, Tensor(a!) v, Tensor(b!) m,"
         " Tensor(c!) u, Tensor(d!) step, *, str rule, float rate, float beta1, float beta2, float eps, int correction,"
@@ -100,6 +103,20 @@ def _check_relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, 
     _check_buffer("b", b, shape, a.dtype, y.device)
 
 
+def _check_dataset_moments(
+    x: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    images: int = 0,
+) -> None:
+    if mean.dtype != torch.float64:
+        raise ValueError(f"mean: expected float64, got {mean.dtype}")
+    _check_relu_moments(x, mean, m2, count, None, residual, activation)
+
+
 def _check_averager_step(
     mean: Tensor,
     m2: Tensor,
@@ -132,7 +149,7 @@ def _check_averager_step(
         if buffer is not None:
             _check_buffer(name, buffer, shape, mean.dtype, mean.device)
     for name, state in (("v", v), ("m", m), ("u", u)):
-        if name in RULES[rule]:
+        if name in RULES[rule].state:
             _check_buffer(name, state, (2, *shape), mean.dtype, mean.device)
     _check("step", step, (), torch.int64, mean.device)
 
@@ -146,10 +163,11 @@ def _fake_averager_step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tens
 _OPERATIONS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "relu_moments": (_check_relu_moments, _check_relu_moments),
     "relu_moments_backward": (_check_relu_moments_backward, _check_relu_moments_backward),
+    "dataset_moments": (_check_dataset_moments, _check_dataset_moments),
     "averager_step": (_check_averager_step, _fake_averager_step),
 }
 # Operators live as long as this object.
-_library = torch.library.Library("gfmn", "DEF")
+_library: Any = torch.library.Library("gfmn", "DEF")  # type: ignore[no-untyped-call]
 
 
 def operator(backend: str) -> Callable[[F], F]:

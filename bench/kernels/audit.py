@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from bench.kernels.workloads import AVERAGER_OPTIONS, DTYPE_BYTES, Call, Recorder, short, triton_ops
+from bench.kernels.workloads import AVERAGER_OPTIONS, DTYPE_BYTES, Call, Recorder, short, triton_backend
 from bench.rows import Row, print_rows
+from kernels.rules import RULES
 
 # From the CUDA C++ Programming Guide's table of compute capabilities: per multiprocessor, warps, blocks, 32-bit
 # registers, and bytes of shared memory; a block reserves 1 KiB of the latter.
@@ -117,7 +118,8 @@ def _wide_accesses(call: Call) -> tuple[int, int]:
         return 2 * per_vector, 2 * per_vector
     if name == "averager_step_kernel":
         per_vector = max(1, constants["BLOCK"] * 4 // (16 * threads))
-        state = {"none": 0, "ma": 1, "ma_moments": 1, "ama": 3 if constants["ADVANCE"] else 1}[constants["RULE"]]
+        kept = len(RULES[constants["RULE"]].state)
+        state = kept if constants["ADVANCE"] else min(kept, 1)  # without a step only v is read
         loads = 4 + (call.argument("weight_ptr") is not None) + 2 * state
         return loads * per_vector, (2 + (2 * state if constants["ADVANCE"] else 0)) * per_vector
     return 0, 0
@@ -125,8 +127,8 @@ def _wide_accesses(call: Call) -> tuple[int, int]:
 
 def _audit_calls() -> Iterator[tuple[Call, tuple[str, str, str]]]:
     """Every launch that the engine can make with aligned taps, with (dtype, layout, variant)."""
-    ops = triton_ops()
-    wide = 2 * ops.NOMINAL_PROCESSORS * max(ops.BLOCKS_F)
+    ops = triton_backend()
+    wide = 2 * ops.launching.NOMINAL_PROCESSORS * max(ops.launching.BLOCKS_F)
     layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
     extras = {"": (False, False), "shortcut": (False, True), "bias, shortcut": (True, True)}
     for dtype in DTYPE_BYTES:
@@ -149,7 +151,7 @@ def _audit_calls() -> Iterator[tuple[Call, tuple[str, str, str]]]:
                                 details.append("split")
                             if call.kernel is not ops.merge_splits_kernel or not extra:
                                 yield call, (short(dtype), layout, ", ".join(filter(None, details)))
-    for rule in ("ama", "ma", "ma_moments", "none"):
+    for rule in RULES:
         for advance in (True, False):
             for weight in (None, torch.empty(65536)):
                 vector, state = torch.empty(65536), torch.empty(2, 65536)
@@ -206,7 +208,7 @@ def _audit_one(job: _Job) -> AuditRow:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(getattr(triton_ops(), job.kernel), job.signature, job.constants, job.attributes)
+    source = ASTSource(getattr(triton_backend(), job.kernel), job.signature, job.constants, job.attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -251,7 +253,7 @@ def _audit_one(job: _Job) -> AuditRow:
 
 def audit(capabilities: Sequence[int] = tuple(MULTIPROCESSORS), only: str = "") -> list[AuditRow]:
     """Compile and read all variants of the kernels whose names contain `only`."""
-    if triton_ops().INTERPRETED:
+    if triton_backend().INTERPRETED:
         raise RuntimeError("--audit compiles the kernels, which TRITON_INTERPRET=1 prevents: unset it")
     jobs = [job for job in _audit_jobs(capabilities) if only in job.kernel]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

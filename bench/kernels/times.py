@@ -144,8 +144,7 @@ def verify(what: str, found: Sequence[Tensor], expected: Sequence[Tensor], toler
 def _fastest(device: str, dtype: torch.dtype) -> tuple[str, ModuleType]:
     """The backend that `kernels="auto"` chooses, and its name among the rows."""
     backend = kernels.select("auto", torch.device(device), dtype)
-    name = {"kernels.compiled": "compiled", "kernels.triton_ops": "triton"}.get(backend.__name__, "reference")
-    return f"gfmn, {name}", backend
+    return f"gfmn, {backend.__name__.removeprefix('kernels.')}", backend
 
 
 class _TapInputs:

@@ -22,7 +22,7 @@ from bench.kernels.workloads import (
     plain_averager,
     plain_backward,
     plain_forward,
-    triton_ops,
+    triton_backend,
 )
 from bench.rows import Row, print_rows
 from kernels.layout import feature_rows
@@ -179,7 +179,7 @@ def _compiled_bytes(tap: TapShape, dtype: torch.dtype) -> tuple[int, int]:
 
 def _our_bytes(tap: TapShape, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     """Of the Triton kernels, by tensor, for one tap; and a look at the result."""
-    ops = triton_ops()
+    ops = triton_backend()
     x, grad, residual = (
         torch.randn(MINIBATCH, *tap.shape).to(dtype, memory_format=torch.channels_last) for _ in range(3)
     )
@@ -196,7 +196,7 @@ def _our_bytes(tap: TapShape, dtype: torch.dtype) -> tuple[dict[str, int], dict[
 
 def count_bytes(taps: Sequence[TapShape], dtype: torch.dtype) -> list[BytesRow]:
     """Bytes of the three operations over `taps`, for a minibatch of `MINIBATCH`; each kind of tap is counted once."""
-    if not triton_ops().INTERPRETED:
+    if not triton_backend().INTERPRETED:
         raise RuntimeError("--bytes needs Triton's interpreter: set TRITON_INTERPRET=1")
     activation, per_feature = MINIBATCH * DTYPE_BYTES[dtype], 4
     ours, partial, floor, eager, fused = (np.zeros(2, dtype=np.int64) for _ in range(5))
@@ -226,7 +226,7 @@ def _averager_bytes(features: int) -> BytesRow:
     names = ("mean", "m2", "count", "target_mean", "target_variance", "v", "m", "u", "step")
     named = {name: value for name, value in zip(names, args, strict=True) if isinstance(value, Tensor)}
     with AccessCounter(**named) as counter:
-        *_, sums = triton_ops().averager_step(*args, **AVERAGER_OPTIONS)
+        *_, sums = triton_backend().averager_step(*args, **AVERAGER_OPTIONS)
     with _OperatorBytes() as eager:
         plain_averager(*averager_arguments(features, "meta"), **AVERAGER_OPTIONS)
     torch._dynamo.reset()

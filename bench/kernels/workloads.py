@@ -54,9 +54,9 @@ def taps_of(name: str, image_size: int) -> list[TapShape]:
     return taps
 
 
-def triton_ops() -> ModuleType:
+def triton_backend() -> ModuleType:
     """The Triton backend, imported when it is needed: TRITON_INTERPRET counts at that moment."""
-    return importlib.import_module("kernels.triton_ops")
+    return importlib.import_module("kernels.triton")
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self.calls: list[Call] = []
-        self._launch = triton_ops().launch
-        triton_ops().launch = self._record  # type: ignore[attr-defined]
+        self._launching = triton_backend().launching
+        self._launch = self._launching.launch
+        self._launching.launch = self._record
         return self
 
     def __exit__(self, *_: object) -> None:
-        triton_ops().launch = self._launch  # type: ignore[attr-defined]
+        self._launching.launch = self._launch
 
     def _record(self, kernel: Any, device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any):
         self.calls.append(Call(kernel, grid, arguments, constants))

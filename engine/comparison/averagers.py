@@ -1,17 +1,26 @@
 """Averagers: from the noisy difference Δ of one minibatch to the matching direction v.
 
-Every averager is a rule of `kernels.averager_step` plus its rates; the state lives here, as tensors `[2, D]` whose
-row 0 is for means and row 1 for variances, in the feature order of whoever calls `step`.
+To add one, derive it from `PlainAverager` and enter it in `AVERAGERS`; no other file has to know. It then runs with
+every backend. The built-in ones are rules of `kernels.averager_step`, which all backends compute in one pass.
+
+State is kept in tensors `[2, D]` whose row 0 is for means and row 1 for variances, in the feature order of whoever
+calls `step`. Nothing here imports PyTorch before it is used, so that a command can list `AVERAGERS` at no cost.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from typing import TYPE_CHECKING, final
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+    from torch import Tensor
 
 VARIANTS = ("paper", "authors")
 
@@ -35,10 +44,10 @@ class TargetMoments:
 
 @dataclass
 class Direction:
-    """What one averager step hands on.
+    """The result of one averager step.
 
     Attributes:
-        a, b: `[D]`, the coefficients of ∂L/∂x_nd = a_d + b_d x_nd (DESIGN, identity 1).
+        a, b: `[D]`, the coefficients of ∂L/∂x_nd = a_d + b_d x_nd (docs/method.md, identity 1).
         sums: `[4]`, on the device: loss over means, loss over variances, ‖Δ^μ‖², ‖Δ^σ‖².
     """
 
@@ -47,35 +56,27 @@ class Direction:
     sums: Tensor
 
 
-class Averager:
-    """Base of the averagers: a rule, its rates, and its state.
+class Averager(ABC):
+    """A number of steps, named state, and a way from the moments of a minibatch to a `Direction`.
 
-    `v`, `m` and `u` are `[2, D]` or empty, `steps` is a 0-d int64 tensor. They exist after `reset`.
+    Every name of `state_names` is an attribute, a tensor `[2, D]`; `steps` is a 0-d int64 tensor. They exist after
+    `reset`.
+
+    Args:
+        starts: for state that does not start at zero, its value `[2, D]` in the public feature order, for D features.
     """
 
-    rule: str
-    state_names: tuple[str, ...] = ()
-    rate = 0.0
-    beta1 = 0.0
-    beta2 = 0.0
+    steps: Tensor
 
-    def __init__(self) -> None:
-        self.v = self.m = self.u = torch.empty(2, 0)
-        self.steps = torch.zeros((), dtype=torch.int64)
+    def __init__(self, starts: Mapping[str, Callable[[int], Tensor]] | None = None) -> None:
+        self._starts = dict(starts or {})
 
-    def reset(
-        self, num_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
-        """State before the first step, for D = `num_features`, in the public feature order."""
-        for name in ("v", "m", "u"):
-            size = num_features if name in self.state_names else 0
-            setattr(self, name, torch.zeros(2, size, dtype=dtype, device=device))
-        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+    @property
+    @abstractmethod
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the state. Checkpoints hold each one as `averager.<name>`."""
 
-    def eps_for(self, num_features: int) -> float:
-        """ε of the Adam step, in units of Δ."""
-        return 0.0
-
+    @abstractmethod
     def step(
         self,
         kernels: ModuleType,
@@ -86,16 +87,140 @@ class Averager:
         advance: bool = True,
         weight: Tensor | None = None,
     ) -> Direction:
-        """Take one step on the difference of `batch` and `target` (only read the state if not `advance`)."""
+        """Take one step on the difference of `batch` and `target` (only read the state if not `advance`).
+
+        Args:
+            kernels: the backend.
+            correction: c of the batch's variances m2/(N − c).
+            weight: w `[D]`; the averager sees w·Δ^μ and w²·Δ^σ, and the coefficients carry w·v^μ and w²·v^σ.
+        """
+
+    @final
+    def reset(self, num_features: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> None:
+        """State before the first step, for D = `num_features`, in the public order; float32 if there is no `dtype`."""
+        import torch
+
+        for name in self.state_names:
+            state = torch.zeros(2, num_features, dtype=dtype or torch.float32, device=device)
+            if name in self._starts:
+                state.copy_(self._starts[name](num_features))
+            setattr(self, name, state)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+
+
+class PlainAverager(Averager):
+    """Base of averagers that are written in plain PyTorch: `direction` and the names of its state are all they need.
+
+        class Momentum(PlainAverager):
+            state_names = ("v",)
+            v: Tensor
+
+            def direction(self, difference, advance):
+                v = 0.9 * self.v + difference
+                if advance:
+                    self.v.copy_(v)
+                return v
+
+    The loss is L = Σ v·Δ with v detached (paper, section 2.2).
+    """
+
+    @abstractmethod
+    def direction(self, difference: Tensor, advance: bool) -> Tensor:
+        """The direction v `[2, D]` that Δ `[2, D]` leads to; the state may change, in place, only when `advance`.
+
+        `self.steps` counts the steps before this one.
+        """
+
+    @final
+    def step(
+        self,
+        kernels: ModuleType,
+        batch: BatchMoments,
+        target: TargetMoments,
+        *,
+        correction: int,
+        advance: bool = True,
+        weight: Tensor | None = None,
+    ) -> Direction:
+        """See `Averager.step`; the pieces of the reference backend around `direction`, whatever the backend."""
+        import torch
+
+        from kernels import reference
+
+        with torch.no_grad():
+            moments = torch.stack((batch.mean, batch.m2 / (batch.count - correction)))
+            scale = None if weight is None else torch.stack((weight, weight.square()))
+            difference = reference.difference(moments, torch.stack((target.mean, target.variance)), scale)
+            v = self.direction(difference, advance)
+            if advance:
+                self.steps += 1
+            loss = reference.matching_loss(v, difference)
+            a, b = reference.coefficients(v if scale is None else scale * v, batch.mean, batch.count, correction)
+            return Direction(a, b, reference.totals(loss, difference))
+
+
+class FusedAverager(Averager):
+    """Base of averagers that are a rule of `kernels.averager_step`.
+
+    Args:
+        rule: of `kernels.rules.RULES`, which says what state it keeps.
+        rate, beta1, beta2: as of the operation.
+        eps: Adam's ε.
+        inner_mean: Adam's loss is the mean over D features instead of ½ their sum, which acts as ε·D/2.
+        starts: see `Averager`.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        rate: float = 0.0,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        eps: float = 0.0,
+        inner_mean: bool = False,
+        starts: Mapping[str, Callable[[int], Tensor]] | None = None,
+    ):
+        super().__init__(starts)
+        self.rule, self.rate, self.beta1, self.beta2 = rule, rate, beta1, beta2
+        self.eps, self.inner_mean = eps, inner_mean
+
+    @final
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The rule's."""
+        from kernels.rules import RULES
+
+        return RULES[self.rule].state
+
+    @final
+    def eps_for(self, num_features: int) -> float:
+        """ε of the Adam step, in units of Δ."""
+        return self.eps * (num_features / 2 if self.inner_mean else 1)
+
+    @final
+    def step(
+        self,
+        kernels: ModuleType,
+        batch: BatchMoments,
+        target: TargetMoments,
+        *,
+        correction: int,
+        advance: bool = True,
+        weight: Tensor | None = None,
+    ) -> Direction:
+        """See `Averager.step`; one call of the backend's fused operation."""
+        v, m, u = (
+            getattr(self, name) if name in self.state_names else batch.mean.new_empty(2, 0) for name in ("v", "m", "u")
+        )
         a, b, sums = kernels.averager_step(
             batch.mean,
             batch.m2,
             batch.count,
             target.mean,
             target.variance,
-            self.v,
-            self.m,
-            self.u,
+            v,
+            m,
+            u,
             self.steps,
             rule=self.rule,
             rate=self.rate,
@@ -109,7 +234,8 @@ class Averager:
         return Direction(a, b, sums)
 
 
-class AMA(Averager):
+@final
+class AMA(FusedAverager):
     """ADAM moving average (paper, section 2.2): Adam on ½‖v − Δ‖² gives the direction, L = Σ v·Δ with v detached.
 
         g = v − Δ        m ← β1 m + (1−β1) g        u ← β2 u + (1−β2) g²
@@ -122,10 +248,13 @@ class AMA(Averager):
         variant: "paper" sums the inner loss over features and starts at v = 0; "authors" is the authors' code: the
             inner loss is a mean, whose gradients scaled by 2/D act as ε·D/2, and v starts uniform in ±1/√D.
         seed: of that start; used by the authors' variant only.
+
+    Raises ValueError for values out of range.
     """
 
-    rule = "ama"
-    state_names = ("v", "m", "u")
+    v: Tensor
+    m: Tensor
+    u: Tensor
 
     def __init__(
         self,
@@ -136,7 +265,6 @@ class AMA(Averager):
         variant: str = "paper",
         seed: int = 0,
     ):
-        super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant: {variant!r} is not one of {', '.join(VARIANTS)}")
         if not lr > 0:
@@ -148,25 +276,23 @@ class AMA(Averager):
                 raise ValueError(f"{name}: must be in [0, 1), got {value}")
         if not eps >= 0:
             raise ValueError(f"eps: must not be negative, got {eps}")
-        self.rate, self.beta1, self.beta2, self.eps = lr, beta1, beta2, eps
         self.variant, self.seed = variant, seed
-
-    def reset(
-        self, num_features: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> None:
-        """As for every averager, with the authors' random v."""
-        super().reset(num_features, dtype=dtype, device=device)
-        if self.variant == "authors":
-            generator = torch.Generator().manual_seed(self.seed)
-            uniform = torch.rand(2, num_features, dtype=torch.float64, generator=generator) * 2 - 1
-            self.v.copy_(uniform / math.sqrt(num_features))
-
-    def eps_for(self, num_features: int) -> float:
-        """ε, or what the authors' mean over features makes of it."""
-        return self.eps * num_features / 2 if self.variant == "authors" else self.eps
+        authors = variant == "authors"
+        starts = {"v": functools.partial(_uniform, seed)} if authors else {}
+        super().__init__("ama", lr, beta1, beta2, eps, inner_mean=authors, starts=starts)
 
 
-class MovingAverage(Averager):
+def _uniform(seed: int, num_features: int) -> Tensor:
+    """[2, D] float64, uniform in ±1/√D."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(2, num_features, dtype=torch.float64, generator=generator) * 2 - 1
+    return uniform / math.sqrt(num_features)
+
+
+@final
+class MovingAverage(FusedAverager):
     """Moving average (paper, section 2.2, the baseline of Figure 4).
 
     Args:
@@ -174,23 +300,30 @@ class MovingAverage(Averager):
         variant: "paper" averages the differences, v ← (1−α) v + α Δ from v = 0, L = Σ v·Δ with v detached; "authors"
             averages the batch's moments, M ← (1−α) M + α (m, s) from the first batch's, and L is the mean squared
             difference of M to the target, so that its gradient carries 2α/D.
+
+    Raises ValueError for values out of range.
     """
 
-    state_names = ("v",)
+    v: Tensor
 
     def __init__(self, alpha: float | None = None, variant: str = "paper"):
-        super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant: {variant!r} is not one of {', '.join(VARIANTS)}")
         if alpha is None:
             alpha = 0.1 if variant == "paper" else 1.0
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha: must be in (0, 1], got {alpha}")
-        self.rule = "ma" if variant == "paper" else "ma_moments"
-        self.rate, self.variant = alpha, variant
+        self.variant = variant
+        super().__init__("ma" if variant == "paper" else "ma_moments", alpha)
 
 
-class NoAverage(Averager):
+@final
+class NoAverage(FusedAverager):
     """No averaging (paper, equation 1): L = Σ Δ², so v = 2Δ. Stateless."""
 
-    rule = "none"
+    def __init__(self) -> None:
+        super().__init__("none")
+
+
+AVERAGERS: dict[str, type[Averager]] = {"ama": AMA, "ma": MovingAverage, "none": NoAverage}
+"""The averagers by the names that configurations give them; each can be made without arguments."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +183,9 @@ class MomentMatching(nn.Module):
             "difference_norm": self.sums[2:].double().sum().sqrt(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Tensor], *args, **kwargs) -> None:  # type: ignore[override]
+    def load_state_dict(  # type: ignore[override]
+        self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> None:
         """Restore what `state_dict` returned; ValueError if it is another averager's or another extractor's.
 
         That is a copy of the averager's state in public order: `averager.v` (and m, u) [2, D], `averager.steps`.
@@ -209,7 +212,7 @@ class MomentMatching(nn.Module):
         self,
         state_dict: Mapping[str, Tensor],
         prefix: str,
-        local_metadata: dict,
+        local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],

@@ -33,7 +33,7 @@ class FeatureCriterion:
         self.taps, dtype = extractor.taps, accumulation_dtype(objective.feature_pass.dtype)
         self.sizes = sizes(objective.pool, self.taps)
         self.features = torch.empty(count, sum(self.sizes), dtype=dtype, device=extractor.device)
-        self.of_taps = self.features.split(self.sizes, dim=1)
+        self.of_taps = torch.split(self.features, self.sizes, dim=1)
 
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
         """See `engine.representation.protocols.Collector`."""
@@ -48,7 +48,7 @@ class FeatureCriterion:
             leaf = gathered.detach().requires_grad_()
             loss = self.objective.discrepancy(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
-        self.of_taps = gradient[own].split(self.sizes, dim=1)
+        self.of_taps = torch.split(gradient[own], self.sizes, dim=1)
         return loss.detach()
 
     def gradient(self, tap: int, images: slice) -> PerImage:

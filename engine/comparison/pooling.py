@@ -57,7 +57,7 @@ class Grid:
     def gradient(self, g: Tensor, tap: Tap) -> Tensor:
         """Every cell's gradient, shared out among its features."""
         channels, height, width = self._cells(tap)
-        g = g.unflatten(1, (channels, height, width))
+        g = g.reshape(len(g), channels, height, width)
         if (height, width) == (1, 1):
             return g / (tap.shape[1] * tap.shape[2])
         with torch.enable_grad():
@@ -79,7 +79,7 @@ class Everything:
 
     def gradient(self, g: Tensor, tap: Tap) -> Tensor:
         """g itself."""
-        return g.unflatten(1, tap.shape)
+        return g.reshape(len(g), *tap.shape)
 
 
 POOLS: dict[str, Pool] = {"mean": Grid(1), "grid4": Grid(4), "none": Everything()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.comparison.averagers import AMA, Averager, MovingAverage, NoAverage
+from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
 from engine.comparison.distances import MMD, kernels
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching, feature_weights
@@ -181,7 +181,7 @@ def make_averager(config: Config) -> Averager:
         return AMA(lr=gfmn.ama_lr, variant=gfmn.ama_variant, seed=config.training.seed)
     if gfmn.averager == "ma":
         return MovingAverage(alpha=gfmn.ma_alpha, variant=gfmn.ma_variant)
-    return NoAverage()
+    return AVERAGERS[gfmn.averager]()
 
 
 def _moments_kind(config: Config) -> Kind[Any]:

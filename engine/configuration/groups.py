@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from engine.comparison.averagers import AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.pooling import POOLS
 from engine.generation.priors import PRIORS
@@ -136,7 +137,7 @@ class GfmnConfig:
 
     methods: ClassVar[tuple[str, ...]] = ("gfmn",)
 
-    averager: str = option("ama", "what smooths the differences of moments", choices=("ama", "ma", "none"))
+    averager: str = option("ama", "what smooths the differences of moments", choices=tuple(AVERAGERS))
     ama_lr: float = option(1e-5, "AMA's learning rate α", metavar="X")
     ama_variant: str = option("paper", "AMA as in the paper, or as in the authors' code", choices=("paper", "authors"))
     ma_alpha: float | None = option(None, "moving average's α (0.1 for the paper's, 1 for the authors')", metavar="X")
@@ -156,7 +157,8 @@ class GfmnConfig:
     @property
     def summary(self) -> str:
         """For people."""
-        return {"ama": "AMA", "ma": "moving average", "none": "no averager"}[self.averager]
+        names = {"ama": "AMA", "ma": "moving average", "none": "no averager"}
+        return names.get(self.averager, self.averager)
 
 
 @dataclass(kw_only=True)

@@ -43,7 +43,7 @@ import sys
 import torch
 
 from bench.kernels import __main__ as program, audit
-from kernels import triton_ops
+from kernels.triton import launching, moments
 
 audit.DTYPE_BYTES = {{torch.bfloat16: 2}}
 {change}
@@ -72,8 +72,8 @@ class TestAudit:
     @pytest.mark.parametrize(
         ("change", "only", "complaint"),
         [
-            ("triton_ops.BLOCK_MERGE = 8192", "merge_splits", r"spills \d+ bytes; uses \d+ bytes of stack"),
-            ("triton_ops.BLOCKS_F = (4,)", "relu_moments_backward", "0 16-byte stores, 2 needed"),
+            ("moments.BLOCK_MERGE = 8192", "merge_splits", r"spills \d+ bytes; uses \d+ bytes of stack"),
+            ("launching.BLOCKS_F = (4,)", "relu_moments_backward", "0 16-byte stores, 2 needed"),
         ],
         ids=["spilled", "narrow"],
     )
@@ -94,7 +94,7 @@ import torch
 
 from bench.kernels.audit import audit
 from bench.kernels.traffic import AccessCounter
-from kernels import triton_ops
+from kernels import triton as backend
 
 try:
     audit()
@@ -105,16 +105,16 @@ else:
 
 partial, sums, step = torch.ones(4, 3, dtype=torch.float64), torch.empty(4, dtype=torch.float64), torch.tensor(0)
 with AccessCounter(sums=sums, step=step) as counter:
-    triton_ops.sum_partials_kernel[(1,)](partial, sums, step, 3, ADVANCE=True, BLOCK=1024)
+    backend.sum_partials_kernel[(1,)](partial, sums, step, 3, ADVANCE=True, BLOCK=1024)
 assert sums.tolist() == [3, 3, 3, 3] and step.item() == 1
 print(json.dumps(counter.moved))
 
 grad, y, a, b = torch.ones(3, 5, 2, 1).bfloat16(), torch.ones(3, 5, 2, 1).bfloat16(), torch.ones(10), torch.ones(10)
 with AccessCounter(grad=grad, y=y, a=a, b=b) as counter:
-    triton_ops.relu_moments_backward(grad, y, a, b)
+    backend.relu_moments_backward(grad, y, a, b)
 assert (grad == 3).all()
 print(json.dumps(counter.moved))
-triton_ops.relu_moments_backward(grad, y, a, b)
+backend.relu_moments_backward(grad, y, a, b)
 print(json.dumps(counter.moved))
 """
 

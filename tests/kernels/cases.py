@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.layout import accumulation_dtype, feature_rows
 
-MODULES = {"reference": "kernels.reference", "compiled": "kernels.compiled", "triton": "kernels.triton_ops"}
+MODULES = {"reference": "kernels.reference", "compiled": "kernels.compiled", "triton": "kernels.triton"}
 ACTIVATIONS = ("relu", "relu6", "none")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # Norm-wise relative errors of (activations and gradients, moments): one rounding of every value to the dtype (Triton's

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 import kernels
 from kernels import compiled, reference
 
-OPERATIONS = ("relu_moments", "relu_moments_backward", "averager_step")
+OPERATIONS = ("relu_moments", "relu_moments_backward", "dataset_moments", "averager_step")
 HYPERPARAMETERS: dict[str, Any] = {
     "rule": "ama", "rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "correction": 1, "advance": True,
 }  # fmt: skip
@@ -27,6 +27,8 @@ def arguments(operation: str, device: str = "cpu") -> tuple[list[Any], dict[str,
         return [own["x"], own["mean"], own["m2"], 2, own["bias"], own["residual"], "relu6"], {}
     if operation == "relu_moments_backward":
         return [own["grad"], own["x"], own["a"], own["b"], "relu"], {}
+    if operation == "dataset_moments":
+        return [own["x"], own["mean"].double(), own["m2"].double(), 2, own["residual"], "relu", 50], {}
     run = {name: value.to(device) for name, value in AveragerRun(features=75).inputs.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
     names = ("target_mean0", "target_variance0", "v", "m", "u")
@@ -101,6 +103,8 @@ BAD_ARGUMENTS = {
     "y, layout": ("relu_moments_backward", {1: torch.zeros(4, 3, 5, 5)}),
     "a": ("relu_moments_backward", {2: torch.zeros(75, dtype=torch.float64)}),
     "b": ("relu_moments_backward", {3: torch.zeros(3)}),
+    "mean, narrow": ("dataset_moments", {1: torch.zeros(75)}),
+    "m2, narrow": ("dataset_moments", {2: torch.zeros(75)}),
     "mean ": ("averager_step", {0: torch.zeros(75, dtype=torch.float16)}),
     "target_mean": ("averager_step", {3: torch.zeros(76)}),
     "count ": ("averager_step", {2: 1}),

@@ -11,8 +11,10 @@ import torch
 from cases import Activations, AveragerRun, backend
 from oracle import relative_error
 
-from kernels import reference, triton_ops
-from kernels.triton_ops import TILE_ELEMENTS, tiling
+from kernels import reference
+from kernels import triton as kernels_triton
+from kernels.triton import launching
+from kernels.triton.launching import TILE_ELEMENTS, tiling
 
 PROCESSORS = 132
 
@@ -44,11 +46,11 @@ class TestTiling:
 @pytest.mark.parametrize("block_f", [64, 128, 256])
 def test_every_block_width(block_f: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter is too slow for taps that would choose the wider blocks by themselves."""
-    monkeypatch.setattr(triton_ops, "BLOCKS_F", (block_f,))
+    monkeypatch.setattr(launching, "BLOCKS_F", (block_f,))
     tiling.cache_clear()
     try:
         case = Activations((70, 100, 2, 2), residual=True)
-        found, expected = case.run(triton_ops), case.expected()
+        found, expected = case.run(kernels_triton), case.expected()
     finally:
         tiling.cache_clear()
     for key, value in expected.items():
@@ -59,7 +61,7 @@ _COUNT_SPECIALISATIONS = """
 from bench.kernels.audit import specialisation
 from bench.kernels.workloads import Recorder
 import torch
-from kernels import triton_ops
+from kernels import triton as kernels_triton
 for aligned in (True, False):
     with Recorder() as recorder:
         for rows in (1, 2, 16, 61, 64):
@@ -68,8 +70,8 @@ for aligned in (True, False):
                     x = torch.zeros(rows, channels, 2, 2).to(memory_format=layout)
                     mean, bias = torch.zeros(4 * channels), torch.zeros(channels)
                     for count in (0, 1, 16, 17):
-                        triton_ops.relu_moments(x, mean, mean.clone(), count, bias, torch.zeros_like(x))
-                    triton_ops.relu_moments_backward(x, x.clone(), mean, mean.clone())
+                        kernels_triton.relu_moments(x, mean, mean.clone(), count, bias, torch.zeros_like(x))
+                    kernels_triton.relu_moments_backward(x, x.clone(), mean, mean.clone())
     for name in ("relu_moments_kernel", "merge_splits_kernel", "relu_moments_backward_kernel"):
         print(name, len({specialisation(call) for call in recorder.calls if call.kernel.__name__ == name}))
 """
@@ -96,15 +98,15 @@ class TestOnADevice:
 
     def test_the_host_never_waits(self) -> None:
         run, case = AveragerRun("ama", features=5000), Activations((64, 16, 2, 2), device="cuda")
-        run.run(triton_ops, device="cuda")
+        run.run(kernels_triton, device="cuda")
         own = {key: value.cuda() for key, value in case.inputs.items()}
         state = {key: value.cuda() for key, value in run.inputs.items()}
         step = torch.zeros((), dtype=torch.int64, device="cuda")
         torch.cuda.set_sync_debug_mode("error")
         try:
-            triton_ops.relu_moments(own["x"], own["mean"], own["m2"], 0)
-            triton_ops.relu_moments_backward(own["grad"], own["x"], own["a"], own["b"])
-            triton_ops.averager_step(
+            kernels_triton.relu_moments(own["x"], own["mean"], own["m2"], 0)
+            kernels_triton.relu_moments_backward(own["grad"], own["x"], own["a"], own["b"])
+            kernels_triton.averager_step(
                 state["mean0"], state["m20"], 7, state["target_mean0"], state["target_variance0"],
                 state["v"], state["m"], state["u"], step,
                 rule="ama", rate=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, correction=1, advance=True,
@@ -116,15 +118,15 @@ class TestOnADevice:
     def test_no_temporary_of_activation_size(self) -> None:
         x = torch.randn(64, 64, 32, 32, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         mean, m2 = torch.empty(65536, device="cuda"), torch.empty(65536, device="cuda")
-        triton_ops.relu_moments(x, mean, m2, 0)
+        kernels_triton.relu_moments(x, mean, m2, 0)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        triton_ops.relu_moments(x, mean, m2, 0)
+        kernels_triton.relu_moments(x, mean, m2, 0)
         assert torch.cuda.max_memory_allocated() - before < x.numel() / 4
 
     def test_the_averager_against_the_oracle(self) -> None:
         for rule in ("ama", "ma", "ma_moments", "none"):
             run = AveragerRun(rule, weight=True, features=100_003)
-            found, expected = run.run(triton_ops, device="cuda"), run.run(reference, torch.float64)
+            found, expected = run.run(kernels_triton, device="cuda"), run.run(reference, torch.float64)
             for key, value in expected.items():
                 assert relative_error(found[key].cpu(), value) <= 1e-5, key

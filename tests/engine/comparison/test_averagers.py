@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -11,7 +13,19 @@ import torch
 from oracle import WrittenOut, relative_error
 from torch import Tensor
 
-from engine.comparison.averagers import AMA, Averager, BatchMoments, Direction, MovingAverage, NoAverage, TargetMoments
+from engine.comparison.averagers import (
+    AMA,
+    AVERAGERS,
+    Averager,
+    BatchMoments,
+    Direction,
+    MovingAverage,
+    NoAverage,
+    PlainAverager,
+    TargetMoments,
+)
+from engine.comparison.distances.moments import Moments
+from engine.comparison.moment_matching import MomentMatching
 from kernels import compiled, reference
 
 FEATURES, MINIBATCH = 53, 6
@@ -47,6 +61,10 @@ class Run:
             correction=self.correction,
             **options,
         )
+
+
+def state_of(averager: Averager) -> list[Tensor]:
+    return [getattr(averager, name) for name in (*averager.state_names, "steps")]
 
 
 def draw_features(count: int = MINIBATCH, features: int = FEATURES) -> Tensor:
@@ -92,7 +110,7 @@ def test_sums_are_loss_and_squared_difference_of_means_and_of_variances():
 
 
 class TestPaperAndAuthors:
-    """DESIGN's table of what the paper says and the authors' code does."""
+    """What the paper says and what the authors' code does (docs/method.md)."""
 
     def test_defaults(self):
         paper, authors = AMA(), AMA(variant="authors")
@@ -192,19 +210,104 @@ class TestPaperAndAuthors:
         assert torch.allclose(run.averager.v, 0.75 * moments + 0.25 * torch.stack((mean, variance)), rtol=1e-12)
 
 
+class PlainMovingAverage(PlainAverager):
+    """The paper's moving average, as one would add it."""
+
+    state_names = ("v",)
+    v: Tensor
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+
+    def direction(self, difference: Tensor, advance: bool) -> Tensor:
+        v = (1 - self.alpha) * self.v + self.alpha * difference
+        if advance:
+            self.v.copy_(v)
+            return v
+        return self.v
+
+
+class TestPlainAverager:
+    """An averager in plain PyTorch, beside the fused one of the same rule."""
+
+    @pytest.mark.parametrize("kernels", BACKENDS)
+    @pytest.mark.parametrize("correction", [0, 1])
+    def test_twenty_steps(self, correction, kernels):
+        run = Run(PlainMovingAverage(0.2), "ma", 0.2, kernels, correction)
+        for _ in range(20):
+            features = draw_features()
+            leaf = features.clone().requires_grad_()
+            loss = run.oracle(leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            direction = run.step(features)
+            assert relative_error(direction.sums[:2].sum(), loss) <= 1e-10
+            assert relative_error(direction.a + direction.b * features, gradient) <= 1e-10
+        assert int(run.averager.steps) == 20
+
+    @pytest.mark.parametrize("kernels", BACKENDS)
+    def test_weights_as_the_fused_rule(self, kernels):
+        weight = torch.rand(FEATURES, dtype=torch.float64)
+        features = [draw_features() for _ in range(3)]
+        results = []
+        target = None
+        for averager in (PlainMovingAverage(0.2), MovingAverage(0.2)):
+            run = Run(averager, "ma", 0.2, kernels)
+            target = run.target if target is None else target
+            run.target = target
+            results.append([run.step(x, weight=weight, advance=n < 2) for n, x in enumerate(features)])
+        for plain, fused in zip(*results, strict=True):
+            for name in ("a", "b", "sums"):
+                assert relative_error(getattr(plain, name), getattr(fused, name)) <= 1e-12, name
+
+    def test_saved_and_restored_with_the_objective(self, tiny_extractor, draw_images):
+        target = Moments.of(tiny_extractor.features(draw_images(9, torch.float32)).double())
+        make = lambda: MomentMatching(tiny_extractor, target, PlainMovingAverage(0.2), kernels="reference")  # noqa: E731
+        objective, other = make(), make()
+        objective(draw_images(5, torch.float32).requires_grad_()).backward()
+        state = objective.state_dict()
+        assert set(state) == {"averager.v", "averager.steps"}
+        other.load_state_dict(state)
+        images = draw_images(5, torch.float32)
+        assert torch.equal(other(images.clone().requires_grad_()), objective(images.clone().requires_grad_()))
+
+    def test_start_of_the_state(self):
+        class Started(PlainMovingAverage):
+            def __init__(self):
+                PlainAverager.__init__(self, {"v": lambda num_features: torch.full((2, num_features), 3.0)})
+
+        averager = Started()
+        averager.reset(4, dtype=torch.float64)
+        assert torch.equal(averager.v, torch.full((2, 4), 3.0, dtype=torch.float64))
+
+
 class TestManners:
+    def test_every_averager_has_a_name_and_defaults(self):
+        assert list(AVERAGERS) == ["ama", "ma", "none"]
+        assert [type(make()) for make in AVERAGERS.values()] == [AMA, MovingAverage, NoAverage]
+
+    def test_listing_the_names_imports_no_pytorch(self):
+        code = "import sys; from engine.comparison.averagers import AVERAGERS; print(*sys.modules)"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert not {"torch", "kernels"} & set(run.stdout.split())
+
+    def test_abstract_ones_cannot_be_made(self):
+        for abstract in (Averager, PlainAverager):
+            with pytest.raises(TypeError, match="abstract"):
+                abstract()
+
     @pytest.mark.parametrize(
         "make",
-        [AMA, MovingAverage, lambda: MovingAverage(variant="authors"), NoAverage],
-        ids=["ama", "ma", "maa", "none"],
+        [AMA, MovingAverage, lambda: MovingAverage(variant="authors"), NoAverage, lambda: PlainMovingAverage(0.2)],
+        ids=["ama", "ma", "maa", "none", "plain"],
     )
     def test_without_advance_nothing_changes(self, make):
         run = Run(make(), "none", 0.0)
         for advance in (True, False):
             run.step(draw_features())
-            before = [tensor.clone() for tensor in (run.averager.v, run.averager.m, run.averager.u, run.averager.steps)]
+            before = [tensor.clone() for tensor in state_of(run.averager)]
             run.step(draw_features(), advance=False)
-            after = (run.averager.v, run.averager.m, run.averager.u, run.averager.steps)
+            after = state_of(run.averager)
             assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), advance
 
     def test_results_are_nobody_s_buffers(self):

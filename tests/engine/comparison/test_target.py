@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import engine.comparison.reference.target
 from engine.comparison.distances.moments import Moments
 from engine.comparison.reference import cache, statistics_pass
 from engine.comparison.reference.target import MomentsKind
@@ -117,27 +116,6 @@ def test_neither_batch_size_nor_order_nor_shards_matter(tiny_extractor, dataset)
             total = total.merge(part)
         assert total.count == COUNT
         assert_agrees(total, mean, variance, rtol=1e-12)
-
-
-@pytest.mark.parametrize("with_shortcut", [False, True])
-def test_streaming_kernel(with_shortcut: bool) -> None:
-    """Means a thousand times the deviation, and a feature that is on in one image only; 37 images and then 16."""
-    x = torch.randn(53, 6, 4, 4) * 0.05 + 50
-    x[:, 0] = -1
-    x[3, 0] = 7
-    shortcut = torch.rand(53, 6, 4, 4) if with_shortcut else None
-    expected = x if shortcut is None else x + shortcut
-    rows = expected.relu().permute(0, 2, 3, 1).flatten(1).double().numpy()
-    mean, m2 = torch.full((96,), float("nan"), dtype=torch.float64), torch.full((96,), float("nan")).double()
-    out = []
-    for start, end in ((0, 37), (37, 53)):
-        y = x[start:end].contiguous(memory_format=torch.channels_last).clone()
-        beside = None if shortcut is None else shortcut[start:end].contiguous(memory_format=torch.channels_last)
-        engine.comparison.reference.target._streamed(y, mean, m2, start, None, beside, "relu")
-        out.append(y)
-    assert torch.equal(torch.cat(out), expected.relu())
-    np.testing.assert_allclose(mean.numpy(), rows.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(m2.numpy(), ((rows - rows.mean(axis=0)) ** 2).sum(axis=0), rtol=1e-9)
 
 
 class Killed(Exception):

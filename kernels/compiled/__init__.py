@@ -1,0 +1,48 @@
+"""The operations through torch.compile: fused, vectorised, threaded loops on a CPU.
+
+The same maths as `reference`, arranged for Inductor:
+
+- Sums around a pilot value (the running mean, or the first image before there is one) give mean and centred second
+  moment in one pass, without the cancellation of raw sums. Which of the two is chosen by a scalar, so that merging
+  into earlier moments and starting afresh are one kernel.
+- Sizes are dynamic, so neither another minibatch nor another tap compiles anything again. What still would is kept
+  away from the kernels: a single image (size 1 is special to PyTorch) is doubled, and more than `MAX_ROWS` images
+  (where Inductor changes its way to sum) are merged slice by slice.
+- Small work has a kernel of its own without threads. Waking them costs more than they bring, and milliseconds where
+  other processes want the cores; and left to itself Inductor would decide by the size that happens to come first.
+
+One kernel per dtype, activation and presence of bias and shortcut; Inductor's own cache keeps them between runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+
+import torch
+
+from kernels._dynamo import GRAIN, dynamo
+from kernels.compiled.averaging import averager_step
+from kernels.compiled.moments import dataset_moments, relu_moments, relu_moments_backward
+from kernels.layout import accumulation_dtype
+
+__all__ = ["averager_step", "dataset_moments", "relu_moments", "relu_moments_backward", "works"]
+
+
+def works(dtype: torch.dtype) -> str | None:
+    """None if torch.compile can build code here, else the reason in one line.
+
+    The trial is the forward operation itself, so that what it compiles is not wasted.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) on the PATH"
+    failures = (importlib.import_module("torch._inductor.exc").InductorError, dynamo().exc.TorchDynamoException)
+    try:
+        mean = torch.zeros(GRAIN // 16, dtype=accumulation_dtype(dtype))
+        relu_moments(torch.zeros(16, GRAIN // 16, 1, 1, dtype=dtype), mean, mean.clone(), 0)
+    except failures as error:
+        return f"{compiler} cannot build Inductor's code ({str(error).strip().splitlines()[0]})"
+    return None
