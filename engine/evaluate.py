@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_fidelity
 import torchvision
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from engine.evaluation.metrics import (
 from engine.generation.sampling import RunSampler
 from engine.representation.weights import read_state_dict, state_digest
 from engine.representation.zoo import brings_weights
-from engine.support.errors import InputError
+from engine.support.errors import InputError, require
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, read_pixels
@@ -100,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     _check(arguments)
+    fidelity = require("torch_fidelity", "evaluation")
     device = choose_device(arguments.device, arguments.threads)
     config, sampler, step = None, None, None
     if arguments.run is not None:
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "versions": {
                 "torch": torch.__version__,
                 "torchvision": torchvision.__version__,
-                "torch-fidelity": torch_fidelity.__version__,
+                "torch-fidelity": fidelity.__version__,
             },
         }
         write_atomically(arguments.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())

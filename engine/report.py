@@ -10,9 +10,8 @@ from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
 from engine.configuration.devices import choose_device
 from engine.generation.sampling import RunSampler
-from engine.reporting.page import render
 from engine.reporting.real import chosen_space, open_real
-from engine.support.errors import InputError
+from engine.support.errors import InputError, require
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
 
@@ -55,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--seed: must be from 0 to 2^63 − 1, got {arguments.seed}")
     if arguments.neighbours_of < 2:
         raise InputError(f"--neighbours-of: must be at least 2, got {arguments.neighbours_of}")
+    require("jinja2", "the report")
+    from engine.reporting.page import render
+
     run, sampler = RunFolder(arguments.run), RunSampler.load(arguments.run)
     out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
     if out.is_dir():

@@ -17,7 +17,7 @@ from engine.configuration.command import Parser, run_command
 from engine.configuration.config import PRESETS, Config, add_flags, given_flags
 from engine.configuration.devices import choose_device
 from engine.generation.networks import build_generator
-from engine.support.errors import InputError
+from engine.support.errors import InputError, require
 from engine.support.pixels import grid, save_png
 from engine.training.logbook import plot_metrics
 from engine.training.planner import choose_chunk, print_plans
@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.plan:
         print_plans(asked, device)
         return
+    if asked.validation.evaluate_every is not None:
+        require("torch_fidelity", "evaluation")  # rather now than after the extractor has been trained
     config = choose_chunk(asked, device)
     dataset = open_data(config)
     torch.manual_seed(config.training.seed)
@@ -120,13 +122,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     trainer.fit()
     save_png(run.final_samples, grid(trainer.sample(trainer.fixed_z), columns=8))
-    plot_metrics(run.loss_plot, list(run.read_metrics()))
+    plotted = plot_metrics(run.loss_plot, list(run.read_metrics()))
     log.info(
-        "done in %.0f s\nsamples: %s\nloss:    %s\n"
-        "more:    python -m engine.sample --run %s --count 1000 --out samples.npy",
+        "done in %.0f s\nsamples: %s\n%smore:    python -m engine.sample --run %s --count 1000 --out samples.npy",
         time.perf_counter() - begun,
         run.final_samples,
-        run.loss_plot,
+        f"loss:    {run.loss_plot}\n" if plotted else "",
         run.path,
     )
 

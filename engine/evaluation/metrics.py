@@ -19,23 +19,22 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch_fidelity
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-from torch_fidelity.utils import create_feature_extractor, glob_samples_paths
 
 from engine.representation.extractor import Normalisation
 from engine.representation.weights import copy_weights, read_state_dict, state_digest
 from engine.representation.zoo import Network, make_network
-from engine.support.errors import InputError
+from engine.support.errors import InputError, require
+
+if TYPE_CHECKING:
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 log = logging.getLogger("gfmn")
 
@@ -58,6 +57,11 @@ _KEYS = {
     "precision": "precision",
     "recall": "recall",
 }
+
+
+def _fidelity() -> ModuleType:
+    """torch-fidelity; InputError if it is missing."""
+    return require("torch_fidelity", "evaluation")
 
 
 @dataclass
@@ -85,7 +89,7 @@ class EvaluationNetwork:
     @torch.no_grad()
     def features(self, images: Tensor, *, device: str | torch.device, batch_size: int = 128) -> Tensor:
         """Features float32 [N, F] on the CPU of `images` uint8 [N, 3, H, W]: those that FID and KID compare."""
-        layer = FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric("kid")
+        layer = _fidelity().registry.FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric("kid")
         with torch.random.fork_rng(devices=[]):
             extractor = _create(self.name, layer).to(device)
         return torch.cat([extractor(part.to(device))[0].cpu() for part in images.split(batch_size)])
@@ -130,7 +134,7 @@ class ImageSet:
         """The files that torch-fidelity reads, in its order; none of a tensor."""
         if not isinstance(self.source, str):
             return []
-        return glob_samples_paths(self.source, False, _SUFFIXES, None, False)
+        return _fidelity().utils.glob_samples_paths(self.source, False, _SUFFIXES, None, False)
 
 
 class _Pixels(Dataset[Tensor]):
@@ -289,6 +293,7 @@ def _inception(weights: str | Path | None) -> EvaluationNetwork:
         digest = state_digest(state)
         name = f"{_INCEPTION}-{digest}"
         _register(name, _inception_of(state, f"{weights}: for torch-fidelity's Inception-v3"))
+    file = _fidelity().feature_extractor_inceptionv3.URL_INCEPTION_V3.rpartition("/")[2]
     try:
         _create(name, "2048")
     except InputError:
@@ -296,14 +301,15 @@ def _inception(weights: str | Path | None) -> EvaluationNetwork:
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a damaged download
         raise InputError(
             f"torch-fidelity's Inception-v3 could not be downloaded ({_one_line(error)}): give its file "
-            f"{URL_INCEPTION_V3.rpartition('/')[2]} with --weights FILE, or another network with --feature-extractor "
-            "NAME"
+            f"{file} with --weights FILE, or another network with --feature-extractor NAME"
         ) from None
     return EvaluationNetwork(name, "Inception-v3", True, digest, True, 2048, None)
 
 
 def _inception_of(state: dict[str, Tensor], what: str) -> type[FeatureExtractorBase]:
-    class Inception(FeatureExtractorInceptionV3):
+    base = _fidelity().feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+
+    class Inception(base):  # type: ignore[misc, valid-type]
         def __init__(self, name: str, features_list: list[str], **options: Any):
             # torch-fidelity would unpickle a file without any restriction: it gets tensors that were read safely.
             file = io.BytesIO()
@@ -421,7 +427,9 @@ class _Pooled(nn.Module):
 
 
 def _adapter(module: nn.Module) -> type[FeatureExtractorBase]:
-    class Adapter(FeatureExtractorBase):
+    base = _fidelity().feature_extractor_base.FeatureExtractorBase
+
+    class Adapter(base):  # type: ignore[misc, valid-type]
         def __init__(self, name: str, features_list: list[str], **_: Any):
             super().__init__(name, features_list)
             self.module = module
@@ -447,12 +455,13 @@ def _adapter(module: nn.Module) -> type[FeatureExtractorBase]:
 
 def _register(name: str, kind: type[FeatureExtractorBase]) -> None:
     # The name says all that decides the features, so what is there under that name is the same.
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, kind)
+    registry = _fidelity().registry
+    if name not in registry.FEATURE_EXTRACTORS_REGISTRY:
+        registry.register_feature_extractor(name, kind)
 
 
 def _create(name: str, layer: str) -> FeatureExtractorBase:
-    return create_feature_extractor(name, [layer], cuda=False, verbose=False)
+    return _fidelity().utils.create_feature_extractor(name, [layer], cuda=False, verbose=False)
 
 
 @functools.cache
@@ -471,7 +480,7 @@ def _check_vgg16() -> None:
 
 def _calculate(images: list[ImageSet], extractor: str, options: dict[str, Any]) -> dict[str, float]:
     try:
-        return torch_fidelity.calculate_metrics(feature_extractor=extractor, **options)
+        return _fidelity().calculate_metrics(feature_extractor=extractor, **options)
     except OSError as error:
         bad = next((file for entry in images for file in entry.files() if not _decodes(file)), None)
         if bad is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -67,7 +67,7 @@ def render(
         groups=settings(config),
         command=train_command(config),
         versions=versions(),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        written=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine.comparison.moment_matching import MomentMatching
@@ -26,11 +25,14 @@ from engine.generation.sampling import draw_z, sample, sample_pixels
 from engine.support.errors import InputError
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer, save_generator
+from engine.training.logbook import NoEvents, event_writer
 from engine.training.profiling import WARMUP, StepProfiler
 from engine.training.run_folder import RunFolder
 from engine.training.stopping import StopRequest
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from engine.training.validation import Validation
 
 log = logging.getLogger("gfmn")
@@ -110,7 +112,7 @@ class Trainer:
         """
         total = self.config.training.steps
         output = self.config.output
-        writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.step + 1)
+        writer = event_writer(self.run.tensorboard, purge_step=self.step + 1)
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step", disable=None, dynamic_ncols=True)
         plain = _PlainProgress(total, self.step) if bar.disable else None
         if output.profile is not None and total - self.step < output.profile + WARMUP:
@@ -258,7 +260,7 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def _log(
-        self, loss: Tensor, rate: float, writer: SummaryWriter, evaluation: dict[str, Any] | None = None
+        self, loss: Tensor, rate: float, writer: SummaryWriter | NoEvents, evaluation: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         loss_mean, loss_variance, mean_norm, variance_norm = self.objective.sums.tolist()
         entry = {
@@ -281,7 +283,7 @@ class Trainer:
             writer.add_scalar(name, value, self.step)
         return entry
 
-    def _sample(self, writer: SummaryWriter) -> None:
+    def _sample(self, writer: SummaryWriter | NoEvents) -> None:
         picture = grid(self.sample(self.fixed_z), columns=8)
         save_png(self.run.samples / f"step_{self.step:08d}.png", picture)
         writer.add_image("samples", picture, self.step)

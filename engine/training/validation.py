@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
 
 from engine.configuration.config import Config, ValidationConfig
 from engine.configuration.data import open_data
 from engine.evaluate import was_trained_on
 from engine.evaluation.metrics import KID_SUBSET, EvaluationNetwork, common_names, evaluation_network
 from engine.evaluation.three_sample import three_sample_test
-from engine.support.errors import InputError
+from engine.support.errors import InputError, require
 from pipelines import read_pixels
 
 log = logging.getLogger("gfmn")
@@ -89,7 +87,8 @@ class Validation:
     def __init__(self, network: EvaluationNetwork, real: Tensor, config: ValidationConfig, device: torch.device):
         self.network, self.config, self.device = network, config, device
         self.real = network.features(real, device=device)
-        self.real_statistics = fid_features_to_statistics(self.real)
+        self.fidelity = require("torch_fidelity", "evaluation")
+        self.real_statistics = self.fidelity.metric_fid.fid_features_to_statistics(self.real)
         self.best = float("inf")
         self.rate = KernelRate(self.real) if config.lr_adapt == "kid" else None
 
@@ -124,8 +123,12 @@ class Validation:
     def _distances(self, samples: Tensor, seed: int) -> dict[str, float]:
         """torch-fidelity's numbers. With fewer images than KID's subsets usually have, every subset is all of them."""
         subset = min(KID_SUBSET, len(samples), len(self.real))
-        kid = kid_features_to_metric(samples, self.real, kid_subset_size=subset, rng_seed=seed, verbose=False)
-        fid = fid_statistics_to_metric(fid_features_to_statistics(samples), self.real_statistics, verbose=False)
+        kid = self.fidelity.metric_kid.kid_features_to_metric(
+            samples, self.real, kid_subset_size=subset, rng_seed=seed, verbose=False
+        )
+        frechet = self.fidelity.metric_fid
+        statistics = frechet.fid_features_to_statistics(samples)
+        fid = frechet.fid_statistics_to_metric(statistics, self.real_statistics, verbose=False)
         return common_names(fid | kid)
 
     def state_dict(self) -> dict[str, Tensor]:
