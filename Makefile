@@ -12,13 +12,13 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes, the demo's independent check among them"
 	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (two minutes)"
-	@echo "make check      lint and type-check; edits nothing"
 	@echo "make docs       build the documentation as a site, build/site/index.html; fails on a broken link"
+	@echo "make check      lint and type-check; edits nothing (.pre-commit-config.yaml runs the same)"
 	@echo "make gpu        on a CUDA device: its tests and all benchmarks, into one file of bench/results/"
 	@echo "make clean      remove the virtual environment and caches; runs/ stays"
 
 .venv/.installed: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@

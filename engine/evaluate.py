@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_fidelity
 import torchvision
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
 from engine.configuration.presets import PRESETS
 from engine.configuration.provenance import was_trained_on
+from engine.evaluation.fidelity import fidelity
 from engine.evaluation.image_set import ImageSet
 from engine.evaluation.judges import EvaluationNetwork, download_judges, evaluation_network
 from engine.evaluation.metrics import KID_SUBSET, METRICS, SEED, check_metrics, check_sizes, compute_metrics
@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that costs nothing, then draw the samples, compare them with real images, and print."""
     arguments = parser().parse_args(argv)
     _check(arguments)
+    fidelity()  # rather missing now than after the samples have been drawn
     metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     device = choose_device(arguments.device, arguments.threads)
     judged = _Judged.open(arguments)
@@ -193,7 +194,7 @@ def _report(
         "versions": {
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
-            "torch-fidelity": torch_fidelity.__version__,
+            "torch-fidelity": fidelity().__version__,
         },
     }
 

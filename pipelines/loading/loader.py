@@ -15,6 +15,7 @@ from pipelines.errors import BadImage, DataError
 from pipelines.loading import torch_loader
 
 BACKENDS = ("auto", "dali", "torch")
+_PIP = "pip install 'gfmn-engine[dali]'"
 log = logging.getLogger("gfmn")
 
 
@@ -152,12 +153,11 @@ def _resolve_backend(backend: str) -> str:
     if dali_is_importable():
         return "dali"
     if backend == "dali":
-        raise DataError("backend 'dali' needs NVIDIA DALI, which is not installed; install it or use backend 'torch'")
-    warn_without_dali()
+        raise DataError(f"backend 'dali' needs NVIDIA DALI, which is not installed: {_PIP}; or use backend 'torch'")
+    _say_torch_once()
     return "torch"
 
 
 @functools.cache
-def warn_without_dali() -> None:
-    """One warning per process that the torch backend takes DALI's place."""
-    log.warning("NVIDIA DALI is not installed: images come through the torch loader")
+def _say_torch_once() -> None:
+    log.warning("NVIDIA DALI is not installed: images come through the torch loader (%s)", _PIP)

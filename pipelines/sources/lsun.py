@@ -142,7 +142,7 @@ def _lmdb() -> Any:
     try:
         import lmdb
     except ImportError:
-        raise DataError("dataset 'lsun' needs the lmdb package, which is not installed; install lmdb") from None
+        raise DataError("dataset 'lsun' needs lmdb, which is not installed: pip install 'gfmn-engine[lsun]'") from None
     return lmdb
 
 

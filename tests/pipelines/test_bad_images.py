@@ -44,7 +44,7 @@ def spoil(folder: Path, kind: str) -> Path:
     good = (folder / "05.jpg").read_bytes()
     png = folder / f"{NAME}.png"
     jpg = folder / f"{NAME}.jpg"
-    picture = Image.open(folder / "05.jpg")
+    picture = Image.open(io.BytesIO(good))
     if kind == "truncated JPEG":
         jpg.write_bytes(good[: len(good) // 2])
     elif kind == "JPEG cut, end mark left":

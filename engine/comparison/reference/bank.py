@@ -92,7 +92,7 @@ class FeatureBank:
         up those that hardly vary.
         """
         factors = []
-        for part in torch.split(self.features, self.sizes, dim=1):
+        for part in torch.split(self.features, list(self.sizes), dim=1):
             total = part.double().var(dim=0, correction=0).sum()
             factors.append((total.rsqrt() if total > 0 else total).to(part.dtype).expand(part.shape[1]))
         return torch.cat(factors)
