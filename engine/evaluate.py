@@ -18,11 +18,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from engine.configuration.build import choose_device, load_run_sampler, open_data
 from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
+from engine.configuration.inputs import choose_device, load_run_sampler, open_data
 from engine.configuration.presets import PRESETS
 from engine.configuration.provenance import was_trained_on
 from engine.evaluation.fidelity import fidelity

@@ -12,17 +12,11 @@ from engine.comparison.reference.cache import exclusive, put_in_cache, write_bad
 from engine.comparison.reference.protocols import Kind
 from engine.comparison.reference.saved_pass import forget_partial
 from engine.comparison.reference.statistics_pass import compute_reference, fingerprint, reference_loader
-from engine.configuration.build import (
-    amp_dtype,
-    choose_device,
-    make_extractor,
-    open_data,
-    pass_batch_size,
-    reference_kind,
-)
+from engine.configuration.build import make_extractor, pass_batch_size, reference_kind
 from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
+from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError, Interrupted
 from engine.training.ranks import EndedElsewhere, Ranks

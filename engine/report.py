@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from engine.configuration.build import choose_device, load_run_sampler
 from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
+from engine.configuration.inputs import choose_device, load_run_sampler
 from engine.configuration.train_command import train_command
 from engine.reporting.real import FeatureSpace, feature_space, open_real
 from engine.support.errors import InputError, require

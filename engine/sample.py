@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.configuration.build import load_run_sampler
 from engine.configuration.command import Parser, run_command
+from engine.configuration.inputs import load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.support.pixels import grid, save_png, to_uint8

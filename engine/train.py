@@ -13,19 +13,17 @@ import torch
 
 from engine.comparison.reference.cache import write_bad_images
 from engine.configuration.build import (
-    amp_dtype,
-    choose_device,
     make_extractor,
     make_generator,
     make_method,
     make_reference,
     make_schedule,
     make_validation,
-    open_data,
 )
 from engine.configuration.command import Parser, arguments_as, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
+from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError, Interrupted, require

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
 from bench.paper.runs import RunRow
 from bench.rows import read_json, table
-from engine.configuration.build import load_run_sampler
+from engine.configuration.inputs import load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.support.pixels import grid

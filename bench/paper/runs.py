@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
 from bench.rows import Row
-from engine.configuration.build import load_run_sampler, open_data
 from engine.configuration.config import Config
+from engine.configuration.inputs import load_run_sampler, open_data
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.evaluation.metrics import KID_SUBSET, compute_metrics
 from engine.support.errors import InputError

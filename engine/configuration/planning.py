@@ -15,9 +15,10 @@ import torch
 from engine.comparison.pooling import POOLS, sizes
 from engine.comparison.reference.bank import FeatureBank
 from engine.comparison.reference.target import fake_target
-from engine.configuration.build import amp_dtype, bare_extractor, make_generator, make_method
+from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
+from engine.configuration.inputs import amp_dtype
 from engine.generation.networks import Generator
 from engine.generation.priors import Noise
 from engine.representation.extractor import Extractor

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.configuration.build import make_extractor, open_data
+from engine.configuration.build import make_extractor
 from engine.configuration.config import Config
+from engine.configuration.inputs import open_data
 from engine.reporting.charts import number
 from engine.reporting.neighbours import Features, channel_means
 from engine.support.errors import InputError

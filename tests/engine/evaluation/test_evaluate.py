@@ -16,9 +16,9 @@ from helpers.judging import digits, reference, write_folder, write_weights
 from PIL import Image
 
 from engine import evaluate
-from engine.configuration.build import load_run_sampler
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
+from engine.configuration.inputs import load_run_sampler
 from engine.evaluate import named, table, was_trained_on
 from engine.evaluation.image_set import ImageSet
 from engine.evaluation.judges import EvaluationNetwork
@@ -235,7 +235,8 @@ def test_evaluation_never_imports_the_training_objective():
     assert {"engine.evaluation.metrics", "engine.evaluation.judges", "engine.evaluation.image_set"} <= set(loaded)
     objective = {
         "engine.comparison.moment_matching",
-        "engine.comparison.averagers",
+        "engine.comparison.on_features",
+        "engine.methods.matching",
         "engine.representation.feature_pass",
         "engine.training.trainer",
         "engine.configuration.build",

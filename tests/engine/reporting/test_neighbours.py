@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers.report_page import change, text_of, write
 
-from engine.configuration.build import load_run_sampler, make_extractor, open_data
+from engine.configuration.build import make_extractor
 from engine.configuration.config import Config
+from engine.configuration.inputs import load_run_sampler, open_data
 from engine.generation.sampling import Sampler
 from engine.reporting.neighbours import channel_means, nearest_images, nearest_rows
 from engine.representation.extractor import Extractor

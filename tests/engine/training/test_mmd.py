@@ -12,7 +12,7 @@ from helpers.runs import metrics
 from safetensors.torch import load_file
 
 from engine import precompute, sample, train
-from engine.configuration.build import load_run_sampler
+from engine.configuration.inputs import load_run_sampler
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -1,0 +1,62 @@
+"""What every command opens: the device, the real images, a run's generator. Nothing here knows what is trained for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.configuration.config import Config
+from engine.generation.saved import SavedSampler, load_sampler
+from engine.support.errors import InputError
+from engine.training.precision import AMP_DTYPES
+from engine.training.run_folder import RunFolder
+from pipelines import ImageDataset, open_dataset
+
+
+def choose_device(name: str, threads: int | None = None) -> torch.device:
+    """The device "auto", "cpu" or "cuda", with `threads` on the CPU; InputError if it is not there."""
+    if threads is not None:
+        if threads < 1:
+            raise InputError("threads", f"must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", "cuda is not available here (no GPU, or no driver); use --device cpu")
+    return torch.device(name)
+
+
+def open_data(config: Config) -> ImageDataset:
+    """The real images that a configuration names."""
+    data = config.data
+    return open_dataset(
+        data.dataset,
+        data.data,
+        image_size=data.image_size,
+        center_crop=data.center_crop,
+        horizontal_flip=data.horizontal_flip,
+        skip_bad_images=data.skip_bad_images,
+    )
+
+
+def amp_dtype(config: Config) -> torch.dtype | None:
+    """The low precision of the run, None without mixed precision."""
+    return AMP_DTYPES[config.training.amp_dtype] if config.training.amp else None
+
+
+def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:
+    """The newest generator of a run's folder, or with `best` the one that was closest to the real images in training.
+
+    InputError on "run" if the folder holds no run, or on "best" if the run was not evaluated.
+    """
+    run = RunFolder(path)
+    if not run.path.is_dir():
+        raise InputError("run", f"{run.path} is not a folder")
+    if not run.generator.exists():
+        raise InputError(
+            "run", f"{run.path} has no generator yet; train it with python -m engine.train --out {run.path}"
+        )
+    if best and not run.best_generator.exists():
+        raise InputError("best", f"{run.path} was not evaluated during training (--evaluate-every)")
+    return load_sampler(run.best_generator if best else run.generator)
