@@ -18,6 +18,7 @@ from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.pooling import POOLS
 from engine.generation.priors import PRIORS
 from engine.support.errors import InputError
+from pipelines import DATASETS
 
 METHODS = ("gfmn", "mmd")
 
@@ -74,9 +75,7 @@ def _chunk_size(text: str) -> int | str:
 class DataConfig:
     """The real images."""
 
-    dataset: str = option(
-        "digits", "kind of data set", choices=("digits", "cifar10", "stl10", "celeba", "lsun", "images")
-    )
+    dataset: str = option("digits", "kind of data set", choices=tuple(DATASETS))
     data: str | None = option(
         None, "folder of images (or an archive of arrays), where the data set needs one", metavar="PATH", resumable=True
     )
