@@ -91,11 +91,10 @@ def matching_loss(v, difference, features, FORM: tl.constexpr):
 
 
 @triton.jit
-def coefficients(v_mean, v_variance, mean, images, dof):
-    """(a, b) of ∂L/∂x = a + b·x, with `dof` = N − c (docs/method.md, identity 1)."""
+def coefficients(share, v_variance, mean, dof):
+    """(a, b) of ∂L/∂x = a + b·x, with `share` = −v^μ/N and `dof` = N − c (docs/method.md, identity 1)."""
     b = v_variance * (-2.0 / dof)
-    a = -v_mean / images - b * mean
-    return a, b
+    return share - b * mean, b
 
 
 @triton.jit
@@ -175,14 +174,16 @@ def averager_step_kernel(
         mean, target, scale, feature, features, inside, v_ptr, m_ptr, u_ptr, fresh,
         alpha, decay1, decay2, epsilon, correction1, correction2, RULE, FORM, ADVANCE,
     )  # fmt: skip
+    # Divided here: to keep v until the end costs registers, and sm_80 spilled.
+    share = -v_mean / images
     variance = tl.load(m2_ptr + feature, mask=inside, other=0.0) / freedom
     target = tl.load(target_variance_ptr + feature, mask=inside, other=0.0)
-    second_row = tl.cast(features, tl.int64) + feature
+    scale = scale * scale
     v_variance, loss_variance, difference_variance = _row(
-        variance, target, scale * scale, second_row, features, inside, v_ptr, m_ptr, u_ptr, fresh,
+        variance, target, scale, tl.cast(features, tl.int64) + feature, features, inside, v_ptr, m_ptr, u_ptr, fresh,
         alpha, decay1, decay2, epsilon, correction1, correction2, RULE, FORM, ADVANCE,
     )  # fmt: skip
-    a, b = coefficients(v_mean, v_variance, mean, images, freedom)
+    a, b = coefficients(share, v_variance, mean, freedom)
     tl.store(b_ptr + feature, b, mask=inside)
     tl.store(a_ptr + feature, a, mask=inside)
 
