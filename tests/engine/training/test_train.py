@@ -75,7 +75,8 @@ def command(main: Callable, argv: Sequence[str], capsys: pytest.CaptureFixture[s
 
 def start(argv: Sequence[str], prelude: str = "", **environment: str) -> subprocess.Popen[str]:
     """The training command in a process of its own, after the Python statements of `prelude`."""
-    run = "import sys\nfrom engine.configuration.command import run_command\nfrom engine.train import main\nrun_command(main)"
+    run = "import sys\nfrom engine.configuration.command import run_command\nfrom engine.train import main\n"
+    run += "run_command(main)"
     script = f"{prelude}\n{run}"
     return subprocess.Popen(
         [sys.executable, "-c", script, *argv],
