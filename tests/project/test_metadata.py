@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sys
@@ -50,6 +51,7 @@ def imports(folder: Path) -> Iterator[tuple[str, str]]:
                     yield str(path.relative_to(ROOT)), module
 
 
+@functools.cache
 def distributions_of(module: str) -> set[str]:
     """The installed distributions that carry `module`."""
     found = metadata.packages_distributions().get(module.partition(".")[0], [])
