@@ -267,7 +267,7 @@ class TestTimes:
             objective = scenario.parts(4, kernels="reference").objective
             if clocked:
                 clock = Clocked(objective.kernels)
-                objective.kernels = clock.functions
+                objective.feature_pass.kernels = clock.functions
             leaf = images.clone().requires_grad_()
             objective(leaf).backward()
             gradients.append(leaf.grad)

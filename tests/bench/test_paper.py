@@ -14,7 +14,8 @@ from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
 from bench.paper.results import correlations, findings, page, read_rows, results_table, summarise, verdict
 from bench.paper.runs import ExperimentPlan, RunRow, training_flags
 from engine.configuration.command import run_command
-from engine.configuration.config import Config, given_flags
+from engine.configuration.config import Config
+from engine.configuration.flags import given_flags
 from engine.representation.build import build_extractor
 from engine.train import parser
 

@@ -153,7 +153,7 @@ def test_without_dali_auto_says_one_line_and_works(
     dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    pipelines.loading.loader.warn_without_dali.cache_clear()
+    pipelines.loading.loader._say_torch_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="gfmn"):
         loaders = [ImageLoader(dataset, 40), ImageLoader(dataset, 40)]
     assert [loader.backend for loader in loaders] == ["torch", "torch"]

@@ -133,7 +133,7 @@ os.replace = replace_or_die
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if how == "Ctrl-C" else -signal.SIGKILL), errors
     assert "Traceback" not in errors
-    assert ("the same command goes on from there" in errors) == (how == "Ctrl-C")
+    assert ("the same command resumes there" in errors) == (how == "Ctrl-C")
     assert partial.exists()
     assert not out.exists()
     assert bool(list(tmp_path.glob(".*.tmp"))) == (how == "kill -9 while saving")

@@ -77,18 +77,19 @@ def test_same_seed_same_images(name):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "flag"),
+    ("arguments", "name"),
     [
-        ({"name": "biggan", "image_size": 32}, "--generator"),
-        ({"name": "dcgan", "image_size": 16}, "--generator"),
-        ({"name": "dcgan", "image_size": 48}, "--generator"),
-        ({"name": "resnet", "image_size": 256}, "--generator"),
-        ({"name": "dcgan", "image_size": 32, "nz": 0}, "--nz"),
+        ({"name": "biggan", "image_size": 32}, "generator"),
+        ({"name": "dcgan", "image_size": 16}, "generator"),
+        ({"name": "dcgan", "image_size": 48}, "generator"),
+        ({"name": "resnet", "image_size": 256}, "generator"),
+        ({"name": "dcgan", "image_size": 32, "nz": 0}, "nz"),
     ],
 )
-def test_bad_input_is_one_line_that_names_the_flag(arguments, flag):
-    with pytest.raises(InputError, match=flag) as error:
+def test_bad_input_is_one_line_that_names_the_argument(arguments, name):
+    with pytest.raises(InputError) as error:
         build_generator(**arguments)
+    assert error.value.argument == name
     assert "\n" not in str(error.value)
 
 

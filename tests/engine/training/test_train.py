@@ -309,7 +309,7 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 
 def test_folder_of_images_trains(tmp_path: Path, pictures: Path, flags: list[str], monkeypatch) -> None:
     """`--data DIR`, with an extractor that is pretrained (briefly) on the folder itself."""
-    monkeypatch.setattr("engine.representation.pretraining.training._DEFAULT_STEPS", (3, 3))
+    monkeypatch.setattr("engine.representation.pretraining.recipe.DEFAULT_STEPS", (3, 3))
     for index, image in enumerate(np.load(pictures)):
         path = tmp_path / "photos" / f"{index:02d}.png"
         path.parent.mkdir(exist_ok=True)
