@@ -35,7 +35,7 @@ from engine.training.trainer import Trainer
 log = logging.getLogger("gfmn")
 
 
-def command_line() -> Parser:
+def parser() -> Parser:
     """A flag for every setting, and where and how to run."""
     parser = Parser(
         prog="python -m engine.train",
@@ -124,7 +124,7 @@ def _check_new(run: RunFolder) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, close."""
-    arguments = command_line().parse_args(argv)
+    arguments = parser().parse_args(argv)
     asked, run, resume = configure(arguments)
     begun = time.perf_counter()
     device = choose_device(asked.training.device, asked.training.threads)
