@@ -70,12 +70,10 @@ class Parts:
 
     @property
     def generator(self) -> Generator:
-        """The method's generator."""
         return self.method.generator
 
     @property
     def objective(self) -> MomentMatching:
-        """The method's objective."""
         assert isinstance(self.method.objective, MomentMatching)
         return self.method.objective
 

@@ -57,7 +57,6 @@ def text(facts: Facts) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the facts."""
     parser = argparse.ArgumentParser(
         prog="python -m engine.env",
         description="Print versions, machine, optional parts and kernels backends: what a bug report needs.",

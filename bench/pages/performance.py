@@ -34,7 +34,6 @@ def _size(count: float) -> str:
 
 
 def throughput(results: Results) -> str:
-    """Every variant's step."""
     headings = ("variant", "dtype", "p20, s", "p50", "p80", "images/s", "gradient error")
     lines = [
         [
@@ -135,7 +134,6 @@ def memory(results: Results) -> str:
 
 
 def memory_aims(results: Results) -> str:
-    """Measured beside aimed."""
     peaks = {(row["variant"], row["minibatch"]): row["measured"] for row in _memory_rows(results.rows)}
     naive = peaks["naive", 64]
     lean, largest = peaks[_LEAN, 4096], peaks[_LEAN, 16384]
@@ -181,7 +179,6 @@ def capacity(results: Results) -> str:
 
 
 def scale(results: Results) -> str:
-    """Larger minibatches in chunks."""
     rows = results.rows
     per_image = [row["p50"] / row["minibatch"] for row in rows]
     headings = (
@@ -224,7 +221,6 @@ def data(results: Results) -> str:
 
 
 def data_aims(results: Results) -> str:
-    """Measured beside aimed."""
     rows = {(row["op"], row["path"]): row for row in results.rows}
     pillow = rows["JPEG folder", "torchvision DataLoader, PIL, 2 workers"]
     dali = rows["JPEG folder", "ImageLoader, dali"]

@@ -187,7 +187,6 @@ class FusedAverager(Averager):
     @final
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The rule's."""
         from kernels.rules import RULES
 
         return RULES[self.rule].state

@@ -52,7 +52,6 @@ class FeatureCriterion:
         return loss.detach()
 
     def gradient(self, tap: int, images: slice) -> PerImage:
-        """∂L/∂y of some images."""
         return PerImage(self.objective.pool.gradient(self.of_taps[tap][images], self.taps[tap]))
 
 
@@ -115,5 +114,4 @@ class OnFeatures(nn.Module):
         return self.feature_pass.loss(images, FeatureCriterion(self, len(images), differentiable), self.ranks)
 
     def scalars(self) -> dict[str, Tensor]:
-        """Nothing besides the loss."""
         return {}

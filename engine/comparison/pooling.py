@@ -45,12 +45,10 @@ class Grid:
         return channels, min(self.side, height), min(self.side, width)
 
     def num_features(self, tap: Tap) -> int:
-        """f."""
         channels, height, width = self._cells(tap)
         return channels * height * width
 
     def __call__(self, y: Tensor) -> Tensor:
-        """[n, f]."""
         side = (min(self.side, y.shape[2]), min(self.side, y.shape[3]))
         return F.adaptive_avg_pool2d(_wide(y), side).flatten(1)
 
@@ -70,15 +68,12 @@ class Everything:
     """Every feature: f = C·H·W."""
 
     def num_features(self, tap: Tap) -> int:
-        """f."""
         return tap.num_features
 
     def __call__(self, y: Tensor) -> Tensor:
-        """[n, f]."""
         return _wide(y).flatten(1)
 
     def gradient(self, g: Tensor, tap: Tap) -> Tensor:
-        """g itself."""
         return g.reshape(len(g), *tap.shape)
 
 

@@ -155,7 +155,6 @@ class GfmnConfig:
 
     @property
     def summary(self) -> str:
-        """For people."""
         names = {"ama": "AMA", "ma": "moving average", "none": "no averager"}
         return names.get(self.averager, self.averager)
 
@@ -192,7 +191,6 @@ class MmdConfig:
 
     @property
     def summary(self) -> str:
-        """For people."""
         return f"MMD with {self.mmd_kernel} kernels, pooled by {self.pool}"
 
 

@@ -51,7 +51,6 @@ class Gaussian:
         return torch.randn(count, self.nz, generator=random)
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """z of `seed`."""
         return self.sample(count, torch.Generator().manual_seed(seed))
 
 
@@ -67,7 +66,6 @@ class Uniform:
         return torch.rand(count, self.nz, generator=random) * 2 - 1
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """z of `seed`."""
         return self.sample(count, torch.Generator().manual_seed(seed))
 
 
@@ -100,9 +98,7 @@ class Noise:
         return prior.sample(count, self.random).to(self.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream is."""
         return {"z": self.random.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
         self.random.set_state(state["z"])

@@ -83,7 +83,6 @@ class Matching:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
         self.objective.load_state_dict({key: value for key, value in state.items() if not key.startswith(_SCALER)})
         if self.scaler.is_enabled():
             scaler = {key[len(_SCALER) :]: value.item() for key, value in state.items() if key.startswith(_SCALER)}

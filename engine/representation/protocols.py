@@ -82,7 +82,6 @@ class Alone:
     rank, size = 0, 1
 
     def merge(self, moments: T) -> T:
-        """`moments`."""
         return moments
 
     def gather(self, features: Tensor) -> tuple[Tensor, slice]:

@@ -148,7 +148,6 @@ class Validation:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
         self.best = float(state["best"])
         if self.rate is not None and "failures" in state:
             self.rate.failures = int(state["failures"])

@@ -34,7 +34,6 @@ class Gaussian:
         object.__setattr__(self, "bandwidths", _positive("bandwidths", self.bandwidths))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """[n, m]."""
         squares = squared_distances(*_wide(x, y))
         return _total(torch.exp(squares * (-0.5 / width**2)) for width in self.bandwidths).to(x.dtype)
 
@@ -49,7 +48,6 @@ class RationalQuadratic:
         object.__setattr__(self, "alphas", _positive("alphas", self.alphas))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """[n, m]."""
         squares = squared_distances(*_wide(x, y))
         return _total(torch.exp(-alpha * torch.log1p(squares / (2 * alpha))) for alpha in self.alphas).to(x.dtype)
 
@@ -64,7 +62,6 @@ class InverseMultiquadratic:
         object.__setattr__(self, "scales", _positive("scales", self.scales))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """[n, m]."""
         squares = squared_distances(*_wide(x, y))
         return _total(scale / (scale + squares) for scale in self.scales).to(x.dtype)
 
@@ -74,7 +71,6 @@ class Energy:
     """−‖x−y‖; see `energy`."""
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """[n, m]."""
         return -distances(*_wide(x, y)).to(x.dtype)
 
 
@@ -83,7 +79,6 @@ class Linear:
     """x·y; see `linear`."""
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """[n, m]."""
         return _products(*_wide(x, y)).to(x.dtype)
 
 
@@ -98,7 +93,6 @@ class Polynomial:
             raise InputError("degree", f"must be an integer of at least 1, got {self.degree!r}")
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """[n, m]."""
         return (_products(*_wide(x, y)) / x.shape[1] + 1).pow(self.degree).to(x.dtype)
 
 

@@ -83,7 +83,6 @@ class _SumInBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Sequence[Tensor], kernel: Kernel) -> Tensor:
-        """[] float64."""
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for part in parts:

@@ -107,7 +107,6 @@ class BankKind:
 
     @property
     def entries(self) -> dict[str, str]:
-        """Pooling and size."""
         return {"reference": "pooled features", "pool": self.pool, "at_most": str(self.at_most)}
 
     def collector(self, feature_pass: FeaturePass, images: int) -> BankCollector:
@@ -153,7 +152,6 @@ class BankCollector:
         self.count += len(indices)
 
     def state(self) -> dict[str, Tensor]:
-        """The features so far."""
         if self._batches:
             self.features = torch.cat([self.features, *(features for features, _ in self._batches)])
             self.indices = torch.cat([self.indices, *(indices for _, indices in self._batches)])
@@ -169,6 +167,5 @@ class BankCollector:
         self._batches = []
 
     def result(self, fingerprint: Mapping[str, str], skipped: Sequence[str]) -> FeatureBank:
-        """The bank."""
         state = self.state()
         return FeatureBank(state["features"], state["indices"], self.sizes, fingerprint, skipped)

@@ -66,7 +66,6 @@ class DatasetCollector:
         self.count = int(state["count"])
 
     def result(self, fingerprint: Mapping[str, str], skipped: Sequence[str]) -> Moments:
-        """The target."""
         mean, m2 = (self.order.to_public(buffer) for buffer in (self.mean, self.m2))
         return Moments(self.count, mean, m2, fingerprint, skipped)
 
