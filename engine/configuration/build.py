@@ -192,7 +192,7 @@ def _mmd(config: Config, extractor: Extractor, bank: Any, options: dict[str, Any
     if settings.mmd_kernel == "polynomial":
         kernel = factory(settings.mmd_degree)
     else:
-        kernel = factory(settings.mmd_bandwidths) if settings.mmd_bandwidths else factory()
+        kernel = factory(settings.bandwidths) if settings.bandwidths else factory()
     distance = MMD(real, kernel, unbiased=settings.mmd_unbiased)
     return OnFeatures(extractor, lambda features: distance(features * scales), pool=settings.pool, **options)
 
