@@ -28,7 +28,15 @@ from engine.configuration.provenance import was_trained_on
 from engine.evaluation.fidelity import fidelity
 from engine.evaluation.image_set import ImageSet
 from engine.evaluation.judges import EvaluationNetwork, download_judges, evaluation_network
-from engine.evaluation.metrics import KID_SUBSET, METRICS, SEED, check_metrics, check_sizes, compute_metrics
+from engine.evaluation.metrics import (
+    KID_SUBSET,
+    METRICS,
+    SEED,
+    check_metrics,
+    check_names,
+    check_sizes,
+    compute_metrics,
+)
 from engine.generation.saved import SavedSampler
 from engine.support.errors import InputError
 from engine.support.files import total_memory, write_atomically
@@ -92,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     fidelity()  # rather missing now than after the samples have been drawn
     metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     device = choose_device(arguments.device, arguments.threads)
+    check_names(metrics)
     judged = _Judged.open(arguments)
-    network = _judge(arguments, judged.images.size[0])
     real = _real(arguments, judged.config, unary=metrics == ("is",))
+    network = _judge(arguments, judged.images.size[0])
     check_sizes(network, judged.images, real)
     check_metrics(metrics, network, judged.count, None if real is None else real.count, arguments.kid_subset_size)
     download_judges(network, metrics)

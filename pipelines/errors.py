@@ -6,10 +6,15 @@ from typing import NamedTuple
 
 
 class DataError(ValueError):
-    """Input that cannot be used. The message is one line: which file, folder or option, and what to do about it."""
+    """Input that cannot be used. The message is one line: which file, folder or option, and what to do about it.
 
-    def __init__(self, message: str) -> None:
+    Args:
+        option: the argument of `open_dataset` that is a way out, for a command to show as its flag; None for none.
+    """
+
+    def __init__(self, message: str, option: str | None = None) -> None:
         super().__init__(" ".join(str(message).split()))
+        self.option = option
 
 
 class BadImage(NamedTuple):
@@ -23,7 +28,7 @@ class BadImage(NamedTuple):
 
     def error(self) -> DataError:
         """The error that stops a pass; its line says what the user can do."""
-        return DataError(f"{self.path}: {self.reason}; replace or remove it, or set skip_bad_images")
+        return DataError(f"{self.path}: {self.reason}; replace or remove it, or skip bad images", "skip_bad_images")
 
 
 def one_line(error: BaseException) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from engine.support.errors import InputError
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -265,16 +267,16 @@ class AMA(FusedAverager):
         seed: int = 0,
     ):
         if variant not in VARIANTS:
-            raise ValueError(f"variant: {variant!r} is not one of {', '.join(VARIANTS)}")
+            raise InputError("variant", f"{variant!r} is not one of {', '.join(VARIANTS)}")
         if not lr > 0:
-            raise ValueError(f"lr: must be positive, got {lr}")
+            raise InputError("lr", f"must be positive, got {lr}")
         if beta1 is None:
             beta1 = 0.9 if variant == "paper" else 0.5
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < 1:
-                raise ValueError(f"{name}: must be in [0, 1), got {value}")
+                raise InputError(name, f"must be in [0, 1), got {value}")
         if not eps >= 0:
-            raise ValueError(f"eps: must not be negative, got {eps}")
+            raise InputError("eps", f"must not be negative, got {eps}")
         self.variant, self.seed = variant, seed
         authors = variant == "authors"
         starts = {"v": functools.partial(_uniform, seed)} if authors else {}
@@ -307,11 +309,11 @@ class MovingAverage(FusedAverager):
 
     def __init__(self, alpha: float | None = None, variant: str = "paper"):
         if variant not in VARIANTS:
-            raise ValueError(f"variant: {variant!r} is not one of {', '.join(VARIANTS)}")
+            raise InputError("variant", f"{variant!r} is not one of {', '.join(VARIANTS)}")
         if alpha is None:
             alpha = 0.1 if variant == "paper" else 1.0
         if not 0 < alpha <= 1:
-            raise ValueError(f"alpha: must be in (0, 1], got {alpha}")
+            raise InputError("alpha", f"must be in (0, 1], got {alpha}")
         self.variant = variant
         super().__init__("ma" if variant == "paper" else "ma_moments", alpha)
 

@@ -15,6 +15,7 @@ from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.memory_order import FeatureOrder
 from engine.representation.protocols import ALONE, Affine, Ranks, TapInput
+from engine.support.errors import InputError
 from kernels.layout import accumulation_dtype
 
 FEATURE_SCALES = ("none", "target-deviation")
@@ -116,13 +117,13 @@ class MomentMatching(nn.Module):
     ):
         super().__init__()
         if correction not in (0, 1):
-            raise ValueError(f"correction: must be 0 or 1, got {correction}")
+            raise InputError("correction", f"must be 0 or 1, got {correction}")
         if target.num_features != extractor.num_features:
-            raise ValueError(
-                f"target: has {target.num_features} features, the extractor {extractor.name} {extractor.num_features}"
+            raise InputError(
+                "target", f"has {target.num_features} features, the extractor {extractor.name} {extractor.num_features}"
             )
         if weights is not None and weights.shape != (extractor.num_features,):
-            raise ValueError(f"weights: must be [{extractor.num_features}], got {list(weights.shape)}")
+            raise InputError("weights", f"must be [{extractor.num_features}], got {list(weights.shape)}")
         if target.fingerprint is not None:
             check_fingerprint(feature_fingerprint(extractor, amp_dtype), target.fingerprint, "target")
         self.averager = averager
@@ -169,18 +170,18 @@ class MomentMatching(nn.Module):
         """
         self.extractor.check_images(images)
         if len(images) < 2:
-            raise ValueError("images: a minibatch of 1 has no variance; give at least 2 images")
+            raise InputError("images", "a minibatch of 1 has no variance; give at least 2 images")
         criterion = MomentCriterion(self, advance=self.training and torch.is_grad_enabled())
         loss = self.feature_pass.loss(images, criterion, self.ranks)
         self.sums = criterion.sums
         return loss
 
     def scalars(self) -> dict[str, Tensor]:
-        """Of the last call: the loss's parts over means and over variances, and ‖Δ‖."""
+        """Of the last call: the loss's parts over means and over variances, and ‖Δ‖²."""
         return {
             "loss_mean": self.sums[0],
             "loss_variance": self.sums[1],
-            "difference_norm": self.sums[2:].double().sum().sqrt(),
+            "difference_norm_squared": self.sums[2:].double().sum(),
         }
 
     def load_state_dict(  # type: ignore[override]
@@ -192,11 +193,13 @@ class MomentMatching(nn.Module):
         """
         expected = {f"averager.{name}" for name in (*self.averager.state_names, "steps")}
         if set(state) != expected:
-            raise ValueError(f"state: has {', '.join(sorted(state))}; this averager has {', '.join(sorted(expected))}")
+            raise InputError(
+                "state", f"has {', '.join(sorted(state))}; this averager has {', '.join(sorted(expected))}"
+            )
         for name in self.averager.state_names:
             own, given = getattr(self.averager, name), state[f"averager.{name}"]
             if given.shape != own.shape:
-                raise ValueError(f"state: averager.{name} is {list(given.shape)}, expected {list(own.shape)}")
+                raise InputError("state", f"averager.{name} is {list(given.shape)}, expected {list(own.shape)}")
         for name in self.averager.state_names:
             getattr(self.averager, name).copy_(self.order.to_memory(state[f"averager.{name}"]))
         self.averager.steps.copy_(state["averager.steps"])
@@ -235,5 +238,5 @@ def feature_weights(target: Moments, correction: int = 1) -> Tensor:
     deviation = target.variance(correction).sqrt()
     mean = deviation.mean()
     if not mean > 0:
-        raise ValueError("feature_scale: no feature of the target varies, so there is nothing to scale by")
+        raise InputError("target", "no feature of the target varies, so there is nothing to scale by")
     return 1 / (deviation + _DEVIATION_FLOOR * mean)

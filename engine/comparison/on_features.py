@@ -42,6 +42,7 @@ class FeatureCriterion:
     def finish(self, ranks: Ranks) -> Tensor:
         """L, of the features of all ranks; then ∂L/∂x is known."""
         gathered, own = ranks.gather(self.features)
+        del self.features, self.of_taps
         if not self.differentiable:
             return self.objective.discrepancy(gathered)
         with torch.enable_grad():
@@ -109,7 +110,7 @@ class OnFeatures(nn.Module):
         """The loss of `images` [N, 3, H, W] in [-1, 1], a scalar."""
         self.extractor.check_images(images)
         if len(images) < 2:
-            raise ValueError("images: a distance of sets needs at least 2 images")
+            raise InputError("images", "a distance of sets needs at least 2 images")
         differentiable = torch.is_grad_enabled() and images.requires_grad
         return self.feature_pass.loss(images, FeatureCriterion(self, len(images), differentiable), self.ranks)
 

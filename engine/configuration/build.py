@@ -184,8 +184,13 @@ def _mmd(config: Config, extractor: Extractor, bank: Any, options: dict[str, Any
     # The unit of the bandwidths is the median distance between real images.
     scales = options.pop("scales", None)
     if scales is None:
+        if bank.count < 2:
+            raise InputError("mmd_images", f"leaves {bank.count} usable real images, and at least 2 are needed")
         scales = bank.scales()
-        scales = scales / kernels.median_distance(bank.features * scales)
+        unit = kernels.median_distance(bank.features * scales)
+        if not unit > 0:
+            raise InputError("method", "mmd needs real images that differ, and most of these are the same")
+        scales = scales / unit
     scales = scales.to(extractor.device)
     real = bank.features.to(extractor.device) * scales
     factory = kernels.KERNELS[settings.mmd_kernel]
@@ -217,12 +222,7 @@ def make_method(config: Config, generator: Generator, extractor: Extractor, refe
     """
     dtype, training, networks = amp_dtype(config), config.training, config.networks
     make = _OBJECTIVES[config.method.method]
-    try:
-        objective = make(config, extractor, reference, {**_pass_options(config, dtype), **options})
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    objective = make(config, extractor, reference, {**_pass_options(config, dtype), **options})
     return Matching(
         generator,
         make_prior(networks.prior, networks.nz),

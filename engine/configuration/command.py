@@ -42,6 +42,8 @@ def arguments_as(**names: str) -> Iterator[None]:
 def shown(error: Exception) -> str:
     """An error as one line; an InputError's argument as the flag that sets it."""
     text = str(error)
+    if isinstance(error, DataError) and error.option is not None:
+        text += f" (--{error.option.replace('_', '-')})"
     if isinstance(error, InputError) and isinstance(error.argument, str) and error.argument:
         text = f"--{error.argument.replace('_', '-')}: {error.message}"
     return " ".join(text.split())

@@ -127,10 +127,13 @@ class Config:
             flat = {_RENAMED.get(key, key): value for group in values.values() for key, value in group.items()}
             if unknown := sorted(flat.keys() - set().union(*map(field_names, GROUPS.values()))):
                 raise ValueError(f"there is no setting {unknown[0]!r}")
+            check_choices(flat)
             return cls.of_flat(preset, tuples(flat))
         except FileNotFoundError:
             raise InputError(Path(path), "no such file; is this the folder of a run?") from None
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        except KeyError as error:
+            raise InputError(Path(path), f"is not the configuration of a run (there is no {error})") from None
+        except (AttributeError, TypeError, ValueError, OSError) as error:
             raise InputError(Path(path), f"is not the configuration of a run ({error})") from None
 
 
@@ -139,6 +142,15 @@ def check_owners(given: Mapping[str, Any], method: str) -> None:
     for name in given:
         of = owners(name)
         require(not of or method in of, name, f"belongs to --method {' or '.join(of)}, and this is --method {method}")
+
+
+def check_choices(values: Mapping[str, Any]) -> None:
+    """InputError if one of the settings `values` is none of its choices."""
+    for group in GROUPS.values():
+        for entry in dataclasses.fields(group):
+            choices = entry.metadata["choices"]
+            if choices and entry.name in values and values[entry.name] not in choices:
+                raise InputError(entry.name, f"{values[entry.name]!r} is not one of {', '.join(choices)}")
 
 
 def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:

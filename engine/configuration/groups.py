@@ -195,6 +195,8 @@ class MmdConfig:
             require(0 < value < math.inf, "mmd_bandwidths", f"must be positive, got {value}")
         takes = self.mmd_kernel in MMD_BANDWIDTHS
         require(takes or not self.mmd_bandwidths, "mmd_bandwidths", f"--mmd-kernel {self.mmd_kernel} has none")
+        polynomial = self.mmd_kernel == "polynomial"
+        require(polynomial or self.mmd_degree == 3, "mmd_degree", f"--mmd-kernel {self.mmd_kernel} has none")
         require(self.mmd_degree >= 1, "mmd_degree", f"must be at least 1, got {self.mmd_degree}")
         require(self.mmd_images >= 2, "mmd_images", f"must be at least 2, got {self.mmd_images}")
 

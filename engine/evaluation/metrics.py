@@ -121,6 +121,15 @@ def common_names(found: Mapping[str, float]) -> dict[str, float]:
     return {name: found[key] for key, name in _KEYS.items() if key in found}
 
 
+def check_names(metrics: Sequence[str]) -> None:
+    """Raise InputError on `metrics` unless each of them is known, and there is one."""
+    for metric in metrics:
+        if metric not in METRICS:
+            raise InputError("metrics", f"{metric!r} is not one of {', '.join(METRICS)}")
+    if not metrics:
+        raise InputError("metrics", f"name at least one of {', '.join(METRICS)}")
+
+
 def check_metrics(
     metrics: Sequence[str],
     network: EvaluationNetwork,
@@ -138,13 +147,9 @@ def check_metrics(
 
     The error names `metrics` or `kid_subset_size`.
     """
-    for metric in metrics:
-        if metric not in METRICS:
-            raise InputError("metrics", f"{metric!r} is not one of {', '.join(METRICS)}")
-    if not metrics:
-        raise InputError("metrics", f"name at least one of {', '.join(METRICS)}")
+    check_names(metrics)
     if "is" in metrics and not network.has_classifier:
-        raise InputError("metrics", f"is needs a classifier, which {network.label} with these weights is not")
+        raise InputError("metrics", f"'is' needs a classifier, which {network.label} with these weights is not")
     if "kid" in metrics and kid_subset_size is not None and kid_subset_size < 2:
         raise InputError("kid_subset_size", f"must be at least 2, got {kid_subset_size}")
     subset = KID_SUBSET if kid_subset_size is None else kid_subset_size

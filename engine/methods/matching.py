@@ -79,7 +79,7 @@ class Matching:
         state = dict(self.objective.state_dict())
         if self.scaler.is_enabled():
             scaler = self.scaler.state_dict()
-            state |= {f"{_SCALER}{name}": torch.tensor(float(value)) for name, value in scaler.items()}
+            state |= {f"{_SCALER}{name}": torch.tensor(value) for name, value in scaler.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 
+SQUARED = "_squared"
+
 
 class Method(Protocol):
     """Who learns what from whom in one training step.
@@ -28,7 +30,8 @@ class Method(Protocol):
     def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
         """One training step; `batch` is None for a method that reads nothing.
 
-        Returns scalars on the device for the log, "loss" among them. Never waits for the device.
+        Returns scalars on the device for the log, "loss" among them. Never waits for the device. The root of a scalar
+        whose name ends in `SQUARED` is logged, under the name without it.
         """
         ...
 

@@ -6,7 +6,8 @@ What to do with the features is a criterion's business (`engine.representation.p
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ import kernels as kernel_backends
 from engine.representation.extractor import Extractor
 from engine.representation.protocols import ALONE, Affine, Collector, Criterion, PerImage, Ranks, TapInput
 from engine.representation.tracing.tap import TapSite, Visitor, mask_
+from engine.support.errors import InputError
 from kernels.layout import is_channels_last
 
 RECOMPUTE = ("none", "stages")
@@ -32,18 +34,22 @@ class _Activate:
 _ACTIVATE = _Activate()
 
 
+def _unknown(tap: int) -> Affine | PerImage:
+    raise RuntimeError("the gradient is known once backward begins")
+
+
 class Chunk:
     """One chunk on its way through the extractor and back.
 
     Attributes:
         images: which of the minibatch's images they are.
         collector: who sees the features.
-        gradients: of the loss with respect to every tap's features, known once backward begins.
+        gradient: of the loss with respect to a tap's features, known once backward begins.
     """
 
     def __init__(self, images: slice, collector: Collector):
         self.images, self.collector = images, collector
-        self.gradients: list[Affine | PerImage] = []
+        self.gradient: Callable[[int], Affine | PerImage] = _unknown
 
 
 class FeaturePass:
@@ -79,18 +85,17 @@ class FeaturePass:
         max_chunks: int | None = None,
     ):
         if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute: {recompute!r} is not one of {', '.join(RECOMPUTE)}")
+            raise InputError("recompute", f"{recompute!r} is not one of {', '.join(RECOMPUTE)}")
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
+            raise InputError("chunk_size", f"must be at least 1, got {chunk_size}")
         if chunk_size is not None and extractor.batch_statistics:
-            raise ValueError('chunk_size: batch statistics (bn="batch") need the whole minibatch at once')
+            raise InputError("chunk_size", 'batch statistics (bn="batch") need the whole minibatch at once')
         self.dtype = dtype or extractor.dtype
         self.chunk_size, self.max_chunks = chunk_size, max_chunks
         self.extractor = extractor if self.dtype == extractor.dtype else copy.deepcopy(extractor).to(self.dtype)
         self.prepared = self.extractor.prepared()
         self.stages = self.prepared.stages() if recompute == "stages" else None
-        chosen = kernel_backends.select(kernels, extractor.device, self.dtype) if isinstance(kernels, str) else kernels
-        self.kernels = chosen
+        self.kernels = _backend(kernels, extractor.device, self.dtype) if isinstance(kernels, str) else kernels
 
     def loss(self, images: Tensor, criterion: Criterion, ranks: Ranks = ALONE) -> Tensor:
         """The criterion's loss of `images` [N, 3, H, W], differentiable with respect to the images."""
@@ -157,7 +162,7 @@ class FeaturePass:
             return self._run(images, chunk)
 
     def gradient(self, kept: Any, chunk: Chunk) -> Tensor:
-        """∂L/∂chunk from what `keep` returned, which is used up; `chunk.gradients` must be there."""
+        """∂L/∂chunk from what `keep` returned, which is used up; `chunk.gradient` must be known."""
         return _gradient(*kept) if self.stages is None else self._gradient_of_sweep(kept, chunk)
 
     def _leaf(self, images: Tensor) -> Tensor:
@@ -184,6 +189,13 @@ class FeaturePass:
         return visit
 
 
+def _backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    try:
+        return kernel_backends.select(name, device, dtype)
+    except ValueError as error:
+        raise InputError("kernels", str(error).removeprefix("kernels: ")) from None
+
+
 class _Tap(torch.autograd.Function):
     """One tap inside a chunk: the activation in place, and in backward the criterion's gradient and the mask.
 
@@ -208,7 +220,7 @@ class _Tap(torch.autograd.Function):
             grad = torch.zeros_like(y)
         elif not ctx.site.owns_gradient or grad.stride() != y.stride():
             grad = torch.empty_like(y).copy_(grad)
-        own = ctx.chunk.gradients[ctx.site.index]
+        own = ctx.chunk.gradient(ctx.site.index)
         if isinstance(own, Affine):
             ctx.kernels.relu_moments_backward(grad, y, own.a, own.b, ctx.site.activation)
         else:
@@ -244,13 +256,13 @@ class _MinibatchPass(torch.autograd.Function):
             if not kept:
                 raise RuntimeError("loss: backward a second time; the pass over the features keeps nothing after one")
             graph, chunk = kept
-            chunk.gradients = gradients.of(chunk.images)
+            chunk.gradient = gradients.of(chunk.images)
             return feature_pass.gradient(graph, chunk).to(images.dtype), None, None, None, None
         gradient = torch.empty_like(images)
         for part in feature_pass.chunks(len(images)):
             chunk = Chunk(part, _ACTIVATE)
             graph = feature_pass.keep(images[part], chunk)
-            chunk.gradients = gradients.of(part)
+            chunk.gradient = gradients.of(part)
             gradient[part] = feature_pass.gradient(graph, chunk)
         return gradient, None, None, None, None
 
@@ -264,21 +276,24 @@ class _Gradients:
 
     def __init__(self, criterion: Criterion, taps: int, grad_loss: Tensor):
         self.criterion, self.taps, self.grad_loss = criterion, taps, grad_loss
-        self.affine: list[Affine | PerImage] | None = None
+        self.affine: list[Affine] = []
 
-    def of(self, images: slice) -> list[Affine | PerImage]:
-        """For the images of one chunk, one for every tap. Affine gradients are the same for all chunks."""
-        if self.affine is not None:
-            return self.affine
-        given = [self.criterion.gradient(tap, images) for tap in range(self.taps)]
-        factors = [factor for one in given for factor in ((one.a, one.b) if isinstance(one, Affine) else (one.g,))]
-        scaled = iter(torch._foreach_mul(factors, self.grad_loss))
-        found: list[Affine | PerImage] = [
-            Affine(next(scaled), next(scaled)) if isinstance(one, Affine) else PerImage(next(scaled)) for one in given
-        ]
-        if all(isinstance(one, Affine) for one in given):
-            self.affine = found
-        return found
+    def of(self, images: slice) -> Callable[[int], Affine | PerImage]:
+        """For the images of one chunk, a function of the tap; what is as large as a tap is made when it is needed."""
+        return functools.partial(self._of, images)
+
+    def _of(self, images: slice, tap: int) -> Affine | PerImage:
+        if self.affine:
+            return self.affine[tap]
+        own = self.criterion.gradient(tap, images)
+        if isinstance(own, PerImage):
+            return PerImage(own.g * self.grad_loss)
+        # The same for all chunks, and two values for each feature: all taps at once, in one operation.
+        found = (self.criterion.gradient(tap, images) for tap in range(self.taps))
+        pairs = [pair for pair in found if isinstance(pair, Affine)]
+        scaled = iter(torch._foreach_mul([part for pair in pairs for part in (pair.a, pair.b)], self.grad_loss))
+        self.affine = [Affine(next(scaled), next(scaled)) for _ in pairs]
+        return self.affine[tap]
 
 
 def _gradient(leaf: Tensor, tokens: list[Tensor], output: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -56,7 +56,9 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
     write_atomically(path, _with_sorted_metadata(safetensors.torch.save(dense, dict(metadata))))
 
 
-def read_safetensors(path: Path, kind: str, description: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(
+    path: Path, kind: str, description: str, advice: str = "make it again"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose metadata say `format: kind`; InputError that names the file otherwise."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -67,7 +69,7 @@ def read_safetensors(path: Path, kind: str, description: str) -> tuple[dict[str,
     except FileNotFoundError:
         raise InputError(path, "does not exist") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(path, f"is truncated or damaged ({error}); delete it to resume from an older one") from None
+        raise InputError(path, f"is truncated or damaged ({error}); {advice}") from None
 
 
 def _with_sorted_metadata(data: bytes) -> bytes:

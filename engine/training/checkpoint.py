@@ -40,7 +40,9 @@ class Checkpoint:
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Read a file that `save` wrote; InputError that names it if it is damaged or something else."""
-        tensors, metadata = read_safetensors(path, _FORMAT, "a checkpoint of this version of the engine")
+        tensors, metadata = read_safetensors(
+            path, _FORMAT, "a checkpoint of this version of the engine", "delete it to resume from an older one"
+        )
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, key = name.split("/", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from engine.generation.networks import Generator
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
-from engine.methods.protocols import Method
+from engine.methods.protocols import SQUARED, Method
 from engine.support.errors import InputError, Interrupted
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
@@ -249,7 +250,10 @@ class Trainer:
     def _log(
         self, logbook: Logbook, scalars: Mapping[str, Tensor], rate: float, evaluation: dict[str, Any] | None
     ) -> None:
-        entry: dict[str, Any] = {"step": self.step, **{name: value.item() for name, value in scalars.items()}}
+        entry: dict[str, Any] = {"step": self.step}
+        for name, value in scalars.items():
+            squared = name.endswith(SQUARED)
+            entry[name.removesuffix(SQUARED)] = math.sqrt(value.item()) if squared else value.item()
         entry |= {"images_per_second": rate, "peak_memory_bytes": peak_memory(self.device)}
         if evaluation is not None:
             entry["lr"] = self.lr

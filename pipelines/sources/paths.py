@@ -11,7 +11,7 @@ from pipelines.errors import DataError, one_line
 def existing_path(name: str, path: Path | None) -> Path:
     """`path`, for a data set that cannot do without one; DataError if it is None or does not exist."""
     if path is None:
-        raise DataError(f"dataset {name!r} needs a path to its files")
+        raise DataError(f"dataset {name!r} needs a path to its files", "data")
     if not path.exists():
         raise DataError(f"{printable(path)}: no such file or folder; check the path of dataset {name!r}")
     return path

@@ -63,7 +63,7 @@ class Moments:
     def variance(self, correction: int = 1) -> Tensor:
         """`[D]`, M2 / (n − correction); ValueError if there are too few images."""
         if self.count <= correction:
-            raise ValueError(f"count: variance with correction {correction} needs more than {self.count} images")
+            raise InputError("count", f"variance with correction {correction} needs more than {self.count} images")
         return self.m2 / (self.count - correction)
 
     def merge(self, other: Moments) -> Moments:
@@ -72,7 +72,7 @@ class Moments:
         δ = mean_B − mean_A,  n = n_A + n_B,  mean = mean_A + δ n_B/n,  M2 = M2_A + M2_B + δ² n_A n_B/n
         """
         if other.num_features != self.num_features:
-            raise ValueError(f"other: has {other.num_features} features, not {self.num_features}")
+            raise InputError("other", f"has {other.num_features} features, not {self.num_features}")
         if self.fingerprint is not None and other.fingerprint is not None:
             check_fingerprint(self.fingerprint, other.fingerprint, "other")
         fingerprint = self.fingerprint if self.fingerprint is not None else other.fingerprint

@@ -41,9 +41,9 @@ class FeatureBank:
         skipped: Sequence[str] = (),
     ):
         if features.dim() != 2 or features.shape[1] != sum(sizes):
-            raise ValueError(f"features: must be [M, {sum(sizes)}], got {list(features.shape)}")
+            raise InputError("features", f"must be [M, {sum(sizes)}], got {list(features.shape)}")
         if indices.shape != (len(features),):
-            raise ValueError(f"indices: must be [{len(features)}], got {list(indices.shape)}")
+            raise InputError("indices", f"must be [{len(features)}], got {list(indices.shape)}")
         order = indices.argsort()
         self.features, self.indices = features[order.to(features.device)], indices[order]
         self.sizes, self.count = tuple(sizes), len(features)
@@ -53,7 +53,7 @@ class FeatureBank:
     def merge(self, other: FeatureBank) -> FeatureBank:
         """The bank of both sets, in the order of the data set."""
         if other.sizes != self.sizes:
-            raise ValueError(f"other: has {other.sizes} features of the taps, not {self.sizes}")
+            raise InputError("other", f"has {other.sizes} features of the taps, not {self.sizes}")
         return FeatureBank(
             torch.cat([self.features, other.features]),
             torch.cat([self.indices, other.indices]),
@@ -162,7 +162,7 @@ class BankCollector:
         """The inverse of `state`."""
         features = state["features"]
         if features.dim() != 2 or features.shape[1] != sum(self.sizes) or features.dtype != self.features.dtype:
-            raise ValueError("state: is of other features")
+            raise InputError("state", "is of other features")
         self.features, self.indices, self.count = features, state["indices"], int(state["count"])
         self._batches = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,8 @@ BAD_INPUT = {
         "--averager: belongs to --method gfmn, and this is --method mmd",
     ),
     "a flag of mmd": (["--pool", "mean"], "--pool: belongs to --method mmd, and this is --method gfmn"),
+    "degree of a kernel without": (["--method", "mmd", "--mmd-degree", "5"], "--mmd-degree"),
+    "Triton on a CPU": (["--kernels", "triton"], "--kernels: the triton backend cannot run here"),
     "unknown prior": (["--prior", "nothing"], "--prior"),
     "an abbreviated flag": (["--batch", "4"], "--batch"),
     "config that is not there": (["--config", "nothing.json"], "nothing.json"),
@@ -73,6 +76,12 @@ def test_bad_input_is_one_line(case: str, flags, tmp_path: Path, monkeypatch, ca
     assert len(lines) == 1, errors
     assert mention in lines[0]
     assert "Traceback" not in errors
+
+
+def test_data_set_without_a_path(tmp_path: Path, capsys) -> None:
+    code, errors = command(train.main, ["--dataset", "celeba", "--out", str(tmp_path / "run")], capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "needs a path to its files (--data)" in errors
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -107,6 +116,27 @@ def test_resume_refuses_what_would_change_the_result(finished: Path, capsys, tmp
     code, errors = command(train.main, ["--resume", "--out", str(tmp_path / "nothing")], capsys)
     assert code == 2
     assert "nothing" in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        (lambda config: config["method"].update(method="nothing"), "method: 'nothing' is not one of gfmn, mmd"),
+        (lambda config: config["gfmn"].update(averager="nothing"), "averager: 'nothing' is not one of"),
+        (lambda config: config["training"].update(unheard_of=1), "there is no setting 'unheard_of'"),
+        (lambda config: config.pop("preset"), "there is no 'preset'"),
+    ],
+    ids=["method", "averager", "setting", "preset"],
+)
+def test_configuration_of_nonsense_is_one_line(change, mention: str, finished: Path, tmp_path: Path, capsys) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    change(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    argv = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    code, errors = command(train.main, argv, capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert str(tmp_path / "config.json") in errors
+    assert mention in errors
 
 
 def test_resume_of_another_method(finished: Path, capsys) -> None:

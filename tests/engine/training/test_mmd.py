@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.runs import metrics
+from helpers.runs import command, metrics
 from safetensors.torch import load_file
 
 from engine import precompute, sample, train
@@ -95,3 +95,11 @@ def test_same_seed_same_bits(run: Path, flags: list[str], tmp_path: Path) -> Non
 
 def same_run_of(one: Path, other: Path) -> bool:
     return (one / "generator.safetensors").read_bytes() == (other / "generator.safetensors").read_bytes()
+
+
+def test_real_images_that_are_all_the_same_are_refused(flags: list[str], tmp_path: Path, capsys) -> None:
+    np.save(tmp_path / "same.npy", np.full((40, 32, 32, 3), 7, dtype=np.uint8))
+    argv = [*flags, *MMD, "--data", str(tmp_path / "same.npy"), "--out", str(tmp_path / "run")]
+    code, errors = command(train.main, argv, capsys)
+    assert code == 2
+    assert "real images that differ" in errors.splitlines()[-1]

@@ -83,6 +83,14 @@ def test_resumed_equals_uninterrupted(more: list[str], flags: list[str], tmp_pat
     assert same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_fp16_resumes_with_its_loss_scaling(flags: list[str], tmp_path: Path) -> None:
+    argv = [*flags, "--amp", "--amp-dtype", "fp16"]
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    train.main([*argv, "--steps", "4", "--out", str(tmp_path / "parts")])
+    train.main(["--resume", "--steps", "6", "--out", str(tmp_path / "parts")])
+    assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_resume_drops_metrics_after_the_checkpoint(flags: list[str], finished: Path, tmp_path: Path) -> None:
     train.main([*flags, "--out", str(tmp_path / "run"), "--steps", "5"])
     (tmp_path / "run/checkpoints/step_00000005.safetensors").unlink()
