@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from engine.comparison.averagers import AMA, MovingAverage, NoAverage
     from engine.comparison.distances.moments import Moments
     from engine.comparison.moment_matching import MomentMatching
+    from engine.comparison.on_features import OnFeatures
+    from engine.generation.networks import build_generator
     from engine.representation.build import build_extractor
 
 __version__ = "0.2.0"
@@ -22,9 +24,21 @@ _HOMES = {
     "MomentMatching": "engine.comparison.moment_matching",
     "MovingAverage": "engine.comparison.averagers",
     "NoAverage": "engine.comparison.averagers",
+    "OnFeatures": "engine.comparison.on_features",
     "build_extractor": "engine.representation.build",
+    "build_generator": "engine.generation.networks",
 }
-__all__ = ["AMA", "MomentMatching", "Moments", "MovingAverage", "NoAverage", "__version__", "build_extractor"]
+__all__ = [
+    "AMA",
+    "MomentMatching",
+    "Moments",
+    "MovingAverage",
+    "NoAverage",
+    "OnFeatures",
+    "__version__",
+    "build_extractor",
+    "build_generator",
+]
 
 
 def __getattr__(name: str) -> Any:

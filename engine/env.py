@@ -1,4 +1,4 @@
-"""`python -m engine.env`: versions, machine, optional parts and kernels backends, for a bug report.
+"""`python -m engine.env`: versions, machine, optional parts and kernel backends, for a bug report.
 
 Works with only the core installed, and when a part is broken: then its line says so. Nothing is compiled, downloaded or
 written.
@@ -59,7 +59,7 @@ def text(facts: Facts) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m engine.env",
-        description="Print versions, machine, optional parts and kernels backends: what a bug report needs.",
+        description="Print versions, machine, optional parts and kernel backends: what a bug report needs.",
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     arguments = parser.parse_args(argv)

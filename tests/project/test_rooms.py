@@ -1,4 +1,4 @@
-"""The house as docs/design.md draws it: who may import whom, where flags may stand, how long a file may be."""
+"""The folders as docs/design.md draws them: which may import which, where flags may stand, how long a file may be."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "generation": set(),
     "methods": {"generation", "representation", "comparison", "comparison.distances"},
     "evaluation": {"generation", "representation", "comparison.distances"},
+    "reporting": {"evaluation", "generation", "representation", "training", "configuration"},
     "training.checkpoint": set(),
     "training": {"methods.protocols", "generation", "evaluation", "training.checkpoint", *LEAVES},
 }
