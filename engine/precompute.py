@@ -29,12 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         prog="python -m engine.precompute",
         description="Stream a dataset once through the extractor and write the moments of every feature "
-        "(or what else the method compares with), for engine.train --target FILE. Flags as for engine.train. Ctrl-C "
-        "(or a kill) loses nothing: the same command resumes where it was. "
+        "(or what else the method compares with), for engine.train --target FILE. Takes the flags of engine.train, of "
+        "which those on training change nothing. After Ctrl-C or a kill the same command resumes from its last saved "
+        "state, at most 30 seconds old. "
         "Several processes: torchrun --nproc-per-node N -m engine.precompute ...",
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), default="digits", help="settings to start from")
-    parser.add_argument("--out", required=True, metavar="FILE", help="target.safetensors")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write, such as target.safetensors")
     add_flags(parser)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if out.is_dir():
             raise InputError("out", f"{out} is a folder; name a file, such as {out}/target.safetensors")
         config = Config.build(arguments.preset, given_flags(arguments))
+        if config.matching.target is not None:
+            raise InputError("target", "is what this command writes; name the file with --out")
         _precompute(config, out, ranks)
     except EndedElsewhere:
         ranks.leave()
