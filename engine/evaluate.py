@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, arguments_as, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
@@ -167,11 +167,8 @@ class _Judged:
 
 
 def _judge(arguments: Any, image_size: int) -> EvaluationNetwork:
-    try:
+    with arguments_as(name="feature_extractor"):
         return evaluation_network(arguments.feature_extractor, weights=arguments.weights, image_size=image_size)
-    except InputError as error:
-        argument = "feature_extractor" if error.argument == "name" else error.argument
-        raise InputError(argument, error.message) from None
 
 
 def _report(

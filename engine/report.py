@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, arguments_as, run_command
 from engine.configuration.config import Config
 from engine.configuration.inputs import choose_device, load_run_sampler
 from engine.configuration.train_command import train_command
@@ -92,11 +92,8 @@ def _space(arguments: Any, image_size: int, device: torch.device) -> FeatureSpac
     """The features that `--feature-extractor` chooses; None for those of the run's own extractor."""
     if arguments.feature_extractor is None:
         return None
-    try:
+    with arguments_as(name="feature_extractor"):
         return feature_space(arguments.feature_extractor, arguments.weights, image_size, device)
-    except InputError as error:
-        argument = "feature_extractor" if error.argument == "name" else error.argument
-        raise InputError(argument, error.message) from None
 
 
 if __name__ == "__main__":

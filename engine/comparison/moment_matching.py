@@ -18,7 +18,6 @@ from engine.representation.protocols import ALONE, Affine, Ranks, TapInput
 from engine.support.errors import InputError
 from kernels.layout import accumulation_dtype
 
-FEATURE_SCALES = ("none", "target-deviation")
 _DEVIATION_FLOOR = 0.05
 
 

@@ -16,11 +16,11 @@ from engine.generation.saved import SavedSampler
 from engine.reporting.charts import Chart, histogram_chart, number
 from engine.reporting.neighbours import NearestImages, nearest_images
 from engine.reporting.numbers import evaluation_tables, is_number, logged_charts
-from engine.reporting.pictures import COLUMNS, as_picture, as_png, data_uri, largest_side, samples_over_time, upper_left
+from engine.reporting.pictures import as_picture, as_png, data_uri, largest_side, samples_over_time, upper_left
 from engine.reporting.real import RealImages
 from engine.reporting.settings import configuration_lines, versions
 from engine.support.pixels import grid
-from engine.training.run_folder import RunFolder
+from engine.training.run_folder import COLUMNS, RunFolder
 from pipelines import DataError, read_pixels
 
 log = logging.getLogger("gfmn")

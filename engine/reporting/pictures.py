@@ -13,12 +13,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from engine.training.run_folder import RunFolder
+from engine.training.run_folder import COLUMNS, RunFolder
 
 log = logging.getLogger("gfmn")
 
-COLUMNS = 8
-"""Images in a row of the grids that training writes."""
 _GRIDS = 24  # at most, of the samples over time
 _GRIDS_BYTES = 2_000_000  # all of them together
 _STEP = re.compile(r"step_(\d+)\.png")

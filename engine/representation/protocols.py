@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from engine.representation.tracing.tap import activate_
+from kernels.plain import activate_
 
 T = TypeVar("T")
 

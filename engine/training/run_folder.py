@@ -11,6 +11,9 @@ from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.checkpoint import Checkpoint
 
+COLUMNS = 8
+"""Images in a row of the sample grids."""
+
 
 class RunFolder:
     """`config.json`, `metrics.jsonl`, `samples/`, `samples.png`, `loss.png`, `checkpoints/`, `generator.safetensors`,

@@ -25,7 +25,7 @@ from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_op
 from engine.training.logbook import Logbook
 from engine.training.precision import peak_memory
 from engine.training.profiling import WARMUP, StepProfiler
-from engine.training.run_folder import RunFolder
+from engine.training.run_folder import COLUMNS, RunFolder
 from engine.training.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gfmn")
 
-GRID, COLUMNS = 64, 8
-"""Images of a sample grid, and how many stand in a row."""
+GRID = 64
+"""Images of a sample grid."""
 _NEVER = torch.iinfo(torch.int64).max
 # Evaluations draw from seeds far apart from each other and from the run's own.
 _EVALUATION_SEEDS = 1_000_003

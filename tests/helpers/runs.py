@@ -34,9 +34,11 @@ def command(main: Callable, argv: Sequence[str], capsys: pytest.CaptureFixture[s
     return int(exit_.value.code or 0), capsys.readouterr().err
 
 
-def start(argv: Sequence[str], prelude: str = "", **environment: str) -> subprocess.Popen[str]:
-    """The training command in a process of its own, after the Python statements of `prelude`."""
-    run = "from engine.configuration.command import run_command\nfrom engine.train import main\nrun_command(main)"
+def start(
+    argv: Sequence[str], prelude: str = "", *, module: str = "engine.train", **environment: str
+) -> subprocess.Popen[str]:
+    """A command in a process of its own, after the Python statements of `prelude`."""
+    run = f"from engine.configuration.command import run_command\nfrom {module} import main\nrun_command(main)"
     script = f"{prelude}\nimport sys\n{run}"
     return subprocess.Popen(
         [sys.executable, "-c", script, *argv],

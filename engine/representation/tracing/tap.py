@@ -82,14 +82,6 @@ class TapSite:
         return "none" if self.applied else self.activation
 
 
-def activate_(x: Tensor, residual: Tensor | None, activation: str) -> None:
-    """`x ← activation(x + residual)` in place; "relu", "relu6", or "none"."""
-    if residual is not None:
-        x += residual
-    if activation != "none":
-        x.clamp_(min=0, max=6 if activation == "relu6" else None)
-
-
 def mask_(grad: Tensor, y: Tensor, activation: str) -> None:
     """In place, `grad ← grad · activation'(y)`: y > 0 for "relu", 0 < y < 6 for "relu6", 1 for "none"."""
     if activation == "relu":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.runs import start
 from helpers.tiny_datasets import cut, make_celeba, make_cifar10, make_lsun, make_stl10
 from PIL import Image
 
@@ -77,21 +78,6 @@ def test_every_format_precomputes_and_trains_ten_steps(
     assert sorted(path.name for path in tmp_path.glob("target*")) == ["target.safetensors"]
 
 
-def start(argv: Sequence[str], prelude: str = "", **environment: str) -> subprocess.Popen[str]:
-    """The command in a process of its own, after the Python statements of `prelude`."""
-    script = (
-        f"{prelude}\nimport sys\nfrom engine.configuration.command import run_command\n"
-        "from engine.precompute import main\nrun_command(main)"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *argv],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 SLOWLY = """
 import time
 import engine.comparison.reference.statistics_pass
@@ -122,7 +108,7 @@ def replace_or_die(source, target):
     replace(source, target)
 os.replace = replace_or_die
 """
-    process = start([*argv, "--out", str(out)], prelude)
+    process = start([*argv, "--out", str(out)], prelude, module="engine.precompute")
     deadline = time.monotonic() + 120
     while not partial.exists():
         assert process.poll() is None, process.communicate()
