@@ -6,7 +6,6 @@ The file that it writes is what `--weights` of engine.train takes.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 from engine.configuration.command import Parser, arguments_as, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
+from engine.configuration.groups import DataConfig
 from engine.configuration.inputs import choose_device
 from engine.configuration.presets import PRESETS
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
+from engine.support.files import locked
 from pipelines import open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]
@@ -74,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "steps" in vars(arguments):
         values.pop("epochs", None)
     values["flip"] = given.get("horizontal_flip", values.pop("horizontal_flip", False))
+    with locked(arguments.out.with_name(f".{arguments.out.name}.lock"), lambda: _busy(arguments.out)):
+        _pretrain(arguments, data, values)
+
+
+def _pretrain(arguments: argparse.Namespace, data: DataConfig, values: dict[str, Any]) -> None:
     checkpoint = _check_out(arguments.out, arguments.resume)
     if checkpoint is None:
         print(f"{arguments.out}: is complete, nothing to resume")
@@ -121,13 +127,11 @@ def _check_out(out: Path, resume: bool) -> Path | None:
         for file in (out, checkpoint):
             if file.exists():
                 raise InputError("out", f"{file} exists; resume that run (--resume), delete it, or name another file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("out", f"{out.parent} cannot be made ({error.strerror})") from None
-    if not os.access(out.parent, os.W_OK):
-        raise InputError("out", f"{out.parent} cannot be written to")
     return checkpoint
+
+
+def _busy(out: Path) -> None:
+    raise InputError("out", f"another process is pretraining {out}; wait until it ends, or name another file")
 
 
 if __name__ == "__main__":

@@ -171,6 +171,8 @@ def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
         )
     if checkpoint.step < steps or not run.is_complete(steps):
         return False
+    if not run.loss_plot.exists():
+        _plot(run)
     log.info("%s is finished, all %d steps; to train longer: %s --steps N", run.path, steps, _resume_command(run))
     return True
 
@@ -185,8 +187,7 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
             trainer.save_generator()
     except Interrupted as interruption:
         raise Interrupted(f"{interruption}; resume with: {_resume_command(run)}") from None
-    metrics = list(run.read_metrics())
-    plotted = bool(metrics) and plot_metrics(run.loss_plot, metrics)
+    plotted = _plot(run)
     save_png(run.final_samples, trainer.picture())
     log.info(
         "done in %.0f s\nsamples: %s\n%smore:    python -m engine.sample --run %s --count 1000 --out samples.npy",
@@ -195,6 +196,11 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
         f"loss:    {run.loss_plot}\n" if plotted else "",
         shlex.quote(str(run.path)),
     )
+
+
+def _plot(run: RunFolder) -> bool:
+    metrics = list(run.read_metrics())
+    return bool(metrics) and plot_metrics(run.loss_plot, metrics)
 
 
 def _resume_command(run: RunFolder) -> str:
