@@ -101,7 +101,8 @@ def build(
     generator = make_generator(config).to(device)
     pretrained = pretrained_files(config, dataset, device, run.extractor)
     extractor = make_extractor(config, dataset, device, run.extractor)
-    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target)
+    was = None if checkpoint is None else checkpoint.fingerprint
+    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was)
     method = make_method(config, generator, extractor, reference)
     trainer = Trainer(method, make_schedule(config), run, reference.fingerprint or {}, make_validation(config, device))
     if checkpoint is not None:

@@ -116,7 +116,7 @@ class TestMerge:
         marked = Moments(3, plain.mean, plain.m2, FINGERPRINT)
         assert plain.merge(marked).fingerprint == marked.merge(plain).fingerprint == FINGERPRINT
         other = Moments(3, plain.mean, plain.m2, {**FINGERPRINT, "image_size": "64"})
-        with pytest.raises(InputError, match="image size.*64.*32"):
+        with pytest.raises(InputError, match=r"image size.*64.*32"):
             marked.merge(other)
 
 

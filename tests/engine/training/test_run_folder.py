@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import command, metrics, same_run
 
-from engine import pretrain, train
+from engine import precompute, pretrain, train
 from engine.support import files
 from engine.support.errors import InputError
 from engine.support.files import locked
@@ -34,8 +34,8 @@ def half(flags: list[str], finished: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work that takes long must not begin."""
-    for work in ("engine.configuration.build.pretrain", "engine.train.open_data", "engine.pretrain.open_dataset"):
-        monkeypatch.setattr(work, None)
+    for opens in ("train.open_data", "precompute.open_data", "pretrain.open_dataset"):
+        monkeypatch.setattr(f"engine.{opens}", None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -76,18 +76,29 @@ def test_a_second_pretraining_of_one_file_is_refused(tmp_path: Path, no_work, ca
 
 
 @pytest.mark.parametrize("case", ["a file", "below a file", "not to be made", "not to be written"])
-def test_out_that_cannot_be_written_is_found_before_any_work(case: str, tmp_path, no_work, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("main", [train.main, pretrain.main, precompute.main], ids=["train", "pretrain", "precompute"])
+def test_out_that_cannot_be_written_is_found_before_any_work(
+    main, case: str, tmp_path, no_work, monkeypatch, capsys
+) -> None:
     (tmp_path / "file").write_text("precious")
-    out = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run"}.get(case, tmp_path / "denied")
+    folder = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run"}.get(case, tmp_path / "denied")
     denied = PermissionError(errno.EACCES, "Permission denied")
     if case == "not to be made":
         monkeypatch.setattr(os, "mkdir", fails(os.mkdir, denied))
     if case == "not to be written":
         monkeypatch.setattr(os, "open", fails(os.open, denied))
-    code, errors = command(train.main, ["--out", str(out)], capsys)
+    out = folder if main is train.main else folder / "x.safetensors"
+    code, errors = command(main, ["--out", str(out)], capsys)
     assert (code, errors.count("\n")) == (2, 1)
-    assert str(out) in errors
+    assert str(folder) in errors
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_several_ranks_are_refused(tmp_path: Path, no_work, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, errors = command(train.main, ["--out", str(tmp_path / "run")], capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_of_the_same_second_have_their_own_folders(tmp_path: Path, monkeypatch) -> None:
