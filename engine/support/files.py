@@ -7,8 +7,9 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -23,11 +24,12 @@ _REASONS: dict[int | None, str] = {
 }
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a kill at any moment, sees the old file or the new one.
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write in pieces: at the end of the block it is at `path`, whole; after an error nothing has changed.
 
-    Raises InputError with one line if the disk is full, a quota or limit is reached, or the folder cannot be written
-    to; the old file stays.
+    A reader, or a kill at any moment, sees the old file or the new one. Raises InputError with one line if the disk is
+    full, a quota or limit is reached, or the folder cannot be written to; the old file stays.
     """
     path = Path(path)
     temporary = None
@@ -35,7 +37,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -48,6 +50,12 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
