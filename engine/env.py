@@ -6,7 +6,11 @@ written.
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import contextlib
 import functools
 import importlib
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import __version__
+from engine.configuration.command import Parser, run_command
 from engine.support.errors import EXTRAS, pip_line
 
 CORE = ("torch", "torchvision", "triton", "numpy", "pillow", "scikit-learn", "safetensors", "tqdm")
@@ -57,7 +62,7 @@ def text(facts: Facts) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m engine.env",
         description="Print versions, machine, optional parts and kernel backends: what a bug report needs.",
     )
@@ -185,4 +190,4 @@ def _backend(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import logging
 import platform
@@ -26,7 +31,7 @@ from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS
-from engine.support.errors import InputError, Interrupted, require
+from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.pixels import save_png
 from engine.training.logbook import plot_metrics
 from engine.training.run_folder import RunFolder
@@ -140,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.fit()
     except Interrupted as interruption:
         command = f"python -m engine.train --resume --out {run.path}"
-        raise Interrupted(f"{interruption}; resume with: {command}") from None
+        raise Interrupted(f"{interruption}; resume with: {command}", interruption.status) from None
+    except WriteError as error:
+        command = f"python -m engine.train --resume --out {run.path}"
+        raise WriteError(error.argument, f"{error.message}; once it can be written, resume with: {command}") from None
     save_png(run.final_samples, trainer.picture())
     plotted = plot_metrics(run.loss_plot, list(run.read_metrics()))
     log.info(

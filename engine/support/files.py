@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,41 +17,97 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.support.errors import InputError
-
-_REASONS: dict[int | None, str] = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "larger than a file may be here (ulimit -f)",
-}
+from engine.support.errors import InputError, WriteError, reason
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write in pieces: at the end of the block it is at `path`, whole; after an error nothing has changed.
 
-    A reader, or a kill at any moment, sees the old file or the new one. Raises InputError with one line if the disk is
-    full, a quota or limit is reached, or the folder cannot be written to; the old file stays.
+    A reader, or a kill at any moment, sees the old file or the new one. A symbolic link stays, and its target is
+    replaced. What is no plain file (a device, a pipe, this process's own output) is written through.
+
+    Raises WriteError with one line if the disk is full, a quota or limit is reached, `path` is a folder, or its folder
+    cannot be written to; the old file stays.
     """
-    path = Path(path)
-    temporary = None
+    path, temporary, old = Path(path), None, ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        stream = _stream(path)
+        if stream is not None:
+            with os.fdopen(stream, "wb") as file:
+                yield file
+            return
+        old = "; what was there before is untouched"
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         temporary = None
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        reason = _REASONS.get(error.errno, error.strerror or str(error))
-        raise InputError(path, f"could not be written, {reason}; what was there before is untouched") from error
+        raise WriteError(path, f"could not be written, {reason(error)}{old}") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
+
+
+def _stream(path: Path) -> int | None:
+    """A descriptor of what is at `path` if that is to be written through; None for a plain file, or none yet."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    for own, file in ((1, sys.stdout), (2, sys.stderr)):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(status, os.fstat(own)):
+                file.flush()
+                return os.dup(own)
+    return None if stat.S_ISREG(status.st_mode) else os.open(path, os.O_WRONLY)
+
+
+def check_output(path: str | Path, argument: str, *, example: str = "", plain: bool = False) -> None:
+    """InputError on `argument` if no file could be written to `path`: before the work instead of after it.
+
+    Args:
+        path: of the file to come. Nothing is written or made here.
+        argument: that it was given by.
+        example: the name of a file in a folder, for who gave the folder.
+        plain: refuse also what is no plain file, because more files will stand beside it.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise InputError(argument, f"{path} is a folder; name a file" + (example and f", such as {path}/{example}"))
+        stream = target.exists() and not target.is_file()
+        if stream and plain:
+            raise InputError(argument, f"{path} is a device or a pipe; name a file")
+        folder = target if stream else target.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not stream and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(folder, os.W_OK | (0 if stream else os.X_OK)):
+            raise InputError(argument, f"{path}: {folder} cannot be written to")
+    except OSError as error:
+        raise InputError(argument, f"{path} cannot be written, {reason(error)}") from None
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file; WriteError that names the file if that fails, when a part of it may be there."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise WriteError(path, f"could not be written, {reason(error)}") from error
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
