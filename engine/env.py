@@ -89,7 +89,7 @@ def _attempt(probe: Callable[[], str]) -> str:
 
 def _without_home(line: str) -> str:
     """`line` without the name of the user, who will post it."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")
     return line.replace(home, "~") if len(home) > 1 else line
 
 
@@ -152,7 +152,9 @@ def _compiler_path() -> str | None:
 
 
 def _cache() -> str:
-    folder = importlib.import_module("pipelines").cache_folder()
+    folder = importlib.import_module("pipelines").named_cache_folder()
+    if folder is None:
+        return "none: this user has no home folder; set GFMN_CACHE"
     existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     usable = existing.is_dir() and os.access(existing, os.W_OK)
     return f"{folder}" + ("" if usable else ", which cannot be written to")

@@ -36,7 +36,7 @@ from engine.representation.protocols import Objective
 from engine.representation.zoo import brings_weights
 from engine.support.errors import InputError
 from engine.training.trainer import Schedule
-from pipelines import ImageDataset, cache_folder, read_pixels
+from pipelines import ImageDataset, cached, read_pixels
 
 if TYPE_CHECKING:
     from engine.training.validation import Validation
@@ -87,7 +87,7 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
     task = "classify" if dataset.num_classes >= 2 else "rotate"
     recipe = {**dataset.fingerprint(), "architecture": architecture, "task": task, "seed": seed, "recipe": 1}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    path = cache_folder() / "extractors" / f"{architecture}-{digest}.safetensors"
+    path = cached("extractors", f"{architecture}-{digest}.safetensors")
     if path.exists():
         log.info("extractor %s: pretrained before, cached in %s", architecture, path)
         return path
