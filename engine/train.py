@@ -8,11 +8,13 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import argparse
+import contextlib
 import logging
+import os
 import platform
+import shlex
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,6 +26,7 @@ from engine.configuration.build import (
     make_reference,
     make_schedule,
     make_validation,
+    pretrained_files,
 )
 from engine.configuration.command import Parser, arguments_as, run_command
 from engine.configuration.config import Config
@@ -33,11 +36,15 @@ from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.pixels import save_png
+from engine.training.checkpoint import Checkpoint
 from engine.training.logbook import plot_metrics
-from engine.training.run_folder import RunFolder
+from engine.training.run_folder import RunFolder, saved_step
 from engine.training.trainer import Trainer
 
 log = logging.getLogger("gfmn")
+
+KEPT_BYTES = 2**30
+"""A run keeps a target of up to this many bytes."""
 
 
 def parser() -> Parser:
@@ -60,53 +67,57 @@ def parser() -> Parser:
     return parser
 
 
-def configure(arguments: argparse.Namespace) -> tuple[Config, RunFolder, bool]:
-    """The configuration, the run's folder, and whether it is resumed."""
+def configure(arguments: argparse.Namespace) -> Config:
+    """The configuration that the flags ask for."""
     given = given_flags(arguments)
     if arguments.resume:
         if arguments.out is None:
             raise InputError("resume", "needs --out DIR, the run to resume")
-        run = RunFolder(arguments.out)
         if arguments.preset is not None or arguments.config is not None:
             raise InputError("resume", "the run has its own configuration; leave out --preset and --config")
-        return Config.load(run.config).resumed_with(given), run, True
+        return Config.load(RunFolder(arguments.out).config).resumed_with(given)
     if arguments.config is not None:
         if arguments.preset is not None:
             raise InputError("config", "already names a preset; leave out --preset")
-        config = Config.load(arguments.config).replaced(given)
-    else:
-        config = Config.build(arguments.preset or "digits", given)
-    return config, RunFolder(arguments.out or _new_folder(config.preset)), False
+        return Config.load(arguments.config).replaced(given)
+    return Config.build(arguments.preset or "digits", given)
 
 
-def _new_folder(preset: str) -> Path:
+@contextlib.contextmanager
+def own_folder(out: str | None, preset: str) -> Iterator[RunFolder]:
+    """The run's folder, `out` or a new one in runs/, which is this process's alone while inside."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    candidates = (Path("runs") / (f"{preset}-{stamp}" + (f"-{n}" if n else "")) for n in range(1000))
-    return next(path for path in candidates if not path.exists())
+    run = RunFolder(out) if out is not None else RunFolder.make("runs", f"{preset}-{stamp}")
+    with run.owned(made=out is None):
+        yield run
 
 
-def build(config: Config, asked: Config, run: RunFolder, device: torch.device, *, resume: bool) -> Trainer:
-    """Make everything that a run needs, and start its folder or restore it; `asked` is the configuration to keep."""
+def build(
+    config: Config, asked: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None
+) -> Trainer:
+    """Make everything that a run needs, and start its folder or restore it from `checkpoint`.
+
+    Args:
+        asked: the configuration to keep.
+    """
     dataset = open_data(config)
     # Before the networks that draw their weights: a run's seed decides them.
     torch.manual_seed(config.training.seed)
     generator = make_generator(config).to(device)
-    checkpoint = None
-    if resume:
-        run.remove_leftovers()
-        checkpoint = run.newest_checkpoint()
-    else:
-        _check_new(run)
-    extractor = make_extractor(config, dataset, device)
-    reference = make_reference(config, extractor, dataset, amp_dtype(config))
+    pretrained = pretrained_files(config, dataset, device, run.extractor)
+    extractor = make_extractor(config, dataset, device, run.extractor)
+    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target)
     method = make_method(config, generator, extractor, reference)
     trainer = Trainer(method, make_schedule(config), run, reference.fingerprint or {}, make_validation(config, device))
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
             trainer.restore(checkpoint)
     run.write_config(asked.to_json())
-    write_bad_images(run.path / "bad_images.txt", reference)
-    run.truncate_metrics(trainer.step)
+    run.keep_extractors(pretrained)
+    if reference.nbytes <= KEPT_BYTES:
+        reference.save(run.target)
+    write_bad_images(run.bad_images, reference)
+    run.rewind(trainer.step)
     log.info("run folder: %s", run.path)
     log.info(
         "%s, %s on %s, %s: %d features of %d images, minibatch %d",
@@ -132,32 +143,70 @@ def _check_new(run: RunFolder) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, close."""
     arguments = parser().parse_args(argv)
-    asked, run, resume = configure(arguments)
-    begun = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("training runs in one process; start it without torchrun")
+    asked = configure(arguments)
     device = choose_device(asked.training.device, asked.training.threads)
     if arguments.plan:
         print_plans(asked, device)
         return
     if asked.validation.evaluate_every is not None:
         require("torch_fidelity", "evaluation")  # rather missing now than after the extractor has been trained
-    trainer = build(choose_chunk(asked, device), asked, run, device, resume=resume)
+    with own_folder(arguments.out, asked.preset) as run:
+        if not arguments.resume:
+            _check_new(run)
+            _train(asked, run, device, None)
+            return
+        checkpoint = run.newest_checkpoint()
+        if checkpoint is None or not _is_finished(run, checkpoint, asked.training.steps):
+            _train(asked, run, device, checkpoint)
+
+
+def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
+    """Whether nothing is left to do, which it says; InputError if more than `steps` have been taken."""
+    if checkpoint.step > steps:
+        raise InputError("steps", f"{run.path} has taken {checkpoint.step} steps already; give a larger number")
+    newer = saved_step(run.generator) or 0
+    if newer > checkpoint.step:
+        log.warning(
+            "warning: %s is of step %d and the newest checkpoint of step %d: the steps between are trained again",
+            run.generator,
+            newer,
+            checkpoint.step,
+        )
+    if checkpoint.step < steps or not run.is_complete(steps):
+        return False
+    log.info("%s is finished, all %d steps; to train longer: %s --steps N", run.path, steps, _resume_command(run))
+    return True
+
+
+def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    begun = time.perf_counter()
+    trainer = build(choose_chunk(asked, device), asked, run, device, checkpoint)
     try:
-        trainer.fit()
+        if trainer.step < asked.training.steps:
+            trainer.fit()
+        else:
+            trainer.save_generator()
     except Interrupted as interruption:
-        command = f"python -m engine.train --resume --out {run.path}"
-        raise Interrupted(f"{interruption}; resume with: {command}", interruption.status) from None
+        raise Interrupted(f"{interruption}; resume with: {_resume_command(run)}", interruption.status) from None
     except WriteError as error:
-        command = f"python -m engine.train --resume --out {run.path}"
-        raise WriteError(error.argument, f"{error.message}; once it can be written, resume with: {command}") from None
+        again = f"once it can be written, resume with: {_resume_command(run)}"
+        raise WriteError(error.argument, f"{error.message}; {again}") from None
+    metrics = list(run.read_metrics())
+    plotted = bool(metrics) and plot_metrics(run.loss_plot, metrics)
     save_png(run.final_samples, trainer.picture())
-    plotted = plot_metrics(run.loss_plot, list(run.read_metrics()))
     log.info(
         "done in %.0f s\nsamples: %s\n%smore:    python -m engine.sample --run %s --count 1000 --out samples.npy",
         time.perf_counter() - begun,
         run.final_samples,
         f"loss:    {run.loss_plot}\n" if plotted else "",
-        run.path,
+        shlex.quote(str(run.path)),
     )
+
+
+def _resume_command(run: RunFolder) -> str:
+    return shlex.join(["python", "-m", "engine.train", "--resume", "--out", str(run.path)])
 
 
 def _device_name(device: torch.device) -> str:

@@ -44,7 +44,7 @@ def cache_folder() -> Path:
     """The folder for everything that is made once: digests, downloads, pretrained extractors, targets.
 
     `named_cache_folder()`; where that cannot be written to, a temporary folder that ends with this process, after one
-    warning. Raises DataError if there is no room for that either.
+    warning. Raises DataError if that cannot be made either.
     """
     return _writable(named_cache_folder())
 
@@ -69,22 +69,28 @@ def _writable(folder: Path | None) -> Path:
         if folder is None:
             raise OSError("this user has no home folder")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        for own in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            tempfile.TemporaryFile(dir=own).close()
     except OSError as error:
-        reason = one_line(error)
-    what = "the cache" if folder is None else f"the cache {printable(folder)}"
+        log.warning(
+            "warning: %s cannot be used (%s): what is computed is not kept for other runs; set GFMN_CACHE to a folder "
+            "that can be written to",
+            "the cache" if folder is None else f"the cache {printable(folder)}",
+            one_line(error),
+        )
+        return temporary_folder()
+    return folder
+
+
+@functools.cache
+def temporary_folder() -> Path:
+    """A folder that is removed when this process ends. Raises DataError if none can be made."""
     try:
-        temporary = tempfile.mkdtemp(prefix="gfmn-cache-")
-    except OSError:
-        raise DataError(f"{what} cannot be used ({reason}), nor can a temporary folder; set GFMN_CACHE") from None
-    atexit.register(_remove, temporary, os.getpid())
-    log.warning(
-        "%s cannot be used (%s): what is computed is not kept for other runs; set GFMN_CACHE to a folder of yours",
-        what,
-        reason,
-    )
-    return Path(temporary)
+        folder = tempfile.mkdtemp(prefix="gfmn-")
+    except OSError as error:
+        raise DataError(f"no temporary folder can be made ({one_line(error)}); set TMPDIR, or GFMN_CACHE") from None
+    atexit.register(_remove, folder, os.getpid())
+    return Path(folder)
 
 
 def _remove(folder: str, process: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,11 +15,11 @@ import torch
 
 from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
 from engine.comparison.distances import MMD, kernels
-from engine.comparison.distances.moments import Moments
+from engine.comparison.distances.moments import Moments, check_fingerprint
 from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import OnFeatures
 from engine.comparison.reference.bank import BankKind, FeatureBank
-from engine.comparison.reference.cache import cached_reference
+from engine.comparison.reference.cache import cached_reference, exclusive
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import fingerprint, reference_loader
 from engine.comparison.reference.target import MomentsKind
@@ -31,12 +32,13 @@ from engine.methods.matching import Matching
 from engine.methods.protocols import Method
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
-from engine.representation.pretraining import pretrain
+from engine.representation.pretraining import UnfitCheckpoint, pretrain
 from engine.representation.protocols import Objective
+from engine.representation.weights import read_state_dict
 from engine.representation.zoo import brings_weights
-from engine.support.errors import InputError
+from engine.support.errors import InputError, Interrupted, WriteError
 from engine.training.trainer import Schedule
-from pipelines import ImageDataset, cached, read_pixels
+from pipelines import ImageDataset, cache_is_kept, cached, read_pixels, temporary_folder
 
 if TYPE_CHECKING:
     from engine.training.validation import Validation
@@ -44,8 +46,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("gfmn")
 
 
-def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) -> Extractor:
-    """The frozen extractor on its device, pretrained on the dataset first if its weights say so."""
+def make_extractor(config: Config, dataset: ImageDataset, device: torch.device, kept: Path | None = None) -> Extractor:
+    """The frozen extractor on its device, pretrained on the dataset first if its weights say so.
+
+    Args:
+        kept: where a run keeps its pretrained networks (`RunFolder.extractor`), which come before the cache.
+    """
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
     if not networks.weights:
@@ -58,10 +64,8 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
         torch.manual_seed(config.training.seed)
         weights = None
     elif networks.weights == ("pretrain",):
-        weights = [
-            "imagenet" if brings_weights(name) else _pretrained(name, dataset, device, config.training.seed)
-            for name in networks.extractor.split("+")
-        ]
+        files = pretrained_files(config, dataset, device, kept)
+        weights = [files.get(name, "imagenet") for name in networks.extractor.split("+")]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
     return bare_extractor(config, weights).to(device)
@@ -82,22 +86,71 @@ def bare_extractor(config: Config, weights: Any = None) -> Extractor:
         )
 
 
-def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, seed: int) -> Path:
-    """Weights of `architecture` trained on `dataset`, from the cache if it was done before."""
+def pretrained_files(
+    config: Config, dataset: ImageDataset, device: torch.device, kept: Path | None = None
+) -> dict[str, Path]:
+    """Weights of the networks that are pretrained on the dataset, by architecture: from `kept`, from the cache, or
+    made now and cached. Empty if the configuration says otherwise.
+    """
+    if config.networks.weights != ("pretrain",):
+        return {}
+    names = [name for name in config.networks.extractor.split("+") if not brings_weights(name)]
+    return {name: _pretrained(name, dataset, device, config.training.seed, kept) for name in names}
+
+
+def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, seed: int, kept: Path | None) -> Path:
+    if kept is not None and _is_readable(own := kept / f"{architecture}.safetensors"):
+        return own
     task = "classify" if dataset.num_classes >= 2 else "rotate"
     recipe = {**dataset.fingerprint(), "architecture": architecture, "task": task, "seed": seed, "recipe": 1}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path = cached("extractors", f"{architecture}-{digest}.safetensors")
-    if path.exists():
-        log.info("extractor %s: pretrained before, cached in %s", architecture, path)
-        return path
+    if not _is_readable(path):
+        with exclusive(path):
+            if not _is_readable(path):
+                return _pretrain_into(path, architecture, dataset, task, seed, device)
+    log.info("extractor %s: pretrained before, cached in %s", architecture, path)
+    return path
+
+
+def _is_readable(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        return bool(read_state_dict(path))
+    except InputError as error:
+        log.warning("warning: %s; it is not used", error)
+        return False
+
+
+def _pretrain_into(
+    path: Path, architecture: str, dataset: ImageDataset, task: str, seed: int, device: torch.device
+) -> Path:
+    """Pretrain, and return where the weights are: at `path`, unless there is no room."""
     log.info("extractor %s: pretraining on %s (%s)", architecture, dataset.name, task)
-    begun = time.perf_counter()
-    with arguments_as(architecture="extractor"):
-        result = pretrain(
-            architecture, dataset, task=task, image_size=dataset.image_size, seed=seed, device=str(device)
-        )
-    result.save(path)
+    begun, partial = time.perf_counter(), path.with_suffix(".partial")
+    checkpoint = partial if cache_is_kept() else None
+    run = functools.partial(
+        pretrain, architecture, dataset, task=task, seed=seed, device=str(device), checkpoint=checkpoint, resume=True
+    )
+    try:
+        with arguments_as(architecture="extractor"):
+            try:
+                result = run()
+            except UnfitCheckpoint as error:
+                log.info("%s: begins anew (%s)", partial, error)
+                partial.unlink()
+                result = run()
+    except Interrupted as interruption:
+        again = "" if checkpoint is None else "; the same command continues from there"
+        raise Interrupted(f"pretraining was {interruption}{again}", interruption.status) from None
+    try:
+        result.save(path)
+    except WriteError as error:
+        log.warning("warning: %s; this extractor is not kept for other runs", error)
+        path = temporary_folder() / path.name
+        result.save(path)
+    partial.unlink(missing_ok=True)
     seconds = time.perf_counter() - begun
     log.info(
         "extractor %s: %s %.3f on held-out images, %.0f s", architecture, result.metric, result.validation, seconds
@@ -122,12 +175,29 @@ def pass_batch_size(config: Config) -> int:
     return 2 * (chunk if isinstance(chunk, int) else batch)
 
 
-def make_reference(config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None) -> Reference:
-    """What the method knows of the real images: a given file, or computed once and cached."""
+def make_reference(
+    config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None, kept: Path | None = None
+) -> Reference:
+    """What the method knows of the real images: what the run kept, a given file, or computed once and cached.
+
+    Args:
+        kept: where a run that is resumed keeps it (`RunFolder.target`). Who decoded its images decides nothing any
+            more, everything else must be as it was.
+    """
     kind = reference_kind(config)
     batch_size, seed, loader = pass_batch_size(config), config.training.seed, config.data.loader
+    images = reference_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
+    if kept is not None and kept.exists():
+        try:
+            found = kind.load(kept)
+        except InputError as error:
+            log.warning("warning: %s; it is computed again", error)
+        else:
+            expected = fingerprint(kind, extractor, images, dtype)
+            expected.pop("data_decoder")
+            check_fingerprint(expected, found.fingerprint or {}, kept.parent)
+            return found
     if config.matching.target is not None:
-        images = reference_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
         return kind.load(config.matching.target, fingerprint(kind, extractor, images, dtype))
     return cached_reference(
         kind,

@@ -25,10 +25,18 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(**options, allow_abbrev=False)
+        self.add_argument(
+            "--verbose", action=_Verbose, nargs=0, default=argparse.SUPPRESS, help="also tell details, such as digests"
+        )
 
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+class _Verbose(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        log.setLevel(logging.DEBUG)
 
 
 @contextlib.contextmanager

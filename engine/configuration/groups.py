@@ -107,6 +107,7 @@ class NetworksConfig:
         "the extractor's weights: files, one for each network; 'imagenet'; 'random'; or 'pretrain' to train it on the "
         "data set first (torchvision:, timm: and efficientnet-lite0 keep their ImageNet weights)",
         metavar="FILE",
+        resumable=True,
     )
     extractor_bn: str = option("running", "statistics of the extractor's BatchNorm", choices=("running", "batch"))
     layers: int | None = option(None, "match at most this many layers of each network", metavar="K")
@@ -215,7 +216,10 @@ class MatchingConfig:
     """How features are computed: the same for every method that compares them, and the same result."""
 
     target: str | None = option(
-        None, "what engine.precompute knows of the real images; computed and cached by default", metavar="FILE"
+        None,
+        "what engine.precompute knows of the real images; computed and cached by default",
+        metavar="FILE",
+        resumable=True,
     )
     chunk_size: int | str | None = option(
         None,

@@ -68,7 +68,7 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
             changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
         if space is None:
             # Batch statistics would let the features of an image depend on the others beside it.
-            extractor = make_extractor(config.replaced({"extractor_bn": "running"}), dataset, device)
+            extractor = make_extractor(config.replaced({"extractor_bn": "running"}), dataset, device, run.extractor)
             weights = extractor.fingerprint["extractor_weights"]
             if trained.get("extractor_weights", weights) != weights:
                 changed.append("the extractor’s weights are not those of the training")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+
+log = logging.getLogger("gfmn")
 
 # Packages that one feature alone needs: module → (what pip calls it, the extra of pyproject.toml that installs it).
 EXTRAS = {
@@ -84,3 +89,46 @@ def require(module: str, feature: str) -> ModuleType:
         missing = isinstance(error, ModuleNotFoundError)
         state = "is not installed" if missing else f"cannot be imported ({str(error).splitlines()[0]})"
         raise InputError("", f"{feature} needs {EXTRAS[module][0]}, which {state}: {pip_line(module)}") from None
+
+
+# What the entries of fingerprints and of pretraining's settings are called among people; others by their names.
+_CALLED = {
+    "extractor_weights": "extractor's weights",
+    "taps": "layers that are matched",
+    "extractor_bn": "statistics of the extractor's BatchNorm",
+    "normalisation": "extractor's normalisation of images",
+    "minibatches": "minibatches of the pass over the data set",
+    "reference": "kind of the target",
+    "pool": "pooling of features",
+    "at_most": "number of images that are compared with",
+    "dataset": "data set",
+    "data_dataset": "data set",
+    "content_sha256": "data set's pictures",
+    "dataset_sha256": "data set's pictures",
+    "labels_sha256": "data set's labels",
+    "count": "number of images",
+    "decoder": "decoder of the images",
+    "steps": "number of steps",
+    "lr": "learning rate",
+    "amp": "mixed precision",
+}
+_DIGESTS = re.compile(r"[0-9a-f]{16,64}( [0-9a-f]{16,64})*")
+
+
+def differences(was: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs between two fingerprints in the entries that both have, for people; "" if nothing does.
+
+    Values that are digests are only logged, at the level DEBUG.
+    """
+    found = []
+    for key in now:
+        if key not in was or was[key] == now[key]:
+            continue
+        log.debug("%s was %s, is %s", key, was[key], now[key])
+        short = key.removeprefix("data_")
+        name = "the " + (_CALLED.get(key) or _CALLED.get(short) or short.replace("_", " "))
+        changed = _DIGESTS.fullmatch(was[key]) or _DIGESTS.fullmatch(now[key])
+        line = f"{name} changed" if changed else f"{name} was {was[key]}, is {now[key]}"
+        if line not in found:
+            found.append(line)
+    return "; ".join(found)

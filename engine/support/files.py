@@ -1,15 +1,18 @@
-"""Files that are written whole or not at all, and how much memory this machine has."""
+"""Files that are written whole or not at all, locks, and how much memory this machine has."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import functools
 import json
+import logging
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.support.errors import InputError, WriteError, reason
+
+log = logging.getLogger("gfmn")
 
 
 @contextlib.contextmanager
@@ -135,7 +140,7 @@ def read_safetensors(
     except FileNotFoundError:
         raise InputError(path, "does not exist") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(path, f"is truncated or damaged ({error}); {advice}") from None
+        raise InputError(path, f"is truncated or damaged ({error})" + (f"; {advice}" if advice else "")) from None
 
 
 def _with_sorted_metadata(data: bytes) -> bytes:
@@ -171,3 +176,67 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# Locks of this process. A forked child would share them, and a worker that outlives its parent would hold them on.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Only one process at a time is inside: it holds a lock on the file `path`, which is made and removed here.
+
+    Whatever ends the process frees the lock. If another process is inside, `busy` is called: it raises to give up, or
+    returns to wait. A file system without locks lets everybody in, after one warning.
+
+    Raises InputError on the folder if the file cannot be made there.
+    """
+    descriptor = _lock(path, busy)
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        # While it is still ours: afterwards it may be the next one's.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def _lock(path: Path, busy: Callable[[], None]) -> int:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(path.parent, f"cannot be written to, {reason(error)}") from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The one before us may have removed the file that we waited for.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except OSError:
+            _warn_of_no_locks()
+            return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@functools.cache
+def _warn_of_no_locks() -> None:
+    log.warning("warning: this file system has no locks: let no two processes write the same output")

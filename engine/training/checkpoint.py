@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.support.errors import InputError, one_line
 from engine.support.files import read_safetensors, save_safetensors
 
 _FORMAT = "gfmn-checkpoint-2"
@@ -40,14 +41,15 @@ class Checkpoint:
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Read a file that `save` wrote; InputError that names it if it is damaged or something else."""
-        tensors, metadata = read_safetensors(
-            path, _FORMAT, "a checkpoint of this version of the engine", "delete it to resume from an older one"
-        )
+        tensors, metadata = read_safetensors(path, _FORMAT, "a checkpoint of this version of the engine", advice="")
         parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, key = name.split("/", 1)
-            parts.setdefault(part, {})[key] = tensor
-        return cls(int(metadata["step"]), parts, json.loads(metadata["fingerprint"]))
+        try:
+            for name, tensor in tensors.items():
+                part, key = name.split("/", 1)
+                parts.setdefault(part, {})[key] = tensor
+            return cls(int(metadata["step"]), parts, dict(json.loads(metadata["fingerprint"])))
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(path, f"is damaged ({one_line(error)})") from None
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,14 +1,19 @@
-"""The folder of a run: what lies where, and how it survives a kill at any moment."""
+"""The folder of a run: whose it is, what lies where, and how it survives a kill at any moment."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from engine.support.errors import InputError
-from engine.support.files import write_atomically
+from engine.support.files import locked, write_atomically
 from engine.training.checkpoint import Checkpoint
 
 COLUMNS = 8
@@ -18,14 +23,21 @@ COLUMNS = 8
 class RunFolder:
     """`config.json`, `metrics.jsonl`, `samples/`, `samples.png`, `loss.png`, `checkpoints/`, `generator.safetensors`,
     `tensorboard/`; with evaluation during training, `generator_best.safetensors` and `checkpoints/best.safetensors`.
+    What a resumed run could not compute again bit for bit is kept as well: the extractors that were pretrained for it
+    in `extractor/`, and `target.safetensors`.
 
     Everything but the metrics is written atomically. Metrics are appended; on resume, lines after the checkpoint's
-    step, and a line that a kill cut short, are dropped.
+    step, and lines that cannot be read, are dropped. A checkpoint is written before the generator that it holds, so a
+    generator without any checkpoint means that checkpoints were lost.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.lock = self.path / ".lock"
         self.config = self.path / "config.json"
+        self.extractor = self.path / "extractor"
+        self.target = self.path / "target.safetensors"
+        self.bad_images = self.path / "bad_images.txt"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples"
         self.final_samples = self.path / "samples.png"
@@ -38,15 +50,63 @@ class RunFolder:
         self.profile = self.path / "profile.json"
         self._config_text: str | None = None
 
-    def check_new(self) -> None:
-        """InputError if the folder already holds something."""
-        if self.config.exists():
-            raise InputError(self.path, "holds another run; resume that one, or choose another folder")
-        self.remove_leftovers()
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise InputError(self.path, "is not an empty folder; choose another one")
+    @classmethod
+    def make(cls, parent: str | Path, name: str) -> RunFolder:
+        """A new folder in `parent`, its name numbered if it is taken; InputError if it cannot be made."""
+        for number in itertools.count():
+            run = cls(Path(parent) / (f"{name}-{number}" if number else name))
+            if run._mkdir():
+                return run
+        raise AssertionError
 
-    def remove_leftovers(self) -> None:
+    def _mkdir(self) -> bool:
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise InputError(self.path, f"cannot be made, {error.strerror or error}") from None
+        return True
+
+    @contextlib.contextmanager
+    def owned(self, *, made: bool = False) -> Iterator[None]:
+        """Inside, the folder is this process's alone. It is made if it is missing, and removed again if it stays empty.
+
+        Args:
+            made: it has just been made for this process.
+
+        Raises InputError if it cannot be made or written to, or if another process has it.
+        """
+        made = self._mkdir() or made
+        try:
+            with locked(self.lock, self._busy):
+                self._remove_leftovers()
+                yield
+        finally:
+            if made:
+                with contextlib.suppress(OSError):  # it holds a run, or has a new owner
+                    self.path.rmdir()
+
+    def _busy(self) -> None:
+        raise InputError(self.path, "another process is at this run; wait until it ends, or choose another folder")
+
+    def check_new(self) -> None:
+        """InputError if the folder already holds something. A run that had not taken a step is removed."""
+        entries = set(self.path.iterdir()) - {self.lock}
+        if not entries:
+            return
+        before = {self.config, self.extractor, self.target, self.bad_images, self.metrics, self.tensorboard}
+        stepped = self.metrics.exists() and self.metrics.stat().st_size > 0
+        if self.config not in entries:
+            raise InputError(self.path, "is not an empty folder; choose another one")
+        if stepped or entries - before:
+            raise InputError(self.path, "holds another run; resume that one, or choose another folder")
+        for folder in (self.extractor, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.target, self.bad_images, self.metrics, self.config):
+            file.unlink(missing_ok=True)
+
+    def _remove_leftovers(self) -> None:
         """Delete what a kill in the middle of a write left behind."""
         for path in self.path.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
@@ -61,18 +121,53 @@ class RunFolder:
         if self._config_text is not None and not self.config.exists():
             self.write_config(self._config_text)
 
+    def keep_extractors(self, files: Mapping[str, Path]) -> None:
+        """Copy the weights of pretrained networks, by architecture, unless they come from here."""
+        for name, file in files.items():
+            own = self.extractor / f"{name}.safetensors"
+            if file != own:
+                write_atomically(own, file.read_bytes())
+
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""
         return self.checkpoints / f"step_{step:08d}.safetensors"
 
     def checkpoint_paths(self) -> list[Path]:
-        """All checkpoints, oldest first."""
+        """All checkpoints but the best one, oldest first."""
         return sorted(self.checkpoints.glob("step_*.safetensors"))
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint, or None before the first; InputError if it cannot be read."""
+        """The newest checkpoint, the best one's included; None before the first.
+
+        InputError if it cannot be read, or if there is a generator and no checkpoint: nothing goes back by itself.
+        """
         paths = self.checkpoint_paths()
-        return Checkpoint.load(paths[-1]) if paths else None
+        best_step = saved_step(self.best_checkpoint) or 0
+        if self.best_checkpoint.exists() and best_step > (step_of(paths[-1]) if paths else -1):
+            paths.append(self.best_checkpoint)
+        if paths:
+            return self._load_newest(paths)
+        for generator in (self.generator, self.best_generator):
+            if generator.exists():
+                raise InputError(
+                    self.path,
+                    f"holds {generator.name} and no checkpoint, so training cannot go on from there; keep it, and "
+                    "train in another folder",
+                )
+        return None
+
+    def _load_newest(self, paths: list[Path]) -> Checkpoint:
+        try:
+            return Checkpoint.load(paths[-1])
+        except InputError as error:
+            for older in reversed(paths[:-1]):
+                with contextlib.suppress(InputError):
+                    step = Checkpoint.load(older).step
+                    advice = f"delete it to resume from step {step}, where {older.name} is whole"
+                    break
+            else:
+                advice = "there is no older one, so train in another folder"
+            raise InputError(paths[-1], f"{error.message}; {advice}") from None
 
     def save_checkpoint(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write a checkpoint, then drop all but the newest `keep`."""
@@ -80,17 +175,39 @@ class RunFolder:
         for path in self.checkpoint_paths()[:-keep]:
             path.unlink(missing_ok=True)
 
+    def is_complete(self, step: int) -> bool:
+        """Whether the generator and the samples of the last step `step` are there."""
+        return saved_step(self.generator) == step and self.final_samples.exists()
+
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged steps, oldest first; an incomplete last line is left out."""
+        """The logged steps, oldest first; lines that cannot be read are left out."""
         if not self.metrics.exists():
             return
-        for line in self.metrics.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+        for line in self.metrics.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                    yield entry
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop metrics of steps after `step`."""
+    def rewind(self, step: int) -> None:
+        """Drop metrics and sample grids of steps after `step`."""
         kept = [json.dumps(entry) + "\n" for entry in self.read_metrics() if entry["step"] <= step]
         write_atomically(self.metrics, "".join(kept).encode())
+        for grid in self.samples.glob("step_*.png"):
+            if step_of(grid) > step:
+                grid.unlink(missing_ok=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a file's name, as in step_00000300.png; −1 if there is none."""
+    number = path.stem.partition("_")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def saved_step(path: Path) -> int | None:
+    """The step of a generator's or checkpoint's file; None if the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["step"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None

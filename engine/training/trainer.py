@@ -20,17 +20,17 @@ from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
 from engine.methods.protocols import SQUARED, Method
-from engine.support.errors import InputError, Interrupted, WriteError
+from engine.support.errors import InputError, Interrupted, WriteError, differences, one_line
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from engine.training.logbook import Logbook
 from engine.training.precision import peak_memory
 from engine.training.profiling import WARMUP, StepProfiler
-from engine.training.run_folder import COLUMNS, RunFolder
+from engine.training.run_folder import COLUMNS, RunFolder, saved_step
 from engine.training.stopping import StopRequest
 
 if TYPE_CHECKING:
-    from engine.training.validation import Validation
+    from engine.training.validation import Evaluation, Validation
 
 log = logging.getLogger("gfmn")
 
@@ -135,16 +135,21 @@ class Trainer:
                 logbook.advance()
                 last = self.step == total
                 evaluate = self.validation is not None and self.validation.due(self.step, last)
+                evaluation: Evaluation | None = None
                 if last or evaluate or self.step % schedule.log_every == 0:
                     self.check_finite()
                     now = time.perf_counter()
                     rate = (self.step - clock_step) * schedule.batch_size / (now - clock)
-                    self._log(logbook, scalars, rate, self._evaluate() if evaluate else None)
+                    evaluation = self._evaluate() if evaluate else None
+                    self._log(logbook, scalars, rate, evaluation)
                     clock, clock_step = time.perf_counter(), self.step
                 elif self.device.type == "cpu":
                     self.check_finite()
                 if self.step % schedule.sample_every == 0 or last:
                     self._sample(logbook)
+                # After all else that this step writes: a resumed run goes on with the next step.
+                if evaluation is not None and evaluation.best:
+                    self._save_best()
                 if self.step % schedule.checkpoint_every == 0 or last:
                     self.save()
             if self.step < total:
@@ -173,10 +178,19 @@ class Trainer:
         return dataclasses.replace(sampler, generator=self.ema.module)
 
     def save(self) -> None:
-        """Write the generator and a checkpoint, unless something in them is not finite."""
+        """Write a checkpoint, then the generator, unless something in them is not finite."""
         self._check_weights()
-        save_sampler(self.run.generator, self.sampler(), self.step)
         self.run.save_checkpoint(self._checkpoint(), keep=self.schedule.keep_checkpoints)
+        self.save_generator()
+
+    def save_generator(self) -> None:
+        """Write the generator alone."""
+        save_sampler(self.run.generator, self.sampler(), self.step)
+
+    def _save_best(self) -> None:
+        self._check_weights()
+        self._checkpoint().save(self.run.best_checkpoint)
+        save_sampler(self.run.best_generator, self.sampler(), self.step)
 
     def _check_weights(self) -> None:
         self.check_finite()
@@ -200,14 +214,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume from `checkpoint`; InputError if it was made with other networks or other data."""
-        differing = sorted(
-            key for key in self.fingerprint if checkpoint.fingerprint.get(key) not in (None, self.fingerprint[key])
-        )
-        if differing:
-            details = "; ".join(
-                f"{key} was {checkpoint.fingerprint[key]}, is {self.fingerprint[key]}" for key in differing
-            )
-            raise InputError("checkpoint", f"{self.run.path} was made from something else: {details}")
+        if different := differences(checkpoint.fingerprint, self.fingerprint):
+            raise InputError("checkpoint", f"{self.run.path} was made from something else: {different}")
         try:
             parts = checkpoint.parts
             for name, module in self.method.modules.items():
@@ -222,10 +230,14 @@ class Trainer:
                 self.ema.load_state_dict(parts["ema"])
             if self.validation is not None and "validation" in parts:
                 self.validation.load_state_dict(parts["validation"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            path = self.run.checkpoint_path(checkpoint.step)
-            raise InputError(path, f"does not fit this run's networks ({error})") from None
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                "checkpoint", f"that of step {checkpoint.step} does not fit this run's networks ({one_line(error)})"
+            ) from None
         self.step = checkpoint.step
+        if saved_step(self.run.best_checkpoint) == self.step:
+            # A kill may have come between that checkpoint and its generator.
+            save_sampler(self.run.best_generator, self.sampler(), self.step)
 
     def check_finite(self) -> None:
         """InputError that names the first step whose loss was NaN or infinite. Waits for the device."""
@@ -236,21 +248,20 @@ class Trainer:
     def _diverged(self, step: int, what: str) -> InputError:
         paths = self.run.checkpoint_paths()
         kept = f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
-        return InputError("lr", f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate")
+        return InputError(
+            "lr",
+            f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate, in another folder",
+        )
 
-    def _evaluate(self) -> dict[str, Any]:
-        """Compare samples of fresh z with the real images; keep the best generator; lower the rate if it is time."""
+    def _evaluate(self) -> Evaluation:
+        """Compare samples of fresh z with the real images; lower the rate if it is time."""
         assert self.validation is not None
         seed = self.schedule.seed
         of_samples = (seed + _EVALUATION_SEEDS * self.step) % 2**63
         draw = self.sampler().draw_pixels
         evaluation = self.validation.evaluate(lambda count: draw(count, of_samples), self.step, seed)
         self._scale_lr(evaluation.lr_factor)
-        if evaluation.best:
-            self._check_weights()
-            save_sampler(self.run.best_generator, self.sampler(), self.step)
-            self._checkpoint().save(self.run.best_checkpoint)
-        return evaluation.metrics
+        return evaluation
 
     @property
     def lr(self) -> float:
@@ -262,9 +273,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] *= factor
 
-    def _log(
-        self, logbook: Logbook, scalars: Mapping[str, Tensor], rate: float, evaluation: dict[str, Any] | None
-    ) -> None:
+    def _log(self, logbook: Logbook, scalars: Mapping[str, Tensor], rate: float, evaluation: Evaluation | None) -> None:
         entry: dict[str, Any] = {"step": self.step}
         for name, value in scalars.items():
             squared = name.endswith(SQUARED)
@@ -272,7 +281,7 @@ class Trainer:
         entry |= {"images_per_second": rate, "peak_memory_bytes": peak_memory(self.device)}
         if evaluation is not None:
             entry["lr"] = self.lr
-        logbook.write(entry, evaluation)
+        logbook.write(entry, None if evaluation is None else evaluation.metrics)
 
     def _sample(self, logbook: Logbook) -> None:
         picture = self.picture()

@@ -17,16 +17,17 @@ SOURCES = sorted(path for room in ("engine", "kernels", "pipelines", "bench") fo
 FRONT_DOORS = {"train", "precompute", "pretrain", "sample", "evaluate", "report", "env"}
 # What every room may know.
 COMMON = {"support", "kernels", "pipelines"}
-# Two modules of training that know nobody: every long loop has to stop, and to share its work.
-LEAVES = {"training.ranks", "training.stopping"}
+# Modules of training that know nobody: every long loop has to stop, to tell how far it is, and to share its work.
+LEAVES = {"training.ranks", "training.stopping", "training.progress"}
 # Room → the other rooms that it may import. The longest name that fits a module is its room.
 ARROWS: dict[str, set[str]] = {
     "support": set(),
     "training.ranks": set(),
     "training.stopping": set(),
+    "training.progress": set(),
     "representation": set(),
     # It trains a network, so it knows how training stops and saves, and what decodes an autoencoder's codes.
-    "representation.pretraining": {"representation", "generation", "training.checkpoint", "training.stopping"},
+    "representation.pretraining": {"representation", "generation", "training.checkpoint", *LEAVES},
     "comparison.distances": set(),
     "comparison": {"comparison.distances", "representation"},
     "comparison.reference": {"comparison", "comparison.distances", "representation", *LEAVES},

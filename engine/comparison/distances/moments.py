@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.support.errors import InputError
+from engine.support.errors import InputError, differences
 from engine.support.files import save_safetensors
 
 _FORMAT = "gfmn-moments-1"
@@ -59,6 +59,11 @@ class Moments:
     def num_features(self) -> int:
         """D, the number of features."""
         return self.mean.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Of mean and M2 together."""
+        return self.mean.nbytes + self.m2.nbytes
 
     def variance(self, correction: int = 1) -> Tensor:
         """`[D]`, M2 / (n − correction); ValueError if there are too few images."""
@@ -130,7 +135,5 @@ class Moments:
 
 def check_fingerprint(expected: Mapping[str, str], found: Mapping[str, str], what: str | Path) -> None:
     """Compare the entries that both fingerprints have; InputError names every one that differs."""
-    differing = [key for key in expected if key in found and found[key] != expected[key]]
-    if differing:
-        details = "; ".join(f"{key} is {found[key]}, expected {expected[key]}" for key in differing)
-        raise InputError(what, f"was made from something else: {details}")
+    if different := differences(found, expected):
+        raise InputError(what, f"was made from something else: {different}")

@@ -62,6 +62,11 @@ class FeatureBank:
             tuple(dict.fromkeys(self.skipped + other.skipped)),
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Of the features."""
+        return self.features.nbytes
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
         metadata = {"format": _FORMAT, "sizes": json.dumps(self.sizes), "fingerprint": json.dumps(self.fingerprint)}

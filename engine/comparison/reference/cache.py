@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
@@ -19,7 +18,7 @@ from engine.comparison.reference.saved_pass import forget_partial
 from engine.comparison.reference.statistics_pass import compute_reference, fingerprint, reference_loader
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
-from engine.support.files import write_atomically
+from engine.support.files import locked, write_atomically
 from pipelines import ImageDataset, cache_is_kept, cached
 
 log = logging.getLogger("gfmn")
@@ -105,23 +104,8 @@ def exclusive(path: Path) -> Iterator[None]:
     Inside, what killed writes of `path` and of its partial state left behind is removed.
     """
     lock = path.with_name(f".{path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise InputError(path, f"could not be written, {error.strerror or error}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s: another process is at it; waiting", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: two processes may both compute, and both write the same
-        try:
-            for name in (path.name, path.with_suffix(".partial").name):
-                for leftover in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
-                    leftover.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    with locked(lock, busy=lambda: log.info("%s: another process is at it; waiting", path)):
+        for name in (path.name, path.with_suffix(".partial").name):
+            for leftover in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+        yield

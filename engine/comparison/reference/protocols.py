@@ -22,11 +22,15 @@ class Reference(Protocol):
         count: images that it is made of.
         fingerprint: of extractor, precision, images and decoder; None means unchecked.
         skipped: images that were left out, a line each.
+        nbytes: about the size of its file.
     """
 
     count: int
     fingerprint: dict[str, str] | None
     skipped: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int: ...
 
     def merge(self: R, other: R) -> R:
         """The reference of the union of two disjoint sets of images."""

@@ -6,31 +6,25 @@ batch is merged into it in turn, so a pass that resumes from a saved state ends 
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.saved_pass import SavedPass
 from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.feature_pass import FeaturePass
 from engine.support.errors import InputError, Interrupted
+from engine.training.progress import Progress
 from engine.training.ranks import ALONE, EndedElsewhere, Ranks
 from engine.training.stopping import StopRequest
 from pipelines import Batch, DataError, ImageDataset, ImageLoader
 
 SAVE_EVERY = 30.0
 """Seconds between two saves of a pass's state."""
-LINE_EVERY = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
-
-log = logging.getLogger("gfmn")
 
 R = TypeVar("R", bound=Reference)
 
@@ -122,7 +116,7 @@ def compute_reference(
     # Launchers send the same signal more than once, so several ranks don't count.
     with (
         StopRequest(patient=ranks.size > 1) as stop,
-        _Progress(images, position, show=progress and ranks.rank == 0) as shown,
+        _progress(images, position, show=progress and ranks.rank == 0) as shown,
     ):
         try:
             for batch in _continued(images, position):
@@ -184,38 +178,9 @@ def _where(count: int, images: ImageLoader, state: SavedPass) -> str:
     return after if state.path is None else f"{after}; the same command resumes there"
 
 
-class _Progress:
-    """A bar with images/s and the time left; a line now and then where there is no terminal."""
-
-    def __init__(self, images: ImageLoader, position: int, *, show: bool):
-        self.total = images.num_images
-        self.done = self.start = min(position * images.batch_size, self.total)
-        self.show = show
-        self.what = "target moments"
-        if images.num_shards > 1:
-            self.what += f" (process {images.shard + 1} of {images.num_shards})"
-        self.bar: tqdm | None = None
-        if show and sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, initial=self.done, desc=self.what, unit=" images", dynamic_ncols=True)
-        self.begun = time.monotonic()
-        self.next = self.begun + LINE_EVERY
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def advance(self, count: int) -> None:
-        """`count` more images are done."""
-        self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
-        now = time.monotonic()
-        if not self.show or self.bar is not None or now < self.next:
-            return
-        self.next = now + LINE_EVERY
-        rate = (self.done - self.start) / max(now - self.begun, 1e-9)
-        left = (self.total - self.done) / rate
-        log.info("%s: %d/%d images, %.0f images/s, %.0f s left", self.what, self.done, self.total, rate, left)
+def _progress(images: ImageLoader, position: int, *, show: bool) -> Progress:
+    what = "target moments"
+    if images.num_shards > 1:
+        what += f" (process {images.shard + 1} of {images.num_shards})"
+    done = min(position * images.batch_size, images.num_images)
+    return Progress(what, images.num_images, done=done, unit="images", show=show)

@@ -8,6 +8,6 @@ build_extractor("vgg-small", image_size=32, weights="extractor.safetensors")
 from engine.representation.pretraining.recipe import Recipe
 from engine.representation.pretraining.result import PretrainResult
 from engine.representation.pretraining.tasks import TASKS
-from engine.representation.pretraining.training import pretrain
+from engine.representation.pretraining.training import UnfitCheckpoint, pretrain
 
-__all__ = ["TASKS", "PretrainResult", "Recipe", "pretrain"]
+__all__ = ["TASKS", "PretrainResult", "Recipe", "UnfitCheckpoint", "pretrain"]

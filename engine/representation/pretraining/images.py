@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.support.errors import InputError
 from engine.support.pixels import to_float, to_uint8
+from engine.training.progress import Progress
 from pipelines import ImageDataset, ImageLoader
 from pipelines.dataset import ArrayDataset
 
@@ -86,7 +86,7 @@ def open_images(
 
     Args:
         loader: backend of `ImageLoader`.
-        progress: show a bar while files are read into memory.
+        progress: tell how far it is while files are read into memory.
 
     Raises InputError if there are too few images to hold some out.
     """
@@ -137,11 +137,13 @@ def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, 
     images = torch.empty(dataset.num_pictures, size, size, 3, dtype=torch.uint8)
     seen = torch.zeros(dataset.num_pictures, dtype=torch.bool)
     loader = ImageLoader(dataset, _READING_BATCH, backend=backend)
-    for batch in tqdm(loader, desc="reading images", unit="batch", disable=None if progress else True):
-        pictures, mirrored = (torch.from_numpy(array) for array in dataset.pictures(batch.indices.numpy()))
-        values = to_uint8(batch.images)
-        images[pictures[~mirrored]] = values[~mirrored]
-        seen[pictures[~mirrored]] = True
+    with Progress("reading images", len(dataset), unit="images", show=progress) as bar:
+        for batch in loader:
+            pictures, mirrored = (torch.from_numpy(array) for array in dataset.pictures(batch.indices.numpy()))
+            values = to_uint8(batch.images)
+            images[pictures[~mirrored]] = values[~mirrored]
+            seen[pictures[~mirrored]] = True
+            bar.advance(len(batch.indices))
     return images[seen], seen.nonzero().flatten()
 
 

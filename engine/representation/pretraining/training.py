@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -11,23 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.representation.architectures import find_architecture
 from engine.representation.pretraining.images import Augmentation, TrainingImages, open_images
 from engine.representation.pretraining.recipe import Recipe, one_cycle
 from engine.representation.pretraining.result import PretrainResult
 from engine.representation.pretraining.tasks import Task, make_task
-from engine.support.errors import InputError, Interrupted
+from engine.support.errors import InputError, Interrupted, differences, one_line
 from engine.support.files import read_safetensors, save_safetensors
 from engine.training.checkpoint import flatten_optimizer, restore_optimizer
+from engine.training.progress import Progress
 from engine.training.stopping import StopRequest
 from pipelines import ImageDataset
+
+log = logging.getLogger("gfmn")
 
 _CHECKPOINT = "gfmn-pretraining-1"
 _LOG_EVERY = 10
 _SEED_STRIDE = 1_000_003
 """A prime, so that the random numbers of (seed, step) meet those of another seed only after a million steps."""
+
+
+class UnfitCheckpoint(InputError):
+    """A checkpoint of pretraining that is damaged, or of a run with other settings."""
 
 
 def pretrain(
@@ -56,12 +63,12 @@ def pretrain(
         checkpoint: a file that is written every `checkpoint_seconds`, and after Ctrl-C. It stays when training ends;
             remove it once the result is saved.
         resume: continue from `checkpoint` if it exists, with the bits of an uninterrupted run.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal, and lines elsewhere.
         recipe: the fields of `Recipe`: task, epochs or steps, batch_size, lr, momentum, weight_decay, crop_padding,
             flip, seed and amp.
 
     Raises InputError for settings that do not fit each other or the dataset, and if the loss stops being finite;
-    Interrupted after Ctrl-C, once the checkpoint is written.
+    UnfitCheckpoint for a checkpoint that cannot be continued; Interrupted after Ctrl-C, once the checkpoint is written.
     """
     if image_size not in (None, dataset.image_size):
         raise InputError("image_size", f"is {image_size}, but the dataset's images have {dataset.image_size} pixels")
@@ -169,25 +176,19 @@ class Pretraining:
     def run(self, file: Path | None, metadata: dict[str, str], *, every: float, progress: bool) -> None:
         """Train up to the last step; write a checkpoint to `file` every so many seconds."""
         self._saved = time.monotonic()
-        bar = tqdm(
-            total=self.steps,
-            initial=self.step,
-            desc=f"pretraining {metadata['architecture']}",
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if progress else True,
-        )
-        with bar, StopRequest() as stop, torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        what = f"pretraining {metadata['architecture']}"
+        progress_of = Progress(what, self.steps, done=self.step, unit="steps", show=progress)
+        with progress_of as bar, StopRequest() as stop, torch.backends.cudnn.flags(deterministic=True, benchmark=False):
             while self.step < self.steps:
                 epoch, first = divmod(self.step, self.source.steps_per_epoch)
                 last = min((epoch + 1) * self.source.steps_per_epoch, self.steps)
                 for images, shown in self.source.epoch(epoch, first):
                     self._take_step(images, shown)
-                    bar.update()
+                    bar.advance()
                     if self.step == last:
                         break
                     if self.step % _LOG_EVERY == 0:
-                        bar.set_postfix(loss=f"{self._mean_loss():.4f}", refresh=False)
+                        bar.tell(f"loss {self._mean_loss():.4f}")
                     self._pause(stop, file, metadata, every)
                 self.step = last  # a batch of unreadable files alone never arrives
                 self._end_epoch(epoch, bar)
@@ -198,7 +199,13 @@ class Pretraining:
         if self.step == self.steps:
             return
         if file is not None and (stop.requested or time.monotonic() - self._saved >= every):
-            self.save(file, metadata)
+            self._mean_loss()
+            try:
+                self.save(file, metadata)
+            except InputError as error:
+                if stop.requested:
+                    raise
+                log.warning("warning: %s; if pretraining is interrupted now, steps are lost", error)
             self._saved = time.monotonic()
         if stop.requested:
             where = "nothing was written" if file is None else f"the checkpoint is {file}"
@@ -232,11 +239,11 @@ class Pretraining:
             raise InputError("lr", f"the loss became {mean} by step {self.step}; lower the learning rate")
         return mean
 
-    def _end_epoch(self, epoch: int, bar: tqdm) -> None:
+    def _end_epoch(self, epoch: int, bar: Progress) -> None:
         loss, validation = self._mean_loss(), self.validate()
         self.losses.zero_()
         self.history.append({"epoch": epoch + 1, "step": self.step, "loss": loss, "validation": validation})
-        bar.set_postfix({"loss": f"{loss:.4f}", self.task.metric: f"{validation:.4f}"}, refresh=False)
+        bar.tell(f"loss {loss:.4f}, {self.task.metric.replace('_', ' ')} {validation:.4f}")
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -259,20 +266,30 @@ class Pretraining:
         save_safetensors(file, tensors, {**place, "settings": json.dumps(metadata)})
 
     def load(self, file: Path, metadata: dict[str, str]) -> None:
-        """Continue from a checkpoint; raise InputError if it is damaged or of a run with other settings."""
-        tensors, found = read_safetensors(file, _CHECKPOINT, "a checkpoint of engine.pretrain")
-        settings = json.loads(found["settings"])
-        for name, value in metadata.items():
-            if settings.get(name) != value:
-                raise InputError(
+        """Continue from a checkpoint; UnfitCheckpoint if it is damaged or of a run with other settings."""
+        advice = "delete it to start again"
+        try:
+            tensors, found = read_safetensors(file, _CHECKPOINT, "a checkpoint of engine.pretrain", advice)
+        except InputError as error:
+            raise UnfitCheckpoint(error.argument, error.message) from None
+        try:
+            settings = json.loads(found["settings"])
+            was = {name: str(settings.get(name)) for name in metadata}
+            if different := differences(was, metadata):
+                name = next(name for name, value in metadata.items() if was[name] != value)
+                raise UnfitCheckpoint(
                     "dataset" if name.endswith("_sha256") else name,
-                    f"{file} was written with {settings.get(name)}, not {value}; resume with the same settings, or "
-                    "delete the file to start again",
+                    f"{file} was written with other settings: {different}; resume with the same, or delete the file "
+                    "to start again",
                 )
-        self.task.module.load_state_dict(dict(_under("module/", tensors)))
-        restore_optimizer(self.optimizer, dict(_under("optimizer/", tensors)))
-        self.losses.copy_(tensors["losses"])
-        self.step, self.history = int(found["step"]), json.loads(found["history"])
+            self.task.module.load_state_dict(dict(_under("module/", tensors)))
+            restore_optimizer(self.optimizer, dict(_under("optimizer/", tensors)))
+            self.losses.copy_(tensors["losses"])
+            self.step, self.history = int(found["step"]), json.loads(found["history"])
+        except InputError:
+            raise
+        except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UnfitCheckpoint(file, f"is damaged ({one_line(error)}); {advice}") from None
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

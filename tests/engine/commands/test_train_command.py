@@ -23,7 +23,7 @@ from engine.configuration.train_command import train_command
 )
 def test_the_command_trains_the_same_again(flags: str) -> None:
     def parsed(words: list[str]) -> Config:
-        return train.configure(train.parser().parse_args(words))[0]
+        return train.configure(train.parser().parse_args(words))
 
     config = parsed(flags.split())
     words = shlex.split(train_command(config))

@@ -234,9 +234,9 @@ def test_target_of_something_else_is_refused(flags, finished: Path, tmp_path: Pa
     train.main([*flags, "--target", str(target), "--out", str(tmp_path / "same")])
     assert same_run(finished, tmp_path / "same")
     for change, mention in (
-        (["--seed", "5"], "extractor_weights"),
+        (["--seed", "5"], "weights"),
         (["--amp"], "precision"),
-        (["--layers", "1"], "taps"),
+        (["--layers", "1"], "layers"),
     ):
         argv = [*flags, *change, "--target", str(target), "--out", str(tmp_path / "other")]
         code, errors = command(train.main, argv, capsys)
