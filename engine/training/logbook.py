@@ -81,7 +81,8 @@ class Events:
     def close(self) -> None:
         """Nothing more will come."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # after a failure it tries to write what is left
+                self._file.close()
 
     def _write(self, **fields: Any) -> None:
         if self._file is None:
@@ -93,8 +94,7 @@ class Events:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        with contextlib.suppress(OSError):  # it tries to write what is left
-            self.close()
+        self.close()
         self._file = None
         log.warning("%s: could not be written, %s; training goes on without TensorBoard", self.folder, reason(error))
 

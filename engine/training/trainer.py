@@ -149,7 +149,9 @@ class Trainer:
                     self._sample(logbook)
                 # After all else that this step writes: a resumed run goes on with the next step.
                 if evaluation is not None and evaluation.best:
-                    self._save_best()
+                    assert self.validation is not None
+                    with self.validation.keep(evaluation):
+                        self._save_best()
                 if self.step % schedule.checkpoint_every == 0 or last:
                     self.save()
             if self.step < total:
