@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from engine.support.errors import InputError, Interrupted, reason
 from engine.training.stopping import Interrupts
@@ -88,6 +88,8 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
         try:
             try:
                 main(argv)
+                if interrupts.waiting:
+                    raise KeyboardInterrupt
             finally:
                 sys.stdout.flush()
         except BaseException as error:
@@ -108,8 +110,8 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone (`| head`)
         return 128 + signal.SIGPIPE, ""
     if isinstance(error, OSError):
-        what = "standard output" if error.filename is None and _is_stuck(sys.stdout) else error.filename
-        return 2, "error: " + ("" if what is None else f"{os.fsdecode(what)}: ") + reason(error)
+        file = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return 2, f"error: {file}{reason(error)}"
     if isinstance(error, InputError):
         return 2, f"error: {shown(error)}"
     if isinstance(error, ValueError):
@@ -126,16 +128,10 @@ def _fail(status: int, line: str) -> int:
     return status
 
 
-def _is_stuck(stream: TextIO) -> bool:
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    return False
-
-
 def _give_up_closed_streams() -> None:
     """What is left to print to a pipe, disk or terminal that takes no more has nowhere to go, and is no other error."""
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
-        if _is_stuck(stream):
+        try:
+            stream.flush()
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -87,14 +87,15 @@ class Interrupts(contextlib.AbstractContextManager["Interrupts"]):
     """While entered, Ctrl-C raises KeyboardInterrupt, but in the middle of an import only when that is done.
 
     Libraries turn an interrupted import into all sorts of errors, ImportError among them: the library would look as if
-    it was not installed.
+    it was not installed. A second Ctrl-C, while the first one waits, ends the process.
 
     Attributes:
         raised: whether KeyboardInterrupt was raised; what any other error says after it is of no interest.
+        waiting: whether a Ctrl-C waits for the end of an import.
     """
 
     def __init__(self) -> None:
-        self.raised = False
+        self.raised = self.waiting = self._again = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Interrupts:
@@ -106,12 +107,21 @@ class Interrupts(contextlib.AbstractContextManager["Interrupts"]):
         self._stack.close()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if _importing(frame) and not self._inside_import:
+        pressed, self._again = not self._again, False
+        if pressed and self.waiting:
+            _exit(number, frame)
+        self.waiting = _importing(frame) and not self._inside_import
+        if self.waiting:
             # Not a Timer: threading's locks may be what this signal interrupted.
-            _thread.start_new_thread(_interrupt_later, ())
+            _thread.start_new_thread(self._try_again, ())
             return
         self.raised = True
         raise KeyboardInterrupt
+
+    def _try_again(self) -> None:
+        time.sleep(_AGAIN)
+        self._again = True
+        _thread.interrupt_main()
 
 
 def _importing(frame: FrameType | None) -> bool:
@@ -120,11 +130,6 @@ def _importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _interrupt_later() -> None:
-    time.sleep(_AGAIN)
-    _thread.interrupt_main()
 
 
 def _say(line: str) -> None:
