@@ -120,13 +120,13 @@ class Trainer:
         Raises Interrupted after Ctrl-C and signals alike (a checkpoint has been written), InputError if the loss is not
         finite, WriteError if something cannot be written (a checkpoint has been tried).
         """
-        schedule, total = self.schedule, self.schedule.steps
-        if schedule.profile is not None and total - self.step < schedule.profile + WARMUP:
-            raise InputError(
-                "profile", f"{schedule.profile} steps after {WARMUP} of warm-up are more than {total - self.step}"
-            )
+        schedule, total, profiled = self.schedule, self.schedule.steps, self.schedule.profile
+        if profiled is not None and total - self.step < profiled + WARMUP:
+            if self.step == 0:
+                raise InputError("profile", f"{profiled} steps after {WARMUP} of warm-up are more than {total}")
+            profiled = None  # a resumed run has no room for it any more
         clock, clock_step = time.perf_counter(), self.step
-        profiler = StepProfiler(schedule.profile, self.run.profile)
+        profiler = StepProfiler(profiled, self.run.profile)
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total)
         with StopRequest() as stop, self._saved_before_failing(), logbook, profiler:
             while self.step < total and not stop.requested:
@@ -163,10 +163,12 @@ class Trainer:
         """What cannot be written ends training, but a checkpoint may still find room; the error says which is there."""
         try:
             yield
-        except WriteError as error:
+        except (WriteError, OSError) as error:
             with contextlib.suppress(InputError):
                 self.run.restore_config()
                 self.save()
+            if isinstance(error, OSError):
+                raise
             paths = self.run.checkpoint_paths()
             kept = f"the last checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
             raise WriteError(error.argument, f"{error.message}; stopped after step {self.step}, and {kept}") from error

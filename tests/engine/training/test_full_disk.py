@@ -45,6 +45,7 @@ OUTPUTS = {
     "samples/step_00000003.png": 3,
     "checkpoints/step_00000004.safetensors": 2,
     "generator.safetensors": 4,
+    "profile.json": 4,
     "loss.png": 6,
     "samples.png": 6,
 }
@@ -57,7 +58,8 @@ def test_what_cannot_be_written_ends_the_run_resumably(
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(3, lambda: fill(out / name), patch)
-        status, errors = command(train.main, [*flags, "--out", str(out)], capsys)
+        more = ["--profile", "2"] if name == "profile.json" else []
+        status, errors = command(train.main, [*flags, *more, "--out", str(out)], capsys)
     assert status == 2
     assert [line for line in errors.splitlines() if name in line] == errors.splitlines()[-1:]
     assert "Traceback" not in errors
