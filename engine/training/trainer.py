@@ -131,7 +131,6 @@ class Trainer:
         with StopRequest() as stop, self._saved_before_failing(), logbook, profiler:
             while self.step < total and not stop.requested:
                 scalars = self.train_step()
-                profiler.step()
                 logbook.advance()
                 last = self.step == total
                 evaluate = self.validation is not None and self.validation.due(self.step, last)
@@ -154,6 +153,7 @@ class Trainer:
                         self._save_best()
                 if self.step % schedule.checkpoint_every == 0 or last:
                     self.save()
+                profiler.step()
             if self.step < total:
                 self.save()
                 raise Interrupted(f"stopped at step {self.step} of {total}", stop.status)
