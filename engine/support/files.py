@@ -89,6 +89,8 @@ def check_output(path: str | Path, argument: str, *, example: str = "", plain: b
         plain: refuse also what is no plain file, because more files will stand beside it.
     """
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)
         target = Path(os.path.realpath(path))
         if target.is_dir():
             raise InputError(argument, f"{path} is a folder; name a file" + (example and f", such as {path}/{example}"))
