@@ -12,6 +12,11 @@ Repetitions are interleaved, so that what else the machine does hits all alike; 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import resource
 import statistics
@@ -28,11 +33,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.rows import Row, interleaved, percentiles, print_rows, seconds, write_json
+from bench.rows import Row, interleaved, percentiles, print_rows, save_figure, seconds, write_json
 from bench.scenario import activations_pass
 from engine.comparison.reference.statistics_pass import compute_reference
 from engine.comparison.reference.target import MomentsKind
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, output_file, run_command
 from engine.representation.build import build_extractor
 from pipelines import ImageDataset, ImageLoader, open_dataset
 from pipelines.loading.loader import dali_is_importable
@@ -267,7 +272,7 @@ def plot(path: Path, rows: Sequence[LoadingRow]) -> None:
         axes.invert_yaxis()
         axes.set_title(f"{op}, {chosen[0].shape}", fontsize=10)
         axes.set_xlabel("images/s")
-    figure.savefig(path, dpi=120)
+    save_figure(path, figure, dpi=120)
 
 
 def parser() -> Parser:
@@ -276,8 +281,8 @@ def parser() -> Parser:
         prog="python -m bench.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = arguments.add_argument
-    add("--json", type=Path, metavar="FILE", help="write the rows there")
-    add("--plot", type=Path, metavar="FILE", help="draw them there (PNG)")
+    add("--json", type=output_file, metavar="FILE", help="write the rows there")
+    add("--plot", type=output_file, metavar="FILE", help="draw them there (PNG)")
     add("--pass-images", type=int, default=12_800, metavar="N", help="for the statistics pass (default: %(default)s)")
     add(
         "--only", nargs="+", choices=("jpeg", "arrays", "pass"), default=("jpeg", "arrays", "pass"),
@@ -289,7 +294,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the tables, write what --json and --plot ask for."""
+    """Measure, write what --json and --plot ask for, print the tables."""
     args = parser().parse_args(argv)
     quick = args.quick
     with tempfile.TemporaryDirectory() as folder:
@@ -303,11 +308,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = "vgg-small" if quick else "vgg19+resnet18"
             count, repetitions = args.pass_images, args.pass_repetitions
             rows += bench_pass(work, 64 if quick else count, 2 if quick else repetitions, name)
-    print_rows(rows)
     if args.json is not None:
         write_json(args.json, rows)
     if args.plot is not None:
         plot(args.plot, rows)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ compare what the two print. The bits depend on the machine and on the number of 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from engine.configuration.command import Parser, run_command
 
 _STEPS = 40
 _TIMES = ("images_per_second", "peak_memory_bytes")
@@ -69,11 +71,11 @@ def run(flags: list[str], folder: Path) -> dict[str, str]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run and print the digests, one run after the other."""
-    parser = argparse.ArgumentParser(prog="python -m bench.digests", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.digests", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(RUNS), help="this run alone")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for name, flags in RUNS.items():
         if arguments.only in (None, name):
             with tempfile.TemporaryDirectory() as folder:
@@ -82,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,6 +6,11 @@ own with a limit of its own; one that fails or takes too long is reported as suc
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import json
 import subprocess
@@ -20,7 +25,8 @@ from typing import Any
 import torch
 
 from bench.rows import environment, table
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, output_file, run_command
+from engine.support.files import write_atomically
 
 _OUTPUT_LINES = 40
 
@@ -72,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Path("bench/results") / f"gpu_{time.strftime('%Y-%m-%d')}.json"
-    parser.add_argument("--json", type=Path, metavar="FILE", default=default, help="default: %(default)s")
+    parser.add_argument("--json", type=output_file, metavar="FILE", default=default, help="default: %(default)s")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing was run")
@@ -82,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for job in JOBS:
             print(f"{job.name} …", file=sys.stderr, flush=True)
             results[job.name] = run_job(job, Path(folder))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1) + "\n")
+    measured = {"environment": environment(), "results": results}
+    write_atomically(args.json, (json.dumps(measured, indent=1) + "\n").encode())
     lines = [[name, result["status"], f"{result['seconds']:.0f}"] for name, result in results.items()]
     print(table(("what", "status", "seconds"), lines))
     print(f"written: {args.json}")

@@ -16,15 +16,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from engine.support.files import write_atomically
+from engine.support.files import atomic_file, write_atomically
 from engine.training.profiling import quiet_profiler
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # More than what the caches hold of a GPU, or of the part of a CPU that a few threads reach.
 FLUSHED_BYTES = 2**27
@@ -181,6 +184,12 @@ def print_rows(rows: Sequence[Row]) -> None:
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as a list of objects, the whole file or nothing. InputError if the file cannot be written."""
     write_atomically(path, (json.dumps([row.as_json() for row in rows], indent=1) + "\n").encode())
+
+
+def save_figure(path: Path, figure: Figure, dpi: float | str = "figure") -> None:
+    """Draw a figure as PNG, the whole file or nothing. InputError if the file cannot be written."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def read_json(path: Path, kind: type[RowKind]) -> list[RowKind]:

@@ -8,13 +8,17 @@ the engine; to it and to the generator's own step everything else is overhead.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import copy
 import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +29,7 @@ from bench.naive import NaiveMatching
 from bench.rows import Row, interleaved, percentiles, print_rows, seconds, table, write_json
 from bench.scenario import DTYPE_NAMES, RECOMPUTE_GENERATOR, Problem, Scenario, Step, engine_step, plain_step
 from engine.comparison.moment_matching import MomentMatching
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, output_file, run_command
 from engine.representation.extractor import Extractor
 
 # Relative error of ∂L/∂images against float64: masks and pooling ties flip in float32; bfloat16 has 8 bits.
@@ -280,12 +284,12 @@ def parser() -> Parser:
     add("--repetitions", type=int, default=10, metavar="N", help="timed steps (default: %(default)s)")
     add("--amp-dtype", choices=("bf16", "fp16"), default="bf16")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add("--json", type=output_file, metavar="FILE", help="write the rows there too")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the tables, write what --json asks for."""
+    """Measure, write what --json asks for, print the tables."""
     arguments = parser()
     args = arguments.parse_args(argv)
     if args.repetitions < 1:
@@ -297,13 +301,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.scale:
         minibatches = [factor * chunk for factor in SCALE]
         rows = measure_scale(problem, minibatches, chunk, args.device, args.repetitions, low)
-        print(scale_table(rows))
     else:
         rows = measure_variants(problem, args.batch_size, args.device, args.repetitions, low)
-        print_rows(rows)
-        print(f"\n{ratios_table(rows)}")
     if args.json is not None:
         write_json(args.json, rows)
+    if args.scale:
+        print(scale_table(rows))
+    else:
+        print_rows(rows)
+        print(f"\n{ratios_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ written.
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import contextlib
 import functools
 import importlib
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import __version__
+from engine.configuration.command import Parser, run_command
 from engine.support.errors import EXTRAS, pip_line
 
 CORE = ("torch", "torchvision", "triton", "numpy", "pillow", "scikit-learn", "safetensors", "tqdm")
@@ -57,7 +62,7 @@ def text(facts: Facts) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m engine.env",
         description="Print versions, machine, optional parts and kernel backends: what a bug report needs.",
     )
@@ -84,7 +89,7 @@ def _attempt(probe: Callable[[], str]) -> str:
 
 def _without_home(line: str) -> str:
     """`line` without the name of the user, who will post it."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")
     return line.replace(home, "~") if len(home) > 1 else line
 
 
@@ -147,7 +152,9 @@ def _compiler_path() -> str | None:
 
 
 def _cache() -> str:
-    folder = importlib.import_module("pipelines").cache_folder()
+    folder = importlib.import_module("pipelines").named_cache_folder()
+    if folder is None:
+        return "none: this user has no home folder; set GFMN_CACHE"
     existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     usable = existing.is_dir() and os.access(existing, os.W_OK)
     return f"{folder}" + ("" if usable else ", which cannot be written to")
@@ -185,4 +192,4 @@ def _backend(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,6 +5,11 @@ The numbers are torch-fidelity's. Evaluation knows the generator and its images,
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import dataclasses
 import json
 import logging
@@ -18,7 +23,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from engine.configuration.command import Parser, arguments_as, run_command
+from engine.configuration.command import Parser, arguments_as, output_file, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
@@ -88,7 +93,7 @@ def parser() -> Parser:
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64, torch-fidelity's)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    add("--json", type=Path, metavar="FILE", help="write the numbers, and all that they depend on")
+    add("--json", type=output_file, metavar="FILE", help="write the numbers, and all that they depend on")
     add_flags(parser, "data")
     return parser
 
@@ -124,10 +129,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         kid_subset_size=arguments.kid_subset_size,
         progress=sys.stderr.isatty(),
     )
-    print(table(values, network, judged.images, real, judged.step))
     if arguments.json is not None:
         report = _report(arguments, values, network, judged, real, device)
         write_atomically(arguments.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    print(table(values, network, judged.images, real, judged.step))
 
 
 @dataclass
@@ -253,8 +258,6 @@ def _check(arguments: Any) -> None:
             raise InputError(name, f"must be at least 1, got {value}")
     if not 0 <= arguments.seed < 2**32:
         raise InputError("seed", f"must be from 0 to {2**32 - 1}, got {arguments.seed}")
-    if arguments.json is not None and arguments.json.is_dir():
-        raise InputError("json", f"{arguments.json} is a folder; name a file")
 
 
 def _open(path: str, argument: str) -> ImageSet:

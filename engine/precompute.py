@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,6 +24,7 @@ from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError, Interrupted
+from engine.support.files import check_output
 from engine.training.ranks import EndedElsewhere, Ranks
 
 log = logging.getLogger("gfmn")
@@ -41,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(arguments.out)
     ranks = Ranks.join()
     try:
-        if out.is_dir():
-            raise InputError("out", f"{out} is a folder; name a file, such as {out}/target.safetensors")
+        check_output(out, "out", example="target.safetensors", plain=True)
         config = Config.build(arguments.preset, given_flags(arguments))
         if config.matching.target is not None:
             raise InputError("target", "is what this command writes; name the file with --out")
@@ -53,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BaseException as error:
         if ranks.fail():
             raise
-        sys.exit(130 if isinstance(error, Interrupted | KeyboardInterrupt) else 2)
+        if isinstance(error, Interrupted):
+            sys.exit(error.status)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:

@@ -5,6 +5,11 @@ The file that it writes is what `--weights` of engine.train takes.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +24,7 @@ from engine.configuration.presets import PRESETS
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
-from engine.support.files import locked
+from engine.support.files import check_output, locked
 from pipelines import open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]
@@ -104,7 +109,7 @@ def _pretrain(arguments: argparse.Namespace, data: DataConfig, values: dict[str,
                 resume=arguments.resume,
             )
     except Interrupted as interruption:
-        raise Interrupted(f"{interruption}; --resume continues from there") from None
+        raise Interrupted(f"{interruption}; --resume continues from there", interruption.status) from None
     result.save(arguments.out)
     checkpoint.unlink(missing_ok=True)
     print(f"{result.metric.replace('_', ' ')} on held-out images: {result.validation:.4f}")
@@ -119,8 +124,7 @@ _PRETRAIN_FLAGS = (
 def _check_out(out: Path, resume: bool) -> Path | None:
     """The checkpoint's file, or None if the run is complete; raise InputError if something would be overwritten."""
     checkpoint = out.with_name(out.name + ".checkpoint")
-    if out.is_dir():
-        raise InputError("out", f"{out} is a folder; name a file, such as {out / 'extractor.safetensors'}")
+    check_output(out, "out", example="extractor.safetensors", plain=True)
     if resume and out.exists() and not checkpoint.exists():
         return None
     if not resume:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +14,13 @@ from typing import Any
 
 import torch
 
-from engine.configuration.command import Parser, arguments_as, run_command
+from engine.configuration.command import Parser, arguments_as, output_file, run_command
 from engine.configuration.config import Config
 from engine.configuration.inputs import choose_device, load_run_sampler
 from engine.configuration.train_command import train_command
 from engine.reporting.real import FeatureSpace, feature_space, open_real
 from engine.support.errors import InputError, require
-from engine.support.files import write_atomically
+from engine.support.files import check_output, write_atomically
 from engine.training.run_folder import RunFolder
 
 log = logging.getLogger("gfmn")
@@ -30,7 +35,7 @@ def parser() -> Parser:
     )
     add = parser.add_argument
     add("--run", required=True, metavar="DIR", help="folder of a training run")
-    add("--out", metavar="FILE", help="the page (default: report.html in the run's folder)")
+    add("--out", type=output_file, metavar="FILE", help="the page (default: report.html in the run's folder)")
     add("--title", metavar="TEXT", help="of the page (default: the folder's name)")
     add("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the extractor")
@@ -59,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from engine.reporting.page import render
 
     run, sampler = RunFolder(arguments.run), load_run_sampler(arguments.run)
-    out = Path(arguments.out) if arguments.out is not None else run.path / "report.html"
-    if out.is_dir():
-        raise InputError("out", f"{out} is a folder; name a file, such as {out}/report.html")
+    out: Path = arguments.out or run.path / "report.html"
+    check_output(out, "out")
     config = Config.load(run.config)
     title = arguments.title or run.path.resolve().name
     device = choose_device(arguments.device, config.training.threads)

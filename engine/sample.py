@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import io
 import logging
 import math
@@ -11,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.inputs import load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
@@ -32,7 +37,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--run", required=True, metavar="DIR", help="folder of a training run")
     add("--count", type=int, default=64, metavar="N", help="images (default: 64)")
-    add("--out", required=True, metavar="FILE", help="grid.png or samples.npy")
+    add("--out", type=output_file, required=True, metavar="FILE", help="grid.png or samples.npy")
     add("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
     add("--best", action="store_true", help="the generator that --evaluate-every found best")
     add("--interpolate", action="store_true", help=f"rows of {_STEPS} images, each from one random z to another")
@@ -42,7 +47,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, draw, write a grid or an array."""
     arguments = parser().parse_args(argv)
-    out = Path(arguments.out)
+    out: Path = arguments.out
     _check(arguments, out)
     sampler = load_run_sampler(arguments.run, best=arguments.best)
     if arguments.interpolate:

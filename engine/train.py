@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import contextlib
 import logging
@@ -29,7 +34,7 @@ from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS
-from engine.support.errors import InputError, Interrupted, require
+from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.pixels import save_png
 from engine.training.checkpoint import Checkpoint
 from engine.training.logbook import plot_metrics
@@ -187,7 +192,10 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
         else:
             trainer.save_generator()
     except Interrupted as interruption:
-        raise Interrupted(f"{interruption}; resume with: {_resume_command(run)}") from None
+        raise Interrupted(f"{interruption}; resume with: {_resume_command(run)}", interruption.status) from None
+    except WriteError as error:
+        again = f"once it can be written, resume with: {_resume_command(run)}"
+        raise WriteError(error.argument, f"{error.message}; {again}") from None
     plotted = _plot(run)
     save_png(run.final_samples, trainer.picture())
     log.info(

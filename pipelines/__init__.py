@@ -6,7 +6,7 @@ for images, indices in ImageLoader(dataset, 64, device="cuda", shuffle=True, see
 """
 
 from pipelines.dataset import ImageDataset
-from pipelines.digests import cache_folder
+from pipelines.digests import cache_folder, cache_is_kept, cached, named_cache_folder, temporary_folder
 from pipelines.errors import BadImage, DataError
 from pipelines.in_memory import read_pixels
 from pipelines.loading.loader import Batch, ImageLoader
@@ -20,6 +20,10 @@ __all__ = [
     "ImageDataset",
     "ImageLoader",
     "cache_folder",
+    "cache_is_kept",
+    "cached",
+    "named_cache_folder",
     "open_dataset",
     "read_pixels",
+    "temporary_folder",
 ]

@@ -7,15 +7,22 @@ program can set back. Files that changed in the last two seconds (`FRESH_SECONDS
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
+import logging
 import os
+import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipelines.errors import BadImage, one_line
+from pipelines.errors import BadImage, DataError, one_line
+
+log = logging.getLogger("gfmn")
 
 FRESH_SECONDS = 2.0
 """A file that changed this recently is not trusted: a clock tick may hide a second change."""
@@ -23,14 +30,72 @@ _MAX_FILE = 2**30
 _BLOCK = 2**20
 
 
+def named_cache_folder() -> Path | None:
+    """`GFMN_CACHE`, or `gfmn` in the user's cache folder; None if neither is known (a container without a home)."""
+    try:
+        if folder := os.environ.get("GFMN_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gfmn"
+    except RuntimeError:  # no home
+        return None
+
+
 def cache_folder() -> Path:
     """The folder for everything that is made once: digests, downloads, pretrained extractors, targets.
 
-    `GFMN_CACHE`, or `gfmn` in the user's cache folder.
+    `named_cache_folder()`; where that cannot be written to, a temporary folder that ends with this process, after one
+    warning. Raises DataError if that cannot be made either.
     """
-    if folder := os.environ.get("GFMN_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "gfmn"
+    return _writable(named_cache_folder())
+
+
+def cached(*parts: str) -> Path:
+    """Where something is kept under this name: in the named folder if it is there, which may be read-only, else in
+    `cache_folder()`."""
+    folder = named_cache_folder()
+    if folder is not None and os.path.exists(folder.joinpath(*parts)):
+        return folder.joinpath(*parts)
+    return cache_folder().joinpath(*parts)
+
+
+def cache_is_kept() -> bool:
+    """Whether what is put into `cache_folder()` is still there when this process has ended."""
+    return cache_folder() == named_cache_folder()
+
+
+@functools.cache
+def _writable(folder: Path | None) -> Path:
+    try:
+        if folder is None:
+            raise OSError("this user has no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        for own in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            tempfile.TemporaryFile(dir=own).close()
+    except OSError as error:
+        log.warning(
+            "warning: %s cannot be used (%s): what is computed is not kept for other runs; set GFMN_CACHE to a folder "
+            "that can be written to",
+            "the cache" if folder is None else f"the cache {printable(folder)}",
+            one_line(error),
+        )
+        return temporary_folder()
+    return folder
+
+
+@functools.cache
+def temporary_folder() -> Path:
+    """A folder that is removed when this process ends. Raises DataError if none can be made."""
+    try:
+        folder = tempfile.mkdtemp(prefix="gfmn-")
+    except OSError as error:
+        raise DataError(f"no temporary folder can be made ({one_line(error)}); set TMPDIR, or GFMN_CACHE") from None
+    atexit.register(_remove, folder, os.getpid())
+    return Path(folder)
+
+
+def _remove(folder: str, process: int) -> None:
+    if os.getpid() == process:  # not a forked worker's business
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def printable(path: str | os.PathLike[str]) -> str:
@@ -63,7 +128,7 @@ def digest_files(root: Path, names: Sequence[str], *, skip_unreadable: bool) -> 
     """
     paths = [os.path.join(root, name) for name in names]
     key, newest = _key(root, names, paths)
-    remembered = cache_folder() / "digests" / key
+    remembered = cached("digests", key)
     if (digest := _recall(remembered)) is not None:
         return digest
     start = time.time()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import os
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -16,7 +21,7 @@ from bench.kernels.times import measure_operations, measure_steps
 from bench.kernels.traffic import count_bytes, print_bytes
 from bench.kernels.workloads import EXTRACTOR, IMAGE_SIZE, taps_of
 from bench.rows import Row, print_rows, write_json
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, output_file, run_command
 
 
 def parser() -> Parser:
@@ -30,36 +35,38 @@ def parser() -> Parser:
     what.add_argument("--step", action="store_true", help="time whole training steps")
     arguments.add_argument("--repetitions", type=int, default=30, help="of every timed call (default: %(default)s)")
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    arguments.add_argument("--json", type=output_file, metavar="FILE", help="write the rows there too")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, count or audit; print, write. Exits with 1 after an audit that found a violation."""
+    """Measure, count or audit; write, print. Exits with 1 after an audit that found a violation."""
     arguments = parser()
     args = arguments.parse_args(argv)
     if args.repetitions < 1:
         arguments.error(f"--repetitions: must be at least 1, got {args.repetitions}")
     rows: Sequence[Row]
+    show: Callable[[], None]
     failed = False
     if args.audit:
         audited = rows = audit()
-        print_audit(audited)
+        show = partial(print_audit, audited)
         failed = any(row.violations for row in audited)
     elif args.bytes:
         if os.environ.get("TRITON_INTERPRET") != "1":  # Triton has already been imported, without it
             command = [sys.executable, "-m", "bench.kernels", *(sys.argv[1:] if argv is None else argv)]
             os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
         counted = rows = count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)
-        print_bytes(counted)
+        show = partial(print_bytes, counted)
     elif args.step:
-        rows = measure_steps(args.device, args.repetitions)
-        print_rows(rows)
+        measured = rows = measure_steps(args.device, args.repetitions)
+        show = partial(print_rows, measured)
     else:
-        rows = measure_operations(args.device, args.repetitions)
-        print_rows(rows)
+        timed = rows = measure_operations(args.device, args.repetitions)
+        show = partial(print_rows, timed)
     if args.json is not None:
         write_json(args.json, rows)
+    show()
     if failed:
         sys.exit(1)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,7 +19,7 @@ from bench.memory.printing import capacity_table, plot
 from bench.memory.rows import BUDGETS, CAPACITY_PROBLEMS, GIB
 from bench.rows import print_rows, write_json
 from bench.scenario import Problem
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.groups import memory_bytes
 
 
@@ -36,14 +40,14 @@ def parser() -> Parser:
         help="measure where the model says at most this, weights included (default: %(default)s)")  # fmt: skip
     add("--no-capacity", action="store_true", help="leave out the largest minibatches that fit 12, 16, 24 and 80 GiB")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", type=Path, metavar="FILE", help="write the rows there too")
-    add("--plot", type=Path, metavar="FILE", help="draw peak against minibatch")
+    add("--json", type=output_file, metavar="FILE", help="write the rows there too")
+    add("--plot", type=output_file, metavar="FILE", help="draw peak against minibatch")
     add("--one", help=argparse.SUPPRESS)
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print the tables, write what --json and --plot ask for."""
+    """Measure, write what --json and --plot ask for, print the tables."""
     arguments = parser()
     args = arguments.parse_args(argv)
     if args.one is not None:
@@ -58,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     scales = scale_rows(rows)
     capacities = [] if args.no_capacity else capacity_rows(CAPACITY_PROBLEMS, [n * GIB for n in BUDGETS])
     saved = [saved_row(problem, dtype, device) for dtype in (None, torch.bfloat16)]
+    if args.json is not None:
+        write_json(args.json, [*rows, *scales, *saved, *capacities])
+    if args.plot is not None:
+        plot(args.plot, rows)
     print_rows(rows)
     for others in (scales, saved):
         if others:
@@ -66,10 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if capacities:
         print()
         print(capacity_table(capacities))
-    if args.json is not None:
-        write_json(args.json, [*rows, *scales, *saved, *capacities])
-    if args.plot is not None:
-        plot(args.plot, rows)
 
 
 if __name__ == "__main__":

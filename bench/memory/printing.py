@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.memory.rows import GIB, CapacityRow, MemoryRow
-from bench.rows import table
+from bench.rows import save_figure, table
 
 
 def capacity_table(rows: Sequence[CapacityRow]) -> str:
@@ -41,5 +41,4 @@ def plot(path: Path, rows: Sequence[MemoryRow]) -> None:
     axes.set_title(f"{rows[0].extractor} at {rows[0].image_size}×{rows[0].image_size}, {rows[0].generator} generator")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure, dpi=150)

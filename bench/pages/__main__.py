@@ -7,6 +7,11 @@ the rows say.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import sys
 from collections.abc import Sequence

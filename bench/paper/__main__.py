@@ -7,6 +7,11 @@ another preset) at the paper's scale. Finished runs in `--runs` are not run agai
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
+    from engine.training.stopping import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import os
 from collections.abc import Sequence
@@ -18,7 +23,7 @@ from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL
 from bench.paper.results import draw, findings, page, read_rows, results_table
 from bench.paper.runs import ExperimentPlan, RunRow, run_experiment, run_folder
 from bench.rows import write_json
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, output_file, run_command
 from engine.support.files import write_atomically
 
 
@@ -38,8 +43,8 @@ def parser() -> Parser:
     add("--data", metavar="PATH", help="the data set's folder, where it needs one")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--runs", type=Path, default=Path("runs/paper"), metavar="DIR", help="for the runs (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the rows there")
-    add("--figure", type=Path, metavar="FILE", help="draw them there (PNG; default: in --runs)")
+    add("--json", type=output_file, metavar="FILE", help="write the rows there")
+    add("--figure", type=output_file, metavar="FILE", help="draw them there (PNG; default: in --runs)")
     add("--smoke", action="store_true", help="three steps of everything, to see that it runs; numbers mean nothing")
     return arguments
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from scipy.stats import spearmanr
 
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
 from bench.paper.runs import RunRow
-from bench.rows import read_json, table
+from bench.rows import read_json, save_figure, table
 from engine.configuration.inputs import load_run_sampler
 from engine.support.errors import InputError
-from engine.support.files import write_atomically
 from engine.support.pixels import grid
 
 DISTANCES = ("kernel_distance", "frechet_distance")
@@ -175,9 +173,7 @@ def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    save_figure(path, figure)
 
 
 def _draw_settings(axis: Axes, rows: Sequence[RunRow], names: Sequence[str], metric: str) -> None:

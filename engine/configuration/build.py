@@ -36,9 +36,9 @@ from engine.representation.pretraining import UnfitCheckpoint, pretrain
 from engine.representation.protocols import Objective
 from engine.representation.weights import read_state_dict
 from engine.representation.zoo import brings_weights
-from engine.support.errors import InputError, Interrupted
+from engine.support.errors import InputError, Interrupted, WriteError
 from engine.training.trainer import Schedule
-from pipelines import ImageDataset, cache_folder, read_pixels
+from pipelines import ImageDataset, cache_is_kept, cached, read_pixels, temporary_folder
 
 if TYPE_CHECKING:
     from engine.training.validation import Validation
@@ -104,12 +104,11 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
     task = "classify" if dataset.num_classes >= 2 else "rotate"
     recipe = {**dataset.fingerprint(), "architecture": architecture, "task": task, "seed": seed, "recipe": 1}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    path = cache_folder() / "extractors" / f"{architecture}-{digest}.safetensors"
+    path = cached("extractors", f"{architecture}-{digest}.safetensors")
     if not _is_readable(path):
         with exclusive(path):
             if not _is_readable(path):
-                _pretrain_into(path, architecture, dataset, task, seed, device)
-                return path
+                return _pretrain_into(path, architecture, dataset, task, seed, device)
     log.info("extractor %s: pretrained before, cached in %s", architecture, path)
     return path
 
@@ -126,11 +125,13 @@ def _is_readable(path: Path) -> bool:
 
 def _pretrain_into(
     path: Path, architecture: str, dataset: ImageDataset, task: str, seed: int, device: torch.device
-) -> None:
+) -> Path:
+    """Pretrain, and return where the weights are: at `path`, unless there is no room."""
     log.info("extractor %s: pretraining on %s (%s)", architecture, dataset.name, task)
     begun, partial = time.perf_counter(), path.with_suffix(".partial")
+    checkpoint = partial if cache_is_kept() else None
     run = functools.partial(
-        pretrain, architecture, dataset, task=task, seed=seed, device=str(device), checkpoint=partial, resume=True
+        pretrain, architecture, dataset, task=task, seed=seed, device=str(device), checkpoint=checkpoint, resume=True
     )
     try:
         with arguments_as(architecture="extractor"):
@@ -141,13 +142,20 @@ def _pretrain_into(
                 partial.unlink()
                 result = run()
     except Interrupted as interruption:
-        raise Interrupted(f"pretraining was {interruption}; the same command continues from there") from None
-    result.save(path)
+        again = "" if checkpoint is None else "; the same command continues from there"
+        raise Interrupted(f"pretraining was {interruption}{again}", interruption.status) from None
+    try:
+        result.save(path)
+    except WriteError as error:
+        log.warning("warning: %s; this extractor is not kept for other runs", error)
+        path = temporary_folder() / path.name
+        result.save(path)
     partial.unlink(missing_ok=True)
     seconds = time.perf_counter() - begun
     log.info(
         "extractor %s: %s %.3f on held-out images, %.0f s", architecture, result.metric, result.validation, seconds
     )
+    return path
 
 
 def make_generator(config: Config) -> Generator:

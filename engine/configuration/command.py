@@ -9,12 +9,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.support.errors import InputError, Interrupted
-from pipelines import DataError
+from engine.support.errors import InputError, Interrupted, reason
+from engine.training.stopping import Interrupts
 
 log = logging.getLogger("gfmn")
+
+_INTERRUPTED = "interrupted; nothing was half-written"
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,36 +50,88 @@ def arguments_as(**names: str) -> Iterator[None]:
         raise
 
 
+def output_file(text: str) -> Path:
+    """For argparse: the path of a file to come; refused at once where none could be written."""
+    # Here, because it imports PyTorch, and `engine.env` works without.
+    from engine.support.files import check_output
+
+    try:
+        check_output(text, "")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+    return Path(text)
+
+
 def shown(error: Exception) -> str:
     """An error as one line; an InputError's argument as the flag that sets it."""
     text = str(error)
-    if isinstance(error, DataError) and error.option is not None:
-        text += f" (--{error.option.replace('_', '-')})"
+    option = getattr(error, "option", None)  # of a DataError
+    if option is not None:
+        text += f" (--{option.replace('_', '-')})"
     if isinstance(error, InputError) and isinstance(error.argument, str) and error.argument:
         text = f"--{error.argument.replace('_', '-')}: {error.message}"
     return " ".join(text.split())
 
 
 def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
-    """Run a command's `main` and exit: 0 on success, 2 on bad input, 130 when interrupted."""
+    """Run a command's `main` and exit: 0 on success, 2 on bad input, 128 and a signal's number when interrupted.
+
+    What the system refuses (a full disk, permissions) is bad input, too. docs/commands.md has the table of all.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
-    # Inductor says at WARNING that it found no CUDA runtime, on every machine without one.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        main(argv)
-    except (InputError, DataError) as error:
-        sys.exit(_fail(2, f"error: {shown(error)}"))
-    except Interrupted as interruption:
-        sys.exit(_fail(130, str(interruption)))
-    except KeyboardInterrupt:
-        sys.exit(_fail(130, "interrupted; nothing was half-written"))
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); what is left to print has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    # Inductor says at WARNING that it found no CUDA runtime, on every machine without one; matplotlib, where it keeps
+    # its fonts, on every machine without a home folder.
+    for library in ("torch.utils.cpp_extension", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with Interrupts() as interrupts:
+        try:
+            try:
+                main(argv)
+                if interrupts.waiting:
+                    raise KeyboardInterrupt
+            finally:
+                sys.stdout.flush()
+        except BaseException as error:
+            ending = (130, _INTERRUPTED) if interrupts.raised else _ending(error)
+            if ending is None:
+                raise
+            sys.exit(_fail(*ending))
+        finally:
+            _give_up_closed_streams()
 
 
-def _fail(code: int, line: str) -> int:
-    print(line, file=sys.stderr)
-    return code
+def _ending(error: BaseException) -> tuple[int, str] | None:
+    """The status and the line that an error of `main` ends with; None for what is no mistake of the user's."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, _INTERRUPTED
+    if isinstance(error, Interrupted):
+        return error.status, str(error)
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone (`| head`)
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, OSError):
+        file = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return 2, f"error: {file}{reason(error)}"
+    if isinstance(error, InputError):
+        return 2, f"error: {shown(error)}"
+    if isinstance(error, ValueError):
+        from pipelines import DataError  # here, because it imports PyTorch, and `engine.env` works without
+
+        return (2, f"error: {shown(error)}") if isinstance(error, DataError) else None
+    return None
+
+
+def _fail(status: int, line: str) -> int:
+    if line:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr)
+    return status
+
+
+def _give_up_closed_streams() -> None:
+    """What is left to print to a pipe, disk or terminal that takes no more has nowhere to go, and is no other error."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

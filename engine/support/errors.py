@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import re
@@ -46,8 +47,33 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
+class WriteError(InputError):
+    """A file that could not be written; what was there before is untouched."""
+
+
+_REASONS: dict[int | None, str] = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "larger than a file may be here (ulimit -f)",
+}
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, in words a user knows."""
+    return _REASONS.get(error.errno, error.strerror or one_line(error))
+
+
 class Interrupted(Exception):
-    """Ctrl-C, after what had to be saved was saved; the text says where."""
+    """Ctrl-C or another signal, after what had to be saved was saved.
+
+    Args:
+        message: where the work stopped, and how it goes on.
+        status: what the process exits with: 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, status: int = 130):
+        super().__init__(message)
+        self.status = status
 
 
 def pip_line(module: str) -> str:

@@ -9,49 +9,118 @@ import functools
 import json
 import logging
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.support.errors import InputError
+from engine.support.errors import InputError, WriteError, reason
 
 log = logging.getLogger("gfmn")
 
-_REASONS: dict[int | None, str] = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "larger than a file may be here (ulimit -f)",
-}
 
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write in pieces: at the end of the block it is at `path`, whole; after an error nothing has changed.
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a kill at any moment, sees the old file or the new one.
+    A reader, or a kill at any moment, sees the old file or the new one. A symbolic link stays, and its target is
+    replaced. What is no plain file (a device, a pipe, this process's own output) is written through.
 
-    Raises InputError with one line if the disk is full, a quota or limit is reached, or the folder cannot be written
-    to; the old file stays.
+    Raises WriteError with one line if the disk is full, a quota or limit is reached, `path` is a folder, or its folder
+    cannot be written to; the old file stays.
     """
-    path = Path(path)
-    temporary = None
+    path, temporary, old = Path(path), None, ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        stream = _stream(path)
+        if stream is not None:
+            with os.fdopen(stream, "wb") as file:
+                yield file
+            return
+        old = "; what was there before is untouched"
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         temporary = None
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise InputError(path, f"could not be written, {_reason(error)}; what was there before is untouched") from error
+        raise WriteError(path, f"could not be written, {reason(error)}{old}") from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
+
+
+def _stream(path: Path) -> int | None:
+    """A descriptor of what is at `path` if that is to be written through; None for a plain file, or none yet."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    for own, file in ((1, sys.stdout), (2, sys.stderr)):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(status, os.fstat(own)):
+                file.flush()
+                return os.dup(own)
+    return None if stat.S_ISREG(status.st_mode) else os.open(path, os.O_WRONLY)
+
+
+def check_output(path: str | Path, argument: str, *, example: str = "", plain: bool = False) -> None:
+    """InputError on `argument` if no file could be written to `path`: before the work instead of after it.
+
+    Args:
+        path: of the file to come. Nothing is written or made here.
+        argument: that it was given by.
+        example: the name of a file in a folder, for who gave the folder.
+        plain: refuse also what is no plain file, because more files will stand beside it.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise InputError(argument, f"{path} is a folder; name a file" + (example and f", such as {path}/{example}"))
+        stream = target.exists() and not target.is_file()
+        if stream and plain:
+            raise InputError(argument, f"{path} is a device or a pipe; name a file")
+        folder = target if stream else target.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not stream and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(folder, os.W_OK | (0 if stream else os.X_OK)):
+            raise InputError(argument, f"{path}: {folder} cannot be written to")
+    except OSError as error:
+        raise InputError(argument, f"{path} cannot be written, {reason(error)}") from None
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file; WriteError that names the file if that fails, when a part of it may be there."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise WriteError(path, f"could not be written, {reason(error)}") from error
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -93,10 +162,6 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 def total_memory() -> int:
     """Bytes of RAM in this machine, used and free."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _reason(error: OSError) -> str:
-    return _REASONS.get(error.errno, error.strerror or str(error))
 
 
 def _umask() -> int:
@@ -154,7 +219,7 @@ def _lock(path: Path, busy: Callable[[], None]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise InputError(path.parent, f"cannot be written to, {_reason(error)}") from None
+            raise InputError(path.parent, f"cannot be written to, {reason(error)}") from None
         try:
             if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 busy()

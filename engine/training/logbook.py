@@ -5,24 +5,24 @@ Nothing here knows a method: every scalar that a step returns is logged under it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.support.errors import pip_line
-from engine.support.files import write_atomically
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from engine.support.errors import pip_line, reason
+from engine.support.files import append_line, write_atomically
 
 log = logging.getLogger("gfmn")
 
@@ -38,30 +38,65 @@ _LOGARITHMIC = ("difference_norm",)
 _NOT_PLOTTED = ("step", "images_per_second", "peak_memory_bytes", "lr")
 
 
-class NoEvents:
-    """Takes the place of a SummaryWriter and writes nothing."""
+class Events:
+    """TensorBoard's event file of a run. Where it cannot be written there is none, and one warning says so.
 
-    def add_scalar(self, *_: Any) -> None:
-        """Nothing."""
+    Each event is in the file before training goes on; a SummaryWriter leaves that to a thread, whose errors get lost.
 
-    def add_image(self, *_: Any) -> None:
-        """Nothing."""
+    Args:
+        folder: where a new file is made.
+        step: the first; events of older files from this step on are hidden.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder = folder
+        self._file: Any = None
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from torch.utils.tensorboard import RecordWriter, summary
+        except ImportError:
+            _warn_once(f"TensorBoard is not installed: no event files ({pip_line('tensorboard')})")
+            return
+        self._event, self._summary = Event, summary
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads the files of a folder in the order of their names.
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+            self._file = RecordWriter((folder / name).open("wb"))
+        except OSError as error:
+            self._give_up(error)
+        self._write(file_version="brain.Event:2")
+        self._write(step=step, session_log=SessionLog(status=SessionLog.START))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """A number of a step."""
+        if self._file is not None:
+            self._write(step=step, summary=self._summary.scalar(name, value))
+
+    def image(self, name: str, picture: Tensor, step: int) -> None:
+        """A uint8 picture [3, H, W] of a step."""
+        if self._file is not None:
+            self._write(step=step, summary=self._summary.image(name, picture, dataformats="CHW"))
 
     def close(self) -> None:
-        """Nothing."""
+        """Nothing more will come."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # after a failure it tries to write what is left
+                self._file.close()
 
+    def _write(self, **fields: Any) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
 
-def event_writer(folder: Path, purge_step: int) -> SummaryWriter | NoEvents:
-    """A writer of event files into `folder` that hides older events from `purge_step` on.
-
-    Without TensorBoard one that writes nothing; a warning says so once.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _warn_once(f"TensorBoard is not installed: no event files ({pip_line('tensorboard')})")
-        return NoEvents()
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    def _give_up(self, error: OSError) -> None:
+        self.close()
+        self._file = None
+        log.warning("%s: could not be written, %s; training goes on without TensorBoard", self.folder, reason(error))
 
 
 @functools.cache
@@ -81,7 +116,7 @@ class Logbook:
 
     def __init__(self, metrics: Path, tensorboard: Path, step: int, total: int):
         self.metrics, self.total = metrics, total
-        self.writer = event_writer(tensorboard, purge_step=step + 1)
+        self.events = Events(tensorboard, step + 1)
         self.bar = tqdm(total=total, initial=step, desc="training", unit="step", disable=None, dynamic_ncols=True)
         self.every = max(total // _LINES, 1)
         self.next = step + 1
@@ -94,7 +129,7 @@ class Logbook:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        self.writer.close()
+        self.events.close()
 
     def advance(self) -> None:
         """One more step has been taken."""
@@ -108,17 +143,16 @@ class Logbook:
         if evaluation is not None:
             line["evaluation"] = dict(evaluation)
             scalars |= {f"evaluation/{key}": value for key, value in evaluation.items() if isinstance(value, float)}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.metrics, json.dumps(line))
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+            self.events.scalar(name, value, step)
         self.bar.set_postfix(loss=f"{entry['loss']:.4g}", images_per_second=f"{entry['images_per_second']:.0f}")
         if self.bar.disable:
             self._line(step, entry)
 
     def picture(self, name: str, picture: Tensor, step: int) -> None:
         """A uint8 picture [3, H, W] for TensorBoard."""
-        self.writer.add_image(name, picture, step)
+        self.events.image(name, picture, step)
 
     def _line(self, step: int, entry: Mapping[str, Any]) -> None:
         """About twenty lines over a run, where a bar cannot be drawn."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from engine.support.errors import WriteError, reason
+from engine.support.files import write_atomically
 
 log = logging.getLogger("gfmn")
 
@@ -49,7 +53,14 @@ class StepProfiler:
             self.profiler.step()
 
     def _write(self, done: profile) -> None:
-        done.export_chrome_trace(str(self.path))
+        # By way of a file of our own: torch says nothing of a write that fails, and replaces what is no plain file.
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                trace = Path(folder) / "trace.json"
+                done.export_chrome_trace(str(trace))
+                write_atomically(self.path, trace.read_bytes())
+        except OSError as error:
+            raise WriteError(self.path, f"could not be written, {reason(error)}") from None
         on_gpu = ProfilerActivity.CUDA in done.activities and any(
             event.self_device_time_total for event in done.key_averages()
         )

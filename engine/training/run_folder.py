@@ -48,6 +48,7 @@ class RunFolder:
         self.best_checkpoint = self.checkpoints / "best.safetensors"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile.json"
+        self._config_text: str | None = None
 
     @classmethod
     def make(cls, parent: str | Path, name: str) -> RunFolder:
@@ -115,7 +116,13 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Write `config.json`; from here on the folder holds a run."""
+        self._config_text = text
         write_atomically(self.config, text.encode())
+
+    def restore_config(self) -> None:
+        """Write `config.json` again if somebody has removed it, or the whole folder, since `write_config`."""
+        if self._config_text is not None and not self.config.exists():
+            self.write_config(self._config_text)
 
     def keep_extractors(self, files: Mapping[str, Path]) -> None:
         """Copy the weights of pretrained networks, by architecture, unless they come from here."""

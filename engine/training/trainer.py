@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
 from engine.methods.protocols import SQUARED, Method
-from engine.support.errors import InputError, Interrupted, differences, one_line
+from engine.support.errors import InputError, Interrupted, WriteError, differences, one_line
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from engine.training.logbook import Logbook
@@ -116,20 +117,20 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step, then write the generator, a checkpoint and samples.
 
-        Raises Interrupted after Ctrl-C (a checkpoint has been written), InputError if the loss is not finite.
+        Raises Interrupted after Ctrl-C and signals alike (a checkpoint has been written), InputError if the loss is not
+        finite, WriteError if something cannot be written (a checkpoint has been tried).
         """
-        schedule, total = self.schedule, self.schedule.steps
-        if schedule.profile is not None and total - self.step < schedule.profile + WARMUP:
-            raise InputError(
-                "profile", f"{schedule.profile} steps after {WARMUP} of warm-up are more than {total - self.step}"
-            )
+        schedule, total, profiled = self.schedule, self.schedule.steps, self.schedule.profile
+        if profiled is not None and total - self.step < profiled + WARMUP:
+            if self.step == 0:
+                raise InputError("profile", f"{profiled} steps after {WARMUP} of warm-up are more than {total}")
+            profiled = None  # a resumed run has no room for it any more
         clock, clock_step = time.perf_counter(), self.step
-        profiler = StepProfiler(schedule.profile, self.run.profile)
+        profiler = StepProfiler(profiled, self.run.profile)
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total)
-        with StopRequest() as stop, logbook, profiler:
+        with StopRequest() as stop, self._saved_before_failing(), logbook, profiler:
             while self.step < total and not stop.requested:
                 scalars = self.train_step()
-                profiler.step()
                 logbook.advance()
                 last = self.step == total
                 evaluate = self.validation is not None and self.validation.due(self.step, last)
@@ -147,12 +148,30 @@ class Trainer:
                     self._sample(logbook)
                 # After all else that this step writes: a resumed run goes on with the next step.
                 if evaluation is not None and evaluation.best:
-                    self._save_best()
+                    assert self.validation is not None
+                    with self.validation.keep(evaluation):
+                        self._save_best()
                 if self.step % schedule.checkpoint_every == 0 or last:
                     self.save()
+                profiler.step()
             if self.step < total:
                 self.save()
-                raise Interrupted(f"stopped at step {self.step} of {total}")
+                raise Interrupted(f"stopped at step {self.step} of {total}", stop.status)
+
+    @contextlib.contextmanager
+    def _saved_before_failing(self) -> Iterator[None]:
+        """What cannot be written ends training, but a checkpoint may still find room; the error says which is there."""
+        try:
+            yield
+        except (WriteError, OSError) as error:
+            with contextlib.suppress(InputError):
+                self.run.restore_config()
+                self.save()
+            if isinstance(error, OSError):
+                raise
+            paths = self.run.checkpoint_paths()
+            kept = f"the last checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
+            raise WriteError(error.argument, f"{error.message}; stopped after step {self.step}, and {kept}") from error
 
     def sampler(self) -> Sampler:
         """The method's sampler, with the moving average of the generator if there is one."""

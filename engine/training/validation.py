@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,7 @@ class Validation:
         """Evaluate `draw(n)`, uint8 [n, 3, H, W] of fresh random z, after `step` steps; `seed` decides KID's subsets.
 
         The last step of a run may lie between two evaluations: it changes no rate, so that a resumed run is
-        the one that never stopped.
+        the one that never stopped. What is `best` is so for later evaluations once `keep` was called.
         """
         samples = self.network.features(draw(self.samples), device=self.device)
         metrics: dict[str, Any] = {
@@ -124,8 +125,17 @@ class Validation:
             if p_value is not None:
                 metrics["three_sample_p"] = p_value
         best = metrics["kernel_distance"] < self.best
-        self.best = min(self.best, metrics["kernel_distance"])
         return Evaluation(metrics, best, FACTOR if lower else 1.0)
+
+    @contextlib.contextmanager
+    def keep(self, evaluation: Evaluation) -> Iterator[None]:
+        """Inside, the samples of a `best` evaluation are the best, and remain so unless an error ends the block."""
+        before, self.best = self.best, evaluation.metrics["kernel_distance"]
+        try:
+            yield
+        except BaseException:
+            self.best = before
+            raise
 
     def _distances(self, samples: Tensor, seed: int) -> dict[str, float]:
         """torch-fidelity's numbers. With fewer images than KID's subsets usually have, every subset is all of them."""

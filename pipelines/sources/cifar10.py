@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.dataset import ArrayDataset
 from pipelines.decoding.preprocessing import Preprocessing
-from pipelines.digests import cache_folder, printable
+from pipelines.digests import cached, printable
 from pipelines.errors import DataError, one_line
 from pipelines.sources.arrays import from_pictures
 from pipelines.sources.paths import archive_root, check_files
@@ -41,7 +41,7 @@ def open_cifar10(
     """
     from torchvision.datasets import CIFAR10
 
-    root = cache_folder() / "cifar10" if path is None else archive_root(path, CIFAR10.base_folder)
+    root = cached("cifar10") if path is None else archive_root(path, CIFAR10.base_folder)
     checksums = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
     check_files(root / CIFAR10.base_folder, checksums)
     absent = any(not (root / CIFAR10.base_folder / file).is_file() for file, _ in checksums)

@@ -19,7 +19,7 @@ from engine.comparison.reference.statistics_pass import compute_reference, finge
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
 from engine.support.files import locked, write_atomically
-from pipelines import ImageDataset, cache_folder
+from pipelines import ImageDataset, cache_is_kept, cached
 
 log = logging.getLogger("gfmn")
 
@@ -45,12 +45,12 @@ def cached_reference(
     images = reference_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
     expected = fingerprint(kind, extractor, images, amp_dtype)
     path = cache_path(expected)
-    partial = path.with_suffix(".partial")
     if (found := _from_cache(kind, path, expected)) is not None:
         return found
     with exclusive(path):
         if (found := _from_cache(kind, path, expected)) is not None:
             return found
+        partial = path.with_suffix(".partial") if cache_is_kept() else None
         made = compute_reference(kind, extractor, images, amp_dtype=amp_dtype, kernels=kernels, partial=partial)
         put_in_cache(made, fingerprint(kind, extractor, images, amp_dtype))
         forget_partial(partial)
@@ -60,7 +60,7 @@ def cached_reference(
 def cache_path(entries: dict[str, str]) -> Path:
     """Where the reference with this fingerprint is kept; another fingerprint has another path."""
     digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_folder() / "targets" / f"{digest}.safetensors"
+    return cached("targets", f"{digest}.safetensors")
 
 
 def put_in_cache(reference: Reference, now: dict[str, str]) -> None:

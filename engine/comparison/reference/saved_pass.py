@@ -77,7 +77,7 @@ class SavedPass:
             self.path.unlink(missing_ok=True)
 
 
-def forget_partial(partial: str | Path, ranks: Ranks = ALONE) -> None:
+def forget_partial(partial: str | Path | None, ranks: Ranks = ALONE) -> None:
     """Remove the state of a pass whose result is safe, on every rank once rank 0 has written it."""
     ranks.meet("written", "")
-    SavedPass(path=Path(partial)).remove()
+    SavedPass(path=None if partial is None else Path(partial)).remove()

@@ -113,7 +113,11 @@ def compute_reference(
         return _unique([*skipped, *map(str, images.bad_images)])
 
     saved = time.monotonic()
-    with _Stop(ranks) as stop, _progress(images, position, show=progress and ranks.rank == 0) as shown:
+    # Launchers send the same signal more than once, so several ranks don't count.
+    with (
+        StopRequest(patient=ranks.size > 1) as stop,
+        _progress(images, position, show=progress and ranks.rank == 0) as shown,
+    ):
         try:
             for batch in _continued(images, position):
                 feature_pass.collect(batch.images, collector)
@@ -134,11 +138,11 @@ def compute_reference(
         if stop.requested or ranks.size > 1:
             state.save(collector, position, all_skipped())
         if stop.requested and position < len(images):
-            raise Interrupted(_where(collector.count, images, state))
+            raise Interrupted(_where(collector.count, images, state), stop.status)
         try:
             lists = ranks.meet("skipped", [collector.count, all_skipped()], lambda: stop.requested)
         except KeyboardInterrupt:
-            raise Interrupted(_where(collector.count, images, state)) from None
+            raise Interrupted(_where(collector.count, images, state), stop.status or 130) from None
     if not images.dataset.skip_bad_images and fingerprint(kind, extractor, images, amp_dtype) != entries:
         raise DataError("the dataset changed while it was read, so its moments are of neither version; run this again")
     lines = _unique(line for _, lines in lists for line in lines)
@@ -172,19 +176,6 @@ def _where(count: int, images: ImageLoader, state: SavedPass) -> str:
     if images.num_shards > 1:
         after += f" of shard {images.shard}"
     return after if state.path is None else f"{after}; the same command resumes there"
-
-
-class _Stop(StopRequest):
-    """As for training; but launchers send the same signal more than once, so several ranks don't count seconds."""
-
-    def __init__(self, ranks: Ranks):
-        super().__init__()
-        self.ranks = ranks
-
-    def _request(self, number: int, frame: object) -> None:
-        if self.ranks.size == 1:
-            super()._request(number, frame)
-        self.requested = True
 
 
 def _progress(images: ImageLoader, position: int, *, show: bool) -> Progress:

@@ -209,7 +209,7 @@ class Pretraining:
             self._saved = time.monotonic()
         if stop.requested:
             where = "nothing was written" if file is None else f"the checkpoint is {file}"
-            raise Interrupted(f"interrupted at step {self.step} of {self.steps}; {where}")
+            raise Interrupted(f"interrupted at step {self.step} of {self.steps}; {where}", stop.status)
 
     def _take_step(self, images: Tensor, shown: Tensor) -> None:
         rate = self.task.lr * one_cycle(self.step, self.steps)
