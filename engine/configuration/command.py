@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from engine.support.errors import InputError, Interrupted
+from engine.support.errors import InputError, Interrupted, out_of_memory
 from pipelines import DataError
 
 log = logging.getLogger("gfmn")
@@ -39,6 +39,17 @@ def arguments_as(**names: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Inside, memory that is refused becomes an InputError that ends with `advice`. Decorates a command's `main`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (refused := out_of_memory(error)) is None:
+            raise
+        raise InputError("", f"{refused}; {advice}") from None
+
+
 def shown(error: Exception) -> str:
     """An error as one line; an InputError's argument as the flag that sets it."""
     text = str(error)
@@ -56,7 +67,8 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     # Inductor says at WARNING that it found no CUDA runtime, on every machine without one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        main(argv)
+        with memory_advice("close other programs, or use a machine that has more"):
+            main(argv)
     except (InputError, DataError) as error:
         sys.exit(_fail(2, f"error: {shown(error)}"))
     except Interrupted as interruption:
