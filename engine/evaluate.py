@@ -257,7 +257,7 @@ def _check(arguments: Any) -> None:
 def _check_room(samples: int | None, network: EvaluationNetwork) -> None:
     """InputError on `samples` if their features alone are more than this machine holds."""
     size = (samples or 0) * network.num_features * 4
-    if size > total_memory():
+    if size > total_memory() / 2:
         raise InputError("samples", f"the features of {samples} take {size / 2**30:.0f} GiB; take fewer")
 
 

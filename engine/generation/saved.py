@@ -12,6 +12,7 @@ from engine.support.errors import InputError
 from engine.support.files import read_safetensors, save_safetensors
 
 _FORMAT = "gfmn-generator-1"
+_MOST_STEPS = 10**12
 _PRIOR = "gaussian"  # of files that name none
 
 
@@ -46,10 +47,14 @@ def load_sampler(path: Path) -> SavedSampler:
         generator = build_generator(metadata["name"], image_size=size, nz=nz)
         prior = make_prior(metadata.get("prior", _PRIOR), nz)
         step = int(metadata["step"])
+        if not 0 <= step <= _MOST_STEPS:
+            raise ValueError(f"step {step}")
     except (InputError, KeyError, ValueError) as error:
         raise InputError(path, f"is not a generator that this version can build ({error})") from None
-    try:
-        generator.load_state_dict(tensors)
-    except RuntimeError:
-        raise InputError(path, f"its weights are not those of the generator {metadata['name']}") from None
+    own = {name: (tensor.shape, tensor.dtype) for name, tensor in generator.state_dict().items()}
+    if own != {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}:
+        raise InputError(path, f"its weights are not those of the generator {metadata['name']}")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise InputError(path, "holds weights that are not finite")
+    generator.load_state_dict(tensors)
     return SavedSampler(prior, generator, metadata.get("bn") == "batch", step)
