@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine.support.errors import InputError
 
-MAX_NZ = 2**14
-"""The longest z: its first layer alone would have half a GiB of weights."""
+MAX_NZ = 2**16
+"""The longest z: a generator's first layer alone has 2 GiB of weights then."""
 
 
 class Prior(Protocol):
