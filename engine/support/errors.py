@@ -42,6 +42,28 @@ class InputError(ValueError):
         super().__init__(f"{argument}: {message}" if argument else message)
 
 
+# How PyTorch, its libraries, its loaders' processes and the system say that memory was refused.
+_MEMORY = re.compile(
+    "DefaultCPUAllocator|out of memory|cannot allocate memory|bad_alloc|ALLOC_FAILED|size calculation overflowed|"
+    "insufficient shared memory|killed by signal: Killed",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) ?(bytes|\wi?B)")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line about an error that means that memory was refused, with how much was asked for; None for all others."""
+    known = isinstance(error, RuntimeError | OSError) and _MEMORY.search(str(error))
+    if not known and not isinstance(error, MemoryError):
+        return None
+    device = "the GPU" if "CUDA" in str(error) else "this machine"
+    asked = _ASKED.search(str(error))
+    if asked is None:
+        return f"out of memory on {device}"
+    size = f"{int(asked[1]) / 2**30:.2f} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+    return f"out of memory on {device}: {size} more were asked for"
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The first line of another library's error, at most `limit` characters; its type's name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
