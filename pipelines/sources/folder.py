@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ import numpy as np
 from pipelines.dataset import EncodedDataset
 from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import digest_files, printable, read_file
-from pipelines.errors import BadImage, DataError, one_line
+from pipelines.errors import BadImage, DataError
+from pipelines.sources.listing import describe_files, list_pictures, say_what_is_left_out
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 log = logging.getLogger("gfmn")
 
 
@@ -55,11 +54,13 @@ def open_folder(
     """
     if not root.is_dir():
         raise DataError(f"{printable(root)}: not a folder of images")
-    names, unread = find_images(root)
+    names, others, unread = list_pictures(root)
     if unread and not skip_bad_images:
         raise unread[0].error()
     if not names:
-        raise DataError(f"{printable(root)}: no images below this folder (looked for {', '.join(SUFFIXES)})")
+        found = f", only {describe_files(others)}" if others else ""
+        raise DataError(f"{printable(root)}: no images below this folder{found}")
+    say_what_is_left_out(root, names, others)
     files = ImageFiles(root, names)
     classes = sorted({os.path.dirname(name).split("/")[0] for name in names})
     if not labelled or len(classes) < 2:
@@ -84,37 +85,3 @@ def open_folder(
         skip_bad_images=skip_bad_images,
         bad_images=unread + empty,
     )
-
-
-def find_images(root: Path) -> tuple[list[str], tuple[BadImage, ...]]:
-    """Relative names of all image files below `root`, sorted, with "/" between folders, and folders that can't be read.
-
-    Links are followed, but every real folder is entered once, so a loop of links ends; real folders go first, so a
-    link to a sibling adds nothing. A broken link counts as a file, and is found out when it is read.
-    """
-    names: list[str] = []
-    unread: list[BadImage] = []
-    entered: set[tuple[int, int]] = set()
-    real, linked = deque([""]), deque[str]()
-    while real or linked:
-        folder = real.popleft() if real else linked.popleft()
-        try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(root / folder))
-        except OSError as error:
-            unread.append(BadImage(printable(root / folder), one_line(error)))
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                real.append(name)
-            elif os.path.isdir(entry.path):  # a link; unlike entry.is_dir(), no error if it leads to itself
-                linked.append(name)
-            elif entry.name.lower().endswith(SUFFIXES):
-                names.append(name)
-    return sorted(names), tuple(sorted(unread))
