@@ -186,9 +186,8 @@ def _picture_column(where: str, schema: Any, features: dict[str, dict[str, Any]]
     named = [column for column in candidates if column.lower() in _PICTURE_NAMES]
     chosen = candidates if len(candidates) == 1 else named
     if len(chosen) != 1:
-        raise DataError(
-            f"{where}: several columns of pictures ({', '.join(map(printable, candidates))}); name the right one 'image'"
-        )
+        found = ", ".join(map(printable, candidates))
+        raise DataError(f"{where}: several columns of pictures ({found}); name the one that is meant 'image'")
     return chosen[0]
 
 
