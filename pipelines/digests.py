@@ -22,6 +22,7 @@ FRESH_SECONDS = 2.0
 MAX_FILE = 2**30
 """Bytes of the largest file that is read as a picture."""
 _BLOCK = 2**20
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
 
 
 def cache_folder() -> Path:
@@ -35,8 +36,8 @@ def cache_folder() -> Path:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path for messages: bytes that are not text become question marks instead of breaking the terminal."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A path for messages: bytes that are no text, and control characters, become signs that break no terminal."""
+    return os.fsencode(path).decode("utf-8", "replace").translate(_CONTROL)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +78,22 @@ def open_parquet(
         DataError: no such column, or more than one; damaged files or files of several splits; not enough memory; no
             `pyarrow` package.
     """
-    parquet = _pyarrow_parquet()
     where = printable(root if len(files) > 1 else root / files[0])
     for parts in zip(*(file.split("/") for file in files), strict=False):
         refuse_splits(where, parts, "put the files of the one that is meant into a folder of their own")
-    first = _opened(parquet, root / files[0])
-    features = _features(first.schema_arrow)
-    column = _picture_column(where, first.schema_arrow, features)
-    label = _label_column(first.schema_arrow, features)
+    with _opened(root / files[0]) as first:
+        schema = first.schema_arrow
+    features = _features(schema)
+    column = _picture_column(where, schema, features)
+    label = _label_column(where, schema, features)
     tables = []
     size = 0
     for file in files:
-        opened = _opened(parquet, root / file)
-        size += _bytes_of(opened.metadata, column)
-        check_memory(size, where)
-        tables.append(_read(opened, root / file, [column] if label is None else [column, label], first.schema_arrow))
+        with _opened(root / file) as opened:
+            _check_columns(root / file, schema, opened.schema_arrow, column, label)
+            size += _bytes_of(opened.metadata, column)
+            check_memory(size, where)
+            tables.append(opened.read(columns=[column] if label is None else [column, label], use_threads=False))
     pictures = _joined([table.column(column) for table in tables])
     if not len(pictures):
         raise DataError(f"{where}: holds no images")
@@ -107,41 +110,30 @@ def open_parquet(
     )
 
 
-def _pyarrow_parquet() -> Any:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file as pyarrow's `ParquetFile`; its errors, inside as well, become a `DataError` that names the file."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise DataError(
             "Parquet files need pyarrow, which is not installed: pip install 'gfmn-engine[parquet]'"
         ) from None
-    return pyarrow.parquet
-
-
-def _opened(parquet: Any, path: Path) -> Any:
     try:
-        return parquet.ParquetFile(open(path, "rb"))  # pyarrow's own paths are UTF-8 only
-    except OSError as error:
-        if error.errno is not None:
+        with open(path, "rb") as file:  # pyarrow itself takes paths in UTF-8 only
+            yield pyarrow.parquet.ParquetFile(file)
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's own errors, some of them OSErrors without a number
+        if isinstance(error, OSError) and error.errno is not None:
             raise unusable(path, error) from None
-        raise _damaged(path, error) from None
-    except Exception as error:  # pyarrow's own errors
-        raise _damaged(path, error) from None
+        raise DataError(f"{printable(path)}: damaged Parquet file ({one_line(error)}); copy it again") from None
 
 
-def _read(opened: Any, path: Path, columns: list[str], schema: Any) -> Any:
-    """The columns of one file as a table."""
-    for column in columns:
-        found = opened.schema_arrow.field(column).type if column in opened.schema_arrow.names else "no"
-        if found != schema.field(column).type:
-            raise DataError(f"{printable(path)}: has {found} column {column}, unlike the first file; keep one kind")
-    try:
-        return opened.read(columns=columns, use_threads=False)
-    except Exception as error:  # pyarrow's own errors
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{printable(path)}: damaged Parquet file ({one_line(error)}); copy it again")
+def _check_columns(path: Path, schema: Any, own: Any, *columns: str | None) -> None:
+    for column in filter(None, columns):
+        if column not in own.names or own.field(column).type != schema.field(column).type:
+            raise DataError(f"{printable(path)}: column {printable(column)} is not as in the first file; keep one kind")
 
 
 def _joined(columns: list[Any]) -> Any:
@@ -191,11 +183,11 @@ def _picture_column(where: str, schema: Any, features: dict[str, dict[str, Any]]
     return chosen[0]
 
 
-def _label_column(schema: Any, features: dict[str, dict[str, Any]]) -> str | None:
+def _label_column(where: str, schema: Any, features: dict[str, dict[str, Any]]) -> str | None:
     named = [column for column in schema.names if features.get(column, {}).get("_type") == "ClassLabel"]
     named = named or [column for column in schema.names if column.lower() in _LABEL_NAMES]
     if len(named) > 1:
-        log.warning("several columns of classes (%s): the first is used", ", ".join(map(printable, named)))
+        log.warning("%s: several columns of classes (%s): the first is used", where, ", ".join(map(printable, named)))
     return named[0] if named else None
 
 
