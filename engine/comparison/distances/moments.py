@@ -64,7 +64,7 @@ class Moments:
         """`[D]`, M2 / (n − correction); ValueError if there are too few images."""
         if self.count <= correction:
             raise InputError(
-                "", f"these moments are of {self.count} images, and a variance needs more: give more images"
+                "", f"variance with correction {correction} needs more than {self.count} images; give more"
             )
         return self.m2 / (self.count - correction)
 
