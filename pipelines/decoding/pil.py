@@ -1,7 +1,8 @@
 """Encoded pictures → RGB, by PIL: the reference that the other decoders agree with.
 
 Orientation tags of cameras are applied, alpha is composited over white, 16-bit grey is scaled to 8 bits (PIL's own
-conversion would clip it), CMYK is converted by PIL. Of an animation, the first frame is used.
+conversion would clip it), CMYK is converted by PIL; gamma and colour profiles are left alone. Of an animation, the
+first frame is used. docs/pictures.md has the whole table.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import warnings
 from zlib import crc32
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from pipelines.dataset import EncodedDataset
+from pipelines.decoding import jpeg
 from pipelines.decoding.preprocessing import MAX_PIXELS
 from pipelines.errors import BadImage, DataError, one_line
 
@@ -23,8 +25,10 @@ for _category in (UserWarning, Image.DecompressionBombWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
-_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman-coded
-_JPEG_STANDALONE = (0x01, *range(0xD0, 0xD9))
+_DEEP_IN_32_BITS = ("PNG", "PPM")  # whose 16-bit grey has mode "I"
+_BITS_PER_SAMPLE = 258  # tag of a TIFF
+# What PIL reads an orientation from in the text of a PNG.
+_TURNING_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
 def load(dataset: EncodedDataset, picture: int, data: bytes | None = None) -> np.ndarray | BadImage:
@@ -50,6 +54,10 @@ def decode(data: bytes) -> Image.Image:
     """
     if not data:
         raise DataError("the file is empty")
+    if headers := jpeg.read_headers(data):
+        if headers.flaw is not None:
+            raise DataError(f"damaged image ({headers.flaw})")
+        data = jpeg.hungry(data, headers)
     try:
         picture = Image.open(io.BytesIO(data))
         if picture.width * picture.height > MAX_PIXELS:
@@ -73,18 +81,44 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
+def orientation(picture: Image.Image) -> int | None:
+    """How the picture is to be turned, 1 (upright) to 8, by PIL's own parser of Exif and XMP; None if it stumbles."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever damaged metadata make it stumble over
+        return None
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     """Any mode of PIL → RGB."""
-    if picture.mode in _DEEP_GREY or (picture.mode == "I" and picture.format == "PNG"):
-        deep = np.asarray(picture).astype(np.uint32).clip(0, 65535)
-        return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if is_deep_grey(picture):
+        return _from_deep_grey(picture)
     if picture.mode in ("I", "F"):
         raise DataError(f"32-bit pixels (mode {picture.mode}) have no defined range; convert it to 8 or 16 bits")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    try:
+        return picture.convert("RGB")
+    except ValueError:
+        raise DataError(f"colours of mode {picture.mode} are not converted; save it as RGB") from None
+
+
+def is_deep_grey(picture: Image.Image) -> bool:
+    """Whether a pixel is one number of up to 16 bits, which PIL's conversion to RGB would clip at 255."""
+    return picture.mode in _DEEP_GREY or (picture.mode == "I" and picture.format in _DEEP_IN_32_BITS)
+
+
+def _from_deep_grey(picture: Image.Image) -> Image.Image:
+    white = 65535
+    if picture.format == "TIFF" and picture.tag_v2.get(_BITS_PER_SAMPLE) == (12,):  # type: ignore[attr-defined]
+        white = 4095
+    deep = np.asarray(picture).astype(np.uint32).clip(0, white)
+    grey = ((deep * 255 + white // 2) // white).astype(np.uint8)
+    if isinstance(transparent := picture.info.get("transparency"), int):
+        grey[deep == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def size_if_plain(data: bytes) -> tuple[int, int] | None:
@@ -107,34 +141,21 @@ def size_if_plain(data: bytes) -> tuple[int, int] | None:
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    if data[-2:] != b"\xff\xd9":
+    headers = jpeg.read_headers(data)
+    if headers is None or headers.flaw is not None or data[-2:] != b"\xff\xd9":
         return None
-    position = 2
-    while data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF or marker in _JPEG_STANDALONE:
-            position += 1 if marker == 0xFF else 2
-            continue
-        if marker in _JPEG_FRAMES:
-            precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
-            return (height, width) if precision == 8 and components in (1, 3) else None
-        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xCC)) or marker == 0xDA:
-            return None
-        (length,) = struct.unpack_from(">H", data, position + 2)
-        segment = data[position + 4 : position + 2 + length]
-        if marker == 0xE1 and segment[:6] == b"Exif\0\0" and _is_turned(segment):
-            return None
-        position += 2 + length
-    return None
+    if headers.precision != 8 or headers.components not in (1, 3):
+        return None
+    if headers.has_metadata and not _is_upright(data):
+        return None
+    return headers.height, headers.width
 
 
-def _is_turned(exif: bytes) -> bool:
-    """Whether an orientation tag (0x0112, one SHORT) asks for anything but upright."""
-    for tag, low_byte in ((b"\x01\x12\x00\x03\x00\x00\x00\x01", 9), (b"\x12\x01\x03\x00\x01\x00\x00\x00", 8)):
-        start = exif.find(tag)
-        if start >= 0 and exif[start + low_byte] != 1:
-            return True
-    return False
+def _is_upright(data: bytes) -> bool:
+    try:
+        return orientation(Image.open(io.BytesIO(data))) == 1
+    except Exception:  # PIL's plugins raise whatever a damaged file makes them stumble over
+        return False
 
 
 def _plain_png(data: bytes) -> tuple[int, int] | None:
@@ -148,7 +169,8 @@ def _plain_png(data: bytes) -> tuple[int, int] | None:
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 8 + length
         (checksum,) = struct.unpack_from(">I", data, end)
-        if kind in (b"tRNS", b"eXIf", b"acTL") or checksum != crc32(memoryview(data)[position + 4 : end]):
+        unusual = kind in (b"tRNS", b"eXIf", b"acTL") or data.startswith(_TURNING_TEXT, position + 8)
+        if unusual or checksum != crc32(memoryview(data)[position + 4 : end]):
             return None
         position = end + 4
     return height, width
