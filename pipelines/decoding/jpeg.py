@@ -1,8 +1,8 @@
 """What a JPEG says before it is decoded: its size, whether it may be turned, and whether all of its data are there.
 
-libjpeg fills what is missing with grey and only warns, and neither PIL nor DALI passes the warning on. Three things give
-missing data away all the same: restart markers that are too few, scans that never come, and, in a picture of one scan,
-a decoder that is still hungry where the scan ends (`hungry`).
+libjpeg fills what is missing with grey and only warns, and neither PIL nor DALI passes the warning on. Three things
+give missing data away all the same: restart markers that are too few, scans that never come, and, in a picture of one
+scan, a decoder that is still hungry where the scan ends (`hungry`).
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import re
 import struct
 from typing import NamedTuple
 
-_BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
-_OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
-_STANDALONE = {0x01, *range(0xD0, 0xD9)}
+_FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended and progressive, Huffman-coded
+_PROGRESSIVE = 0xC2
+_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic
+_STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))
+# Both start with a fixed byte: that is what makes them fast.
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
-_SCAN_END = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # libjpeg reads up to eight bytes ahead. These are no code of any table, so they make up for no block that is missing.
 _PADDING = b"\xfe" * 8
-_LAST = 63  # of a block's 64 coefficients
+_COEFFICIENTS = 64  # of a block
 _NEVER = 16  # bits that have not come: more than any coefficient has
-
-
-class Component(NamedTuple):
-    """One colour plane: its number in the file, and its sampling factors."""
-
-    number: int
-    across: int
-    down: int
 
 
 class Jpeg(NamedTuple):
@@ -64,69 +58,81 @@ def hungry(data: bytes, headers: Jpeg) -> bytes:
 
     At the end mark it would stop and fill the rest with grey. The last block alone can be damaged unnoticed.
     """
-    return data if headers.scan_end is None else data[: headers.scan_end] + _PADDING
+    return data if headers.scan_end is None else data[: headers.scan_end].rstrip(b"\xff") + _PADDING
 
 
 def _read(data: bytes) -> Jpeg | None:
     frame: tuple[int, int, int] | None = None
-    components: dict[int, Component] = {}
+    components: dict[int, tuple[int, int]] = {}
     progressive = has_metadata = False
-    interval = scans = scan_end = restarts_missing = 0
-    wanting: dict[int, list[int]] = {}  # by component: how many low bits of each coefficient have not come yet
+    interval = scan_end = restarts_missing = 0
+    scans: list[bytes] = []
     position = 2
-    while True:
+    while data[position : position + 2] != b"\xff\xd9":
         if data[position] != 0xFF:
             return None
         marker = data[position + 1]
         if marker == 0xFF or marker in _STANDALONE:
             position += 1 if marker == 0xFF else 2
             continue
-        if marker == 0xD9:
-            break
-        (length,) = struct.unpack_from(">H", data, position + 2)
-        start, position = position + 4, position + 2 + length
-        if marker in (_BASELINE, _EXTENDED, _PROGRESSIVE):
+        start = position + 4
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
+        if marker in _FRAMES:
             if frame is not None:
                 return None
             precision, height, width, count = struct.unpack_from(">BHHB", data, start)
             frame, progressive = (height, width, precision), marker == _PROGRESSIVE
             for entry in range(start + 6, start + 6 + 3 * count, 3):
-                components[data[entry]] = Component(data[entry], data[entry + 1] >> 4, data[entry + 1] & 15)
-            wanting = {number: [_NEVER] * 64 for number in components}
+                components[data[entry]] = (data[entry + 1] >> 4, data[entry + 1] & 15)
         elif marker in _OTHER_FRAMES:
             return None
         elif marker == 0xE1:
             has_metadata = True
         elif marker == 0xDD:
-            (interval,) = struct.unpack_from(">H", data, start)
+            interval = data[start] << 8 | data[start + 1]
         elif marker == 0xDA:
-            if frame is None or (end := _SCAN_END.search(data, position)) is None:
+            end = _SCAN_END.search(data, position)
+            if frame is None or end is None:
                 return None
-            scans, scan_end = scans + 1, end.start()
-            chosen = [components[data[start + 1 + 2 * k]] for k in range(data[start])]
+            scan_end = end.start()
+            scans.append(data[start:position])
             if interval:
-                needed = -(-_units(frame, chosen, components) // interval) - 1
+                needed = -(-_units(frame, scans[-1], components) // interval) - 1
                 restarts_missing += max(0, needed - len(_RESTART.findall(data, position, scan_end)))
-            first, last, bits = data[position - 3 : position] if progressive else (0, _LAST, 0)
-            for component in chosen:
-                wanting[component.number][first : last + 1] = [bits & 15] * (last + 1 - first)
             position = scan_end
     if frame is None or not scans:
         return None
     flaw = None
     if restarts_missing:
         flaw = f"{restarts_missing} of its restart markers are missing, and data with them"
-    elif any(map(any, wanting.values())):
+    elif _incomplete(scans, list(components), progressive):
         flaw = "scans are missing"
-    whole = scans == 1 and not progressive
+    whole = len(scans) == 1 and not progressive
     return Jpeg(*frame, len(components), has_metadata, scan_end if whole else None, flaw)
 
 
-def _units(frame: tuple[int, int, int], chosen: list[Component], components: dict[int, Component]) -> int:
-    """Coded units (blocks, or groups of blocks where planes are interleaved) of a scan of the `chosen` components."""
+def _units(frame: tuple[int, int, int], scan: bytes, components: dict[int, tuple[int, int]]) -> int:
+    """Coded units of a scan: blocks of one component, or groups of blocks of several."""
     height, width, _ = frame
-    across, down = (max(part) for part in zip(*((c.across, c.down) for c in components.values()), strict=True))
-    if len(chosen) == 1:
-        height, width = -(-height * chosen[0].down // down), -(-width * chosen[0].across // across)
+    across, down = (max(factors) for factors in zip(*components.values(), strict=True))
+    if scan[0] == 1:
+        own_across, own_down = components[scan[1]]
+        height, width = -(-height * own_down // down), -(-width * own_across // across)
         across = down = 1
     return -(-width // (8 * across)) * -(-height // (8 * down))
+
+
+def _incomplete(scans: list[bytes], components: list[int], progressive: bool) -> bool:
+    """Whether a component, or some bits of its coefficients, never come. A scan is given by its header's content."""
+    if not progressive:
+        return sum(scan[0] for scan in scans) < len(components)
+    wanting = {component: [_NEVER] * _COEFFICIENTS for component in components}
+    for scan in scans:
+        first, last, bits = scan[-3:]
+        before, after = bits >> 4 or _NEVER, bits & 15
+        for component in scan[1 : 1 + 2 * scan[0] : 2]:
+            band = wanting[component][first : last + 1]
+            if any(bits_wanting != before for bits_wanting in band):
+                return True
+            wanting[component][first : last + 1] = [after] * len(band)
+    return any(map(any, wanting.values()))

@@ -7,9 +7,12 @@ first frame is used. docs/pictures.md has the whole table.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -26,6 +29,8 @@ for _category in (UserWarning, Image.DecompressionBombWarning):
 
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_IN_32_BITS = ("PNG", "PPM")  # whose 16-bit grey has mode "I"
+_TURNED = range(2, 9)
+_ON_ITS_SIDE = range(5, 9)
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
 # What PIL reads an orientation from in the text of a PNG.
 _TURNING_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
@@ -52,18 +57,60 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         DataError: not a picture, cut short, too large, or of a kind that has no 8-bit meaning. The message says why.
     """
-    if not data:
-        raise DataError("the file is empty")
-    if headers := jpeg.read_headers(data):
-        if headers.flaw is not None:
-            raise DataError(f"damaged image ({headers.flaw})")
-        data = jpeg.hungry(data, headers)
-    try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
+    with _explained():
+        if headers := jpeg.read_headers(data):
+            if headers.flaw is not None:
+                raise DataError(f"damaged image ({headers.flaw})")
+            data = jpeg.hungry(data, headers)
+        picture = _open(data)
         picture.load()
         return _to_rgb(_upright(picture))
+
+
+class Look(NamedTuple):
+    """What a file's headers say of the picture that `decode` gives.
+
+    Attributes:
+        size: (height, width), upright.
+        unusual: why a plain `Image.open(file).convert("RGB")` gives another picture; None if it gives the same.
+    """
+
+    size: tuple[int, int]
+    unusual: str | None
+
+
+def look(data: bytes) -> Look:
+    """Encoded bytes → `Look`; raises `DataError` as `decode` does, for what headers show."""
+    if (size := size_if_plain(data)) is not None:
+        return Look(size, None)
+    with _explained():
+        picture = _open(data)
+        turn = orientation(picture)
+        width, height = picture.size
+        unusual = None
+        if is_deep_grey(picture):
+            unusual = "16-bit grey"
+        elif picture.has_transparency_data:
+            unusual = "transparent"
+        elif turn in _TURNED:
+            unusual = "turned by its metadata"
+        return Look((width, height) if turn in _ON_ITS_SIDE else (height, width), unusual)
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise DataError("the file is empty")
+    picture = Image.open(io.BytesIO(data))
+    if picture.width * picture.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    return picture
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """PIL's errors as `DataError`."""
+    try:
+        yield
     except Image.DecompressionBombError:
         raise DataError(f"refused as a decompression bomb (limit {MAX_PIXELS:,} pixels)") from None
     except Image.UnidentifiedImageError:
