@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from engine.evaluation.fidelity import fidelity
 from engine.support.errors import InputError
-from pipelines.decoding.pil import decode, look
+from pipelines.decoding.pil import decode, look, say_first_frame
 from pipelines.digests import printable, read_file
 from pipelines.errors import BadImage, DataError, one_line
 from pipelines.sources.listing import list_pictures, say_what_is_left_out
@@ -88,6 +88,8 @@ class ImageSet:
             found = look(read_file(file))
         except (OSError, DataError) as error:
             raise _unreadable(file, error) from None
+        if found.has_frames:
+            say_first_frame([file])
         if found.unusual is not None:
             self.read_otherwise[found.unusual] += 1
         return found.size

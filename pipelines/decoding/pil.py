@@ -8,7 +8,9 @@ first frame is used. docs/pictures.md has the whole table.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import logging
 import struct
 import warnings
 from collections.abc import Iterator
@@ -27,8 +29,15 @@ from pipelines.errors import BadImage, DataError, one_line
 for _category in (UserWarning, Image.DecompressionBombWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
+# Pillow has no HEIC of its own.
+with contextlib.suppress(ImportError, OSError):
+    importlib.import_module("pillow_heif").register_heif_opener()
+
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_IN_32_BITS = ("PNG", "PPM")  # whose 16-bit grey has mode "I"
+_said: list[str] = []
+log = logging.getLogger("gfmn")
+
 _TURNED = range(2, 9)
 _ON_ITS_SIDE = range(5, 9)
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
@@ -36,19 +45,32 @@ _BITS_PER_SAMPLE = 258  # tag of a TIFF
 _TURNING_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
-def load(dataset: EncodedDataset, picture: int, data: bytes | None = None) -> np.ndarray | BadImage:
+def load(
+    dataset: EncodedDataset, picture: int, data: bytes | None = None, *, animations: list[str]
+) -> np.ndarray | BadImage:
     """One picture as uint8 [image_size, image_size, 3], or what is wrong with it.
 
     Args:
         dataset: whose files are read and whose preprocessing is applied.
         picture: which one.
         data: the encoded bytes, where they were read before.
+        animations: gets the place of the first file that has several frames; for `say_first_frame`.
     """
     try:
         encoded = dataset.files.read(picture) if data is None else data
-        return np.asarray(dataset.preprocessing.fit(decode(encoded)))
+        decoded, has_frames = _decode(encoded)
+        if has_frames and not animations:
+            animations.append(dataset.files.where(picture))
+        return np.asarray(dataset.preprocessing.fit(decoded))
     except (DataError, OSError) as error:
         return BadImage(dataset.files.where(picture), one_line(error))
+
+
+def say_first_frame(animations: list[str]) -> None:
+    """Log that the first frame of such files is used, unless this process has said so before."""
+    if animations and not _said:
+        _said.append(animations[0])
+        log.warning("%s: has several frames; the first one is used, in all such files", animations[0])
 
 
 def decode(data: bytes) -> Image.Image:
@@ -57,6 +79,11 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         DataError: not a picture, cut short, too large, or of a kind that has no 8-bit meaning. The message says why.
     """
+    return _decode(data)[0]
+
+
+def _decode(data: bytes) -> tuple[Image.Image, bool]:
+    """The picture, and whether it is the first of several frames."""
     with _explained():
         if headers := jpeg.read_headers(data):
             if headers.flaw is not None:
@@ -64,7 +91,18 @@ def decode(data: bytes) -> Image.Image:
             data = jpeg.hungry(data, headers)
         picture = _open(data)
         picture.load()
-        return _to_rgb(_upright(picture))
+        has_frames = _has_frames(picture)
+        white = _deep_white(picture)
+        picture = _upright(picture)
+        return (_to_rgb(picture) if white is None else _from_deep_grey(picture, white)), has_frames
+
+
+def _has_frames(picture: Image.Image) -> bool:
+    """Whether it is an animation or has several pages. In an MPO, what follows are other views of one photograph."""
+    try:
+        return getattr(picture, "is_animated", False) and picture.format != "MPO"
+    except Exception:  # whatever damaged frames behind the first make it stumble over
+        return True
 
 
 class Look(NamedTuple):
@@ -73,28 +111,32 @@ class Look(NamedTuple):
     Attributes:
         size: (height, width), upright.
         unusual: why a plain `Image.open(file).convert("RGB")` gives another picture; None if it gives the same.
+        has_frames: whether that is the first of several frames.
     """
 
     size: tuple[int, int]
     unusual: str | None
+    has_frames: bool
 
 
 def look(data: bytes) -> Look:
     """Encoded bytes → `Look`; raises `DataError` as `decode` does, for what headers show."""
     if (size := size_if_plain(data)) is not None:
-        return Look(size, None)
+        return Look(size, None, False)
     with _explained():
         picture = _open(data)
-        turn = orientation(picture)
+        # Pillow turns a TIFF by itself.
+        turn = 1 if picture.format == "TIFF" else orientation(picture)
         width, height = picture.size
         unusual = None
-        if is_deep_grey(picture):
+        if _deep_white(picture) is not None:
             unusual = "16-bit grey"
         elif picture.has_transparency_data:
             unusual = "transparent"
         elif turn in _TURNED:
             unusual = "turned by its metadata"
-        return Look((width, height) if turn in _ON_ITS_SIDE else (height, width), unusual)
+        size = (width, height) if turn in _ON_ITS_SIDE else (height, width)
+        return Look(size, unusual, _has_frames(picture))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -136,10 +178,24 @@ def orientation(picture: Image.Image) -> int | None:
         return None
 
 
+def _deep_white(picture: Image.Image) -> int | None:
+    """The number that is white in 16-bit grey, which PIL's conversion to RGB would clip; None for other pictures."""
+    if picture.mode not in _DEEP_GREY and (picture.mode != "I" or picture.format not in _DEEP_IN_32_BITS):
+        return None
+    bits = getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE)
+    return 4095 if bits == (12,) else 65535
+
+
+def _from_deep_grey(picture: Image.Image, white: int) -> Image.Image:
+    deep = np.asarray(picture).astype(np.uint32).clip(0, white)
+    grey = ((deep * 255 + white // 2) // white).astype(np.uint8)
+    if isinstance(transparent := picture.info.get("transparency"), int):
+        grey[deep == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode of PIL → RGB."""
-    if is_deep_grey(picture):
-        return _from_deep_grey(picture)
+    """Any other mode of PIL → RGB."""
     if picture.mode in ("I", "F"):
         raise DataError(f"32-bit pixels (mode {picture.mode}) have no defined range; convert it to 8 or 16 bits")
     if picture.has_transparency_data:
@@ -149,23 +205,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     try:
         return picture.convert("RGB")
     except ValueError:
-        raise DataError(f"colours of mode {picture.mode} are not converted; save it as RGB") from None
-
-
-def is_deep_grey(picture: Image.Image) -> bool:
-    """Whether a pixel is one number of up to 16 bits, which PIL's conversion to RGB would clip at 255."""
-    return picture.mode in _DEEP_GREY or (picture.mode == "I" and picture.format in _DEEP_IN_32_BITS)
-
-
-def _from_deep_grey(picture: Image.Image) -> Image.Image:
-    white = 65535
-    if picture.format == "TIFF" and picture.tag_v2.get(_BITS_PER_SAMPLE) == (12,):  # type: ignore[attr-defined]
-        white = 4095
-    deep = np.asarray(picture).astype(np.uint32).clip(0, white)
-    grey = ((deep * 255 + white // 2) // white).astype(np.uint8)
-    if isinstance(transparent := picture.info.get("transparency"), int):
-        grey[deep == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+        raise DataError(f"colours of mode {picture.mode} cannot be converted; save it as RGB") from None
 
 
 def size_if_plain(data: bytes) -> tuple[int, int] | None:

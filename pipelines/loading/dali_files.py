@@ -19,7 +19,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.dataset import EncodedDataset
-from pipelines.decoding.pil import load, size_if_plain
+from pipelines.decoding.pil import load, say_first_frame, size_if_plain
 from pipelines.decoding.preprocessing import Geometry
 from pipelines.errors import BadImage, DataError, one_line
 from pipelines.loading.dali_loader import OutputCollector, normalise, num_threads, pipeline_arguments
@@ -106,6 +106,7 @@ class FileDecoder:
         self._upcoming: Chunk | None = None
         self._chunks: Iterator[Chunk] = iter(())
         self._fed: deque[Chunk] = deque()
+        self._animations: list[str] = []
         self._pool = ThreadPoolExecutor(num_threads(workers))
 
     def run(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
@@ -118,6 +119,7 @@ class FileDecoder:
             self._chunks = self._read_ahead(batches)
             parts: list[tuple[torch.Tensor, np.ndarray]] = []
             for chunk, output in self._decoded():
+                say_first_frame(self._animations)
                 parts.append(self._assemble(chunk, output))
                 if chunk.ends_batch:
                     images, indices = zip(*parts, strict=True)
@@ -147,7 +149,7 @@ class FileDecoder:
                 data = self.dataset.files.read(picture)
                 size = size_if_plain(data)
                 if size is None:
-                    samples.append(load(self.dataset, picture, data))
+                    samples.append(self._load(picture, data))
                 else:
                     geometry = self.dataset.preprocessing.geometry(*size)
                     samples.append(Plain(np.frombuffer(data, np.uint8), size, geometry))
@@ -210,7 +212,7 @@ class FileDecoder:
             pictures = self.dataset.pictures(chunk.indices)[0].tolist()
             for k, sample in enumerate(chunk.samples):
                 if isinstance(sample, Plain):
-                    chunk.samples[k] = loaded = load(self.dataset, pictures[k], sample.encoded.tobytes())
+                    chunk.samples[k] = loaded = self._load(pictures[k], sample.encoded.tobytes())
                     bad = bad or isinstance(loaded, BadImage)
         if not bad:
             log.warning("DALI could not decode what PIL can, so PIL did (%s)", one_line(error))
@@ -232,7 +234,7 @@ class FileDecoder:
         return images[[isinstance(chunk.samples[k], Plain) for k in plain]]
 
     def _load(self, picture: int, data: bytes) -> np.ndarray | BadImage:
-        return load(self.dataset, picture, data)
+        return load(self.dataset, picture, data, animations=self._animations)
 
     def _assemble(self, chunk: Chunk, output: torch.Tensor | None) -> tuple[torch.Tensor, np.ndarray]:
         """DALI's images and PIL's, in the chunk's order, without the bad ones: (images, indices)."""
