@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(values, network, judged.images, real, judged.step))
     if arguments.json is not None:
         report = _report(arguments, values, network, judged, real, device)
-        write_atomically(arguments.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
 
 
 @dataclass

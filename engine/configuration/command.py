@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -53,6 +54,8 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     """Run a command's `main` and exit: 0 on success, 2 on bad input, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     # Inductor says at WARNING that it found no CUDA runtime, on every machine without one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:

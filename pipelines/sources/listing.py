@@ -16,8 +16,18 @@ from pipelines.digests import printable
 from pipelines.errors import BadImage, one_line
 
 JUNK = frozenset(
-    ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found")
-    + ("system volume information", "__pycache__")
+    (
+        "__macosx",
+        "__pycache__",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "@eadir",
+        "#recycle",
+        "$recycle.bin",
+        "lost+found",
+        "system volume information",
+    )
 )
 """Names, in lower case, of what systems leave behind. Hidden files and folders (`._x.png`, `.git`) count with them."""
 _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"))

@@ -63,7 +63,9 @@ class Moments:
     def variance(self, correction: int = 1) -> Tensor:
         """`[D]`, M2 / (n − correction); ValueError if there are too few images."""
         if self.count <= correction:
-            raise InputError("count", f"variance with correction {correction} needs more than {self.count} images")
+            raise InputError(
+                "", f"these moments are of {self.count} images, and a variance needs more: give more images"
+            )
         return self.m2 / (self.count - correction)
 
     def merge(self, other: Moments) -> Moments:
