@@ -139,7 +139,7 @@ def _pictures(folder: Path) -> list[str]:
     if unread:
         raise InputError(Path(unread[0].path), f"{unread[0].reason}; make it readable")
     if names:
-        say_what_is_left_out(folder, names, others)
+        say_what_is_left_out(folder, others)
     return [os.path.join(folder, name) for name in names]
 
 

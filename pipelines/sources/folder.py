@@ -70,7 +70,7 @@ def open_folder(
         advice = "give the folder of the one that is meant"
         classes = find_classes(printable(root), names, others, lambda file: read_file(root / file), advice=advice)
         say_classes(printable(root), len(names), classes)
-    say_what_is_left_out(root, names, others)
+    say_what_is_left_out(root, others)
     empty = _empty_classes(root, classes, unread)
     if empty and not skip_bad_images:
         raise empty[0].error()
