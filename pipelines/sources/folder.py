@@ -62,7 +62,8 @@ def open_folder(
         raise DataError(f"{printable(root)}: not a folder of images")
     names, others, unread = listing or list_pictures(root)
     if unread and not (skip_bad_images and names):
-        raise unread[0].error()
+        way_out = "skip_bad_images" if names else None
+        raise DataError(f"{unread[0]}; make it readable{', or skip bad images' if names else ''}", way_out)
     if not names:
         raise DataError(f"{printable(root)}: no images below this folder{_hint(others)}")
     classes = None
