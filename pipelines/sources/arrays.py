@@ -91,7 +91,8 @@ def _load_npy(path: Path) -> np.ndarray:
 
 
 def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    with np.load(path, allow_pickle=False) as archive:
+    # NumPy leaves a file of its own opening open where it stumbles over its content.
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
         images = _pick(archive.files, ("images", "arr_0"))
         if images is None and len(archive.files) == 1:
             images = archive.files[0]

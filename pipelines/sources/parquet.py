@@ -47,8 +47,6 @@ class ParquetImages:
     def read(self, picture: int) -> bytes:
         """The bytes in the row; raises `OSError` if it holds none."""
         value = self._pictures[picture].as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes")
         if value is None:
             raise OSError("the row holds no picture")
         return bytes(value)
@@ -92,16 +90,17 @@ def open_parquet(
     for file in files:
         with _opened(root / file) as opened:
             _check_columns(root / file, schema, opened.schema_arrow, columns)
-            size += _bytes_of(opened.metadata, column)
+            size += _unpacked_bytes(opened.metadata)
             check_memory(size, where)
             table = opened.read(columns=columns, use_threads=False)
             for name, parts in found.items():
                 parts.append(table.column(name))
-    pictures = _joined(found[column])
+    pictures = _only_bytes(_joined(found[column]))
     if not len(pictures):
         raise DataError(f"{where}: holds no images")
     log.info("%s: the pictures are in column %s", where, printable(column))
-    classes = None if label is None else _classes(where, label, _joined(found[label]), features)
+    with _explained(where):
+        classes = None if label is None else _classes(where, label, _joined(found[label]), features)
     say_classes(where, len(pictures), classes)
     return EncodedDataset(
         name,
@@ -122,15 +121,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(
             "Parquet files need pyarrow, which is not installed: pip install 'gfmn-engine[parquet]'"
         ) from None
+    with _explained(printable(path)), open(path, "rb") as file:  # pyarrow itself takes paths in UTF-8 only
+        yield pyarrow.parquet.ParquetFile(file)
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:  # pyarrow itself takes paths in UTF-8 only
-            yield pyarrow.parquet.ParquetFile(file)
+        yield
     except DataError:
         raise
     except Exception as error:  # pyarrow's own errors, some of them OSErrors without a number
         if isinstance(error, OSError) and error.errno is not None:
-            raise unusable(path, error) from None
-        raise DataError(f"{printable(path)}: damaged Parquet file ({one_line(error)}); copy it again") from None
+            raise unusable(where, error) from None
+        raise DataError(f"{where}: damaged Parquet file ({one_line(error)}); copy it again") from None
 
 
 def _check_columns(path: Path, schema: Any, own: Any, columns: list[str]) -> None:
@@ -146,14 +150,19 @@ def _joined(columns: list[Any]) -> Any:
     return pyarrow.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
 
-def _bytes_of(metadata: Any, column: str) -> int:
-    """Bytes of one column when it is unpacked, as the file says."""
-    return sum(
-        group.column(part).total_uncompressed_size
-        for group in map(metadata.row_group, range(metadata.num_row_groups))
-        for part in range(group.num_columns)
-        if group.column(part).path_in_schema.split(".")[0] == column
-    )
+def _only_bytes(pictures: Any) -> Any:
+    """A column of bytes as it is; of a column of structs, their bytes."""
+    import pyarrow.compute
+
+    return pyarrow.compute.struct_field(pictures, "bytes") if pyarrow.types.is_struct(pictures.type) else pictures
+
+
+def _unpacked_bytes(metadata: Any) -> int:
+    """Bytes of all columns when they are unpacked, as the file says.
+
+    Not of one column: for what a damaged file says of a column, pyarrow ends the process.
+    """
+    return sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:

@@ -135,6 +135,11 @@ ROWS: dict[str, tuple[Make, str]] = {
     "Parquet: no pictures": (lambda p: parquet(p, a=[1], text=["b"]), "data.parquet"),
     "Parquet: two columns": (lambda p: parquet(p, left=[PNG], right=[PNG]), "left, right"),
     "Parquet: a row without a picture": (lambda p: parquet(p, image=[PNG, None]), "data.parquet[1]"),
+    "Parquet: a struct without a picture": (
+        lambda p: parquet(p, image=[{"bytes": PNG, "path": "a"}, {"bytes": None, "path": "b"}]),
+        "data.parquet[1]",
+    ),
+    "Parquet: no struct": (lambda p: parquet(p, image=[{"bytes": PNG, "path": "a"}, None]), "data.parquet[1]"),
     "Parquet: a row of something else": (lambda p: parquet(p, image=[PNG, b"hello"]), "data.parquet[1]"),
     "Parquet: files with other columns": (other_columns, "b.parquet"),
     "nothing but HEIC": (lambda p: text(p, "photo.heic").parent, ".heic"),
@@ -264,3 +269,37 @@ def test_a_command_ends_with_2_and_one_line(kind: str, tmp_path: Path, capsys: p
     assert len(lines) == 1
     assert named in lines[0]
     assert not (tmp_path / "target.safetensors").exists()
+
+
+def array(root: Path, name: str, save: Callable[..., None]) -> Path:
+    save(root / name, images=np.zeros((3, 9, 9, 3), np.uint8), labels=np.arange(3))
+    return root / name
+
+
+FUZZED: dict[str, Callable[[Path], Path]] = {
+    "zip": lambda p: packed(p, "a/0.png", "b/1.png", dataset={"labels": [["a/0.png", 1], ["b/1.png", 0]]}),
+    "zip, deflated": lambda p: packed(p, "a/0.png", "b/1.png", compression=zipfile.ZIP_DEFLATED),
+    "Parquet": lambda p: parquet(p, image=[{"bytes": PNG, "path": "a"}] * 3, label=["a", "b", "a"]),
+    "npz": lambda p: array(p, "data.npz", np.savez),
+    "npz, deflated": lambda p: array(p, "data.npz", np.savez_compressed),
+}
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_random_damage_ends_in_one_line_or_does_no_harm(kind: str, tmp_path: Path) -> None:
+    path = FUZZED[kind](tmp_path)
+    good = path.read_bytes()
+    random = np.random.default_rng(sorted(FUZZED).index(kind))
+    refused = 0
+    for _ in range(80):
+        data = bytearray(good)
+        for place in random.integers(len(data), size=random.integers(1, 9)):
+            data[place] = random.integers(256)
+        path.write_bytes(data[: random.integers(len(data))] if random.random() < 0.2 else data)
+        try:
+            list(ImageLoader(open_dataset("images", path, image_size=8), 4, backend="torch", workers=0))
+        except DataError as error:
+            refused += 1
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+    assert refused > 20
