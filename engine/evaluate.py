@@ -74,10 +74,16 @@ def parser() -> Parser:
     add = parser.add_argument
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--run", metavar="DIR", help="judge samples of this training run")
-    judged.add_argument("--images", metavar="PATH", help="judge these: a folder of PNG or JPEG files, .npy or .npz")
+    judged.add_argument("--images", metavar="PATH", help="judge these: a folder of pictures, .npy or .npz")
     add("--best", action="store_true", help="with --run: the generator that --evaluate-every found best")
     add("--samples", type=int, metavar="N", help="with --run: how many samples (default: 5000)")
     add("--against", metavar="PATH", help="the real images: a folder, .npy or .npz (default: the run's data set)")
+    add(
+        "--plain-reading",
+        action="store_true",
+        help="read folders as the command fidelity does: nothing below them, 16 bits clipped, transparency and "
+        "orientation ignored (default: as training reads them)",
+    )
     add("--preset", choices=tuple(PRESETS), help="the real images: those of this preset; or give data flags")
     add("--real-samples", type=int, metavar="N", help="of a data set take only N images at random (default: all)")
     add("--metrics", default="fid,kid", metavar="NAMES", help=f"some of {','.join(METRICS)} (default: fid,kid)")
@@ -137,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if arguments.json is not None:
         report = _report(arguments, values, network, judged, real, device)
-        write_atomically(arguments.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        write_atomically(arguments.json, (json.dumps(report, indent=2) + "\n").encode())
     print(table(values, network, judged.images, real, judged.step))
 
 
@@ -156,7 +162,7 @@ class _Judged:
     @classmethod
     def open(cls, arguments: Any, device: torch.device) -> _Judged:
         if arguments.run is None:
-            return cls(_open(arguments.images, "images"))
+            return cls(_open(arguments, "images"))
         sampler = load_run_sampler(arguments.run, best=arguments.best)
         sampler.to(device)
         count, side = arguments.samples or 5000, sampler.generator.spec.image_size
@@ -196,6 +202,7 @@ def _report(
         },
         "real": None if real is None else {"source": real.name, "images": real.count},
         "image_size": list(generated.size),
+        "plain_reading": arguments.plain_reading,
         "seed": arguments.seed,
         "kid_subset_size": arguments.kid_subset_size or KID_SUBSET,
         "batch_size": arguments.batch_size,
@@ -250,6 +257,8 @@ def _check(arguments: Any) -> None:
         for name, given in (("samples", arguments.samples is not None), ("best", arguments.best)):
             if given:
                 raise InputError(name, "belongs to --run; of --images all are judged")
+    if arguments.plain_reading and not any(Path(path or "").is_dir() for path in (arguments.images, arguments.against)):
+        raise InputError("plain_reading", "is for folders that --images or --against names")
     for name, most in _MOST.items():
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= most:
@@ -264,13 +273,22 @@ def _check_room(samples: int | None, network: EvaluationNetwork) -> None:
         raise InputError("samples", f"the features of {samples} take {size / 2**30:.0f} GiB; take fewer")
 
 
-def _open(path: str, argument: str) -> ImageSet:
+def _open(arguments: Any, argument: str) -> ImageSet:
     """The images at the path that `argument`, "images" or "against", gives."""
+    path = getattr(arguments, argument)
     file = Path(path).expanduser()
     if not file.exists():
         raise InputError(argument, f"{path} does not exist")
     if file.is_dir():
-        return ImageSet(file)
+        images = ImageSet(file, plain=arguments.plain_reading)
+        if images.read_otherwise:
+            log.warning(
+                "%s: of %d pictures, the command fidelity would read some otherwise (%s); --plain-reading does as it",
+                file,
+                images.count,
+                ", ".join(f"{count} {kind}" for kind, count in images.read_otherwise.items()),
+            )
+        return images
     if file.suffix.lower() not in ARRAY_SUFFIXES:
         raise InputError(argument, f"{path} is neither a folder of images nor a .npy or .npz file")
     pictures, _ = read_pictures(file)
@@ -285,7 +303,7 @@ def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | N
         asked = [name for name in ("preset", "real_samples") if getattr(arguments, name) is not None]
         if contradicting := [*asked, *given]:
             raise InputError(contradicting[0], "contradicts --against, whose images are taken as they are")
-        return None if unary else _open(arguments.against, "against")
+        return None if unary else _open(arguments, "against")
     if unary:
         return None
     if arguments.preset is not None or (of_run is None and given):

@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
         limit=arguments.neighbours_of,
     )
-    write_atomically(out, page.encode())
-    log.info("%s: %s of step %d, %.1f MB", out, title, sampler.step, len(page.encode()) / 1e6)
+    data = page.encode(errors="replace")
+    write_atomically(out, data)
+    log.info("%s: %s of step %d, %.1f MB", out, title, sampler.step, len(data) / 1e6)
 
 
 def _check(arguments: Any) -> None:

@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +26,10 @@ log = logging.getLogger("gfmn")
 
 FRESH_SECONDS = 2.0
 """A file that changed this recently is not trusted: a clock tick may hide a second change."""
-_MAX_FILE = 2**30
+MAX_FILE = 2**30
+"""Bytes of the largest file that is read as a picture."""
 _BLOCK = 2**20
+_CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
 
 
 def named_cache_folder() -> Path | None:
@@ -99,8 +101,8 @@ def _remove(folder: str, process: int) -> None:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path for messages: bytes that are not text become question marks instead of breaking the terminal."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A path for messages: bytes that are no text, and control characters, become signs that break no terminal."""
+    return os.fsencode(path).decode("utf-8", "replace").translate(_CONTROL)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -110,7 +112,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
-        if status.st_size > _MAX_FILE:
+        if status.st_size > MAX_FILE:
             raise OSError(f"{status.st_size / 2**30:.1f} GiB is too large for a picture")
         data = os.read(descriptor, status.st_size + 1)
         while len(data) < status.st_size and (more := os.read(descriptor, status.st_size - len(data))):
@@ -127,7 +129,36 @@ def digest_files(root: Path, names: Sequence[str], *, skip_unreadable: bool) -> 
         DataError: a file cannot be read, unless `skip_unreadable`: then it counts as unreadable.
     """
     paths = [os.path.join(root, name) for name in names]
-    key, newest = _key(root, names, paths)
+    return _digest(
+        lambda: _key(root, names, paths),
+        names,
+        lambda item: digest_file(paths[item]),
+        lambda item: printable(paths[item]),
+        skip_unreadable,
+    )
+
+
+def digest_entries(
+    archive: Path,
+    names: Sequence[str],
+    digest_one: Callable[[int], str | OSError],
+    where: Callable[[int], str],
+    *,
+    skip_unreadable: bool,
+) -> str:
+    """As `digest_files`, over entries of one archive: `digest_one` gives size and SHA-256 of an entry by its number."""
+    entries = hashlib.sha256("\0".join(names).encode()).hexdigest()
+    return _digest(lambda: _key(archive, [entries], [str(archive)]), names, digest_one, where, skip_unreadable)
+
+
+def _digest(
+    state: Callable[[], tuple[str, float]],
+    names: Sequence[str],
+    digest_one: Callable[[int], str | OSError],
+    where: Callable[[int], str],
+    skip_unreadable: bool,
+) -> str:
+    key, newest = state()
     remembered = cached("digests", key)
     if (digest := _recall(remembered)) is not None:
         return digest
@@ -135,14 +166,14 @@ def digest_files(root: Path, names: Sequence[str], *, skip_unreadable: bool) -> 
     total = hashlib.sha256()
     complete = True
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)) + 1)) as pool:
-        for name, path, content in zip(names, paths, pool.map(digest_file, paths), strict=True):
+        for item, content in enumerate(pool.map(digest_one, range(len(names)))):
             if isinstance(content, OSError):
                 complete = False
                 if not skip_unreadable:
-                    raise BadImage(printable(path), one_line(content)).error()
+                    raise BadImage(where(item), one_line(content)).error()
                 content = "unreadable"
-            total.update(os.fsencode(name) + b"\0" + content.encode() + b"\0")
-    if complete and newest < start - FRESH_SECONDS and _key(root, names, paths)[0] == key:
+            total.update(os.fsencode(names[item]) + b"\0" + content.encode() + b"\0")
+    if complete and newest < start - FRESH_SECONDS and state()[0] == key:
         _remember(remembered, total.hexdigest())
     return total.hexdigest()
 

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from pipelines.dataset import ImageDataset
 from pipelines.decoding.preprocessing import Preprocessing
-from pipelines.errors import DataError
+from pipelines.digests import printable
+from pipelines.errors import DataError, one_line
 from pipelines.sources.celeba import open_celeba
 from pipelines.sources.cifar10 import open_cifar10
 from pipelines.sources.digits import open_digits
@@ -51,7 +52,8 @@ def open_dataset(
 
     Args:
         name: one of `DATASETS`.
-        path: the folder or file. `digits` takes none; `cifar10` is downloaded (into the cache without a path).
+        path: the folder or file, as docs/data.md says for each. `digits` takes none;
+            `cifar10` is downloaded (into the cache without a path).
         image_size: height and width of the images, in pixels.
         center_crop: side of the centre square that is cut out before the resize, in pixels; 160 for `celeba`.
         horizontal_flip: also show every picture mirrored, which doubles the length.
@@ -63,5 +65,16 @@ def open_dataset(
     if name not in DATASETS:
         raise DataError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
     preprocessing = Preprocessing(image_size=image_size, center_crop=center_crop, horizontal_flip=bool(horizontal_flip))
-    where = None if path is None else Path(path).expanduser()
-    return DATASETS[name](name, where, preprocessing, skip_bad_images=skip_bad_images)
+    return DATASETS[name](name, _place(path), preprocessing, skip_bad_images=skip_bad_images)
+
+
+def _place(path: str | os.PathLike[str] | None) -> Path | None:
+    """The path with ~ as the home folder. An empty one would mean the working folder, which nobody asks for so."""
+    if path is None:
+        return None
+    if not os.fspath(path):
+        raise DataError("the path of the data set is empty; leave it out, or write '.' for this folder", "data")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # a user whom the system does not know
+        raise DataError(f"{printable(path)}: {one_line(error)}; write the folder in full", "data") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -91,6 +92,8 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     # Inductor says at WARNING that it found no CUDA runtime, on every machine without one; matplotlib, where it keeps
     # its fonts, on every machine without a home folder.
     for library in ("torch.utils.cpp_extension", "matplotlib"):

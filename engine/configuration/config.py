@@ -116,7 +116,7 @@ class Config:
 
     def to_json(self) -> str:
         """As in `config.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Config:

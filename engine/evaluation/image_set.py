@@ -1,10 +1,13 @@
-"""Sets of images of one size, in memory or as files of a folder, as torch-fidelity reads them."""
+"""Sets of images of one size, in memory or as files of a folder, for torch-fidelity."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,9 +15,13 @@ from torch.utils.data import Dataset
 
 from engine.evaluation.fidelity import fidelity
 from engine.support.errors import InputError
-from pipelines.errors import one_line
+from pipelines.decoding.pil import decode, look, say_first_frame
+from pipelines.digests import printable, read_file
+from pipelines.errors import BadImage, DataError, one_line
+from pipelines.sources.listing import list_pictures, say_what_is_left_out
 
 _SUFFIXES = "png,jpg,jpeg"
+"""What torch-fidelity's own reading of a folder takes."""
 
 
 class DrawnImages(Dataset[Tensor]):
@@ -44,27 +51,38 @@ class DrawnImages(Dataset[Tensor]):
 
 
 class ImageSet:
-    """Images of one size: a tensor uint8 [N, 3, H, W], images to be drawn, or the PNG and JPEG files of a folder.
+    """Images of one size: a tensor uint8 [N, 3, H, W], images to be drawn, or the pictures in a folder and below it.
+
+    Pictures are read as training reads them: upright, over white, 16 bits scaled to 8.
 
     Args:
-        images: the tensor, the drawn images, or the folder's path. Folders below it do not count.
+        images: the tensor, the drawn images, or the folder's path.
         name: of what is no folder: the argument that errors name, or the file that it comes from.
+        plain: read a folder as torch-fidelity's own command does: PNG and JPEG files alone, none below it, with PIL's
+            bare conversion to RGB (which clips 16 bits, drops transparency, and leaves pictures lying on their side).
 
     Attributes:
-        source: what torch-fidelity is given, a dataset or the folder's path.
+        source: what torch-fidelity is given: a dataset, or the folder's path if `plain`.
         argument: what errors name.
         name: the same as text.
         count: N.
         size: (H, W).
+        in_memory: whether `source` holds the pixels.
+        read_otherwise: how many pictures `plain` would change or leave out, by kind.
 
     Raises InputError that names the folder or file if there are no images, one cannot be read, or sizes differ, and
     ValueError for a tensor that is not uint8 [N, 3, H, W].
     """
 
-    def __init__(self, images: Tensor | DrawnImages | str | Path, name: str | Path = "images"):
+    def __init__(
+        self, images: Tensor | DrawnImages | str | Path, name: str | Path = "images", *, plain: bool = False
+    ):
         self.source: Dataset[Tensor] | str
         self.argument = Path(images) if isinstance(images, str | Path) else name
         self.name = str(self.argument)
+        self.in_memory = not isinstance(images, str | Path)
+        self.read_otherwise: Counter[str] = Counter()
+        self._files: list[str] = []
         if isinstance(images, DrawnImages):
             self.source, self.count, self.size = images, len(images), (images.side, images.side)
             return
@@ -77,28 +95,45 @@ class ImageSet:
         folder = Path(images)
         if not folder.is_dir():
             raise InputError(folder, "is not a folder of images")
-        self.source = str(folder)
-        files = self.files()
-        if not files:
-            raise InputError(folder, "holds no PNG or JPEG images (folders below it do not count)")
-        self.count, self.size = len(files), _size(files[0])
-        for file in files:
-            if (size := _size(file)) != self.size:
+        plain_files = fidelity().utils.glob_samples_paths(str(folder), False, _SUFFIXES, None, False)
+        self._files = plain_files if plain else _pictures(folder)
+        if not self._files:
+            kind = "PNG or JPEG images (folders below it do not count)" if plain else "images"
+            raise InputError(folder, f"holds no {kind}")
+        self.source = str(folder) if plain else _Files(self._files)
+        self.count = len(self._files)
+        if not plain and (left_out := set(map(os.path.realpath, self._files)).difference(plain_files)):
+            self.read_otherwise["left out"] = len(left_out)
+        sizes = map(_stored_size if plain else self._size, self._files)
+        self.size = next(sizes)
+        for file, size in zip(self._files[1:], sizes, strict=True):
+            if size != self.size:
+                first, other = (printable(os.path.relpath(path, folder)) for path in (self._files[0], file))
                 raise InputError(
                     folder,
-                    f"holds images of different sizes: {Path(files[0]).name} is {shown_size(self.size)}, "
-                    f"{Path(file).name} is {shown_size(size)}",
+                    f"holds images of different sizes: {first} is {shown_size(self.size)}, "
+                    f"{other} is {shown_size(size)}",
                 )
 
-    def files(self) -> list[str]:
-        """The files that torch-fidelity reads, in its order; none of a tensor."""
-        if not isinstance(self.source, str):
-            return []
-        return fidelity().utils.glob_samples_paths(self.source, False, _SUFFIXES, None, False)
+    def _size(self, file: str) -> tuple[int, int]:
+        try:
+            found = look(read_file(file))
+        except (OSError, DataError) as error:
+            raise _unreadable(file, error) from None
+        if found.has_frames:
+            say_first_frame([file])
+        if found.unusual is not None:
+            self.read_otherwise[found.unusual] += 1
+        return found.size
 
-    def damaged_file(self) -> str | None:
+    def damaged_file(self) -> BadImage | None:
         """The first file that cannot be decoded; None if there is none."""
-        return next((file for file in self.files() if not _decodes(file)), None)
+        for file in self._files:
+            try:
+                decode(read_file(file))
+            except (OSError, DataError) as error:
+                return BadImage(file, one_line(error))
+        return None
 
 
 class _Pixels(Dataset[Tensor]):
@@ -112,23 +147,41 @@ class _Pixels(Dataset[Tensor]):
         return self.images[index]
 
 
+class _Files(Dataset[Tensor]):
+    """Pictures that are decoded when they are asked for, uint8 [3, H, W]; raises `OSError` and `DataError`."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        pixels = np.array(decode(read_file(self.files[index])))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
 def shown_size(size: tuple[int, int]) -> str:
     """(H, W) as "H×W"."""
     return f"{size[0]}×{size[1]}"
 
 
-def _size(file: str) -> tuple[int, int]:
+def _pictures(folder: Path) -> list[str]:
+    names, others, unread = list_pictures(folder)
+    if unread:
+        raise InputError(Path(unread[0].path), f"{unread[0].reason}; make it readable")
+    if names:
+        say_what_is_left_out(folder, others)
+    return [os.path.join(folder, name) for name in names]
+
+
+def _stored_size(file: str) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             return image.height, image.width
     except OSError as error:
-        raise InputError(Path(file), f"is not a readable image ({one_line(error)}); replace or remove it") from None
+        raise _unreadable(file, error) from None
 
 
-def _decodes(file: str) -> bool:
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except OSError:
-        return False
-    return True
+def _unreadable(file: str, error: Exception) -> InputError:
+    return InputError(Path(file), f"is not a readable image ({one_line(error)}); replace or remove it")

@@ -25,7 +25,7 @@ from engine.evaluation.image_set import ImageSet, shown_size
 from engine.evaluation.judges import VGG16, EvaluationNetwork, download_judges
 from engine.support.errors import InputError
 from engine.support.files import total_memory
-from pipelines.errors import one_line
+from pipelines.errors import DataError
 
 log = logging.getLogger("gfmn")
 
@@ -93,7 +93,7 @@ def compute_metrics(
     device = torch.device(device)
     inputs = [generated] if real is None or set(metrics) == {"is"} else [generated, real]
     # Images in memory need no processes that read them; distances between very many images need the sparing way.
-    in_memory = any(not isinstance(entry.source, str) for entry in inputs)
+    in_memory = any(entry.in_memory for entry in inputs)
     options: dict[str, Any] = {
         **{f"input{number}": entry.source for number, entry in enumerate(inputs, start=1)},
         "cuda": device.type == "cuda",
@@ -188,11 +188,11 @@ def check_sizes(network: EvaluationNetwork, generated: ImageSet, real: ImageSet 
 def _calculate(images: list[ImageSet], extractor: str, options: dict[str, Any]) -> dict[str, float]:
     try:
         return fidelity().calculate_metrics(feature_extractor=extractor, **options)
-    except OSError as error:
+    except (OSError, DataError):  # of a process that reads, with its stack in the message
         damaged = next(filter(None, (entry.damaged_file() for entry in images)), None)
         if damaged is None:
             raise
-        raise InputError(Path(damaged), f"cannot be decoded ({one_line(error)}); replace or remove it") from None
+        raise InputError(Path(damaged.path), f"cannot be decoded ({damaged.reason}); replace or remove it") from None
 
 
 @contextlib.contextmanager

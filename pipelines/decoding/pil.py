@@ -1,20 +1,27 @@
 """Encoded pictures → RGB, by PIL: the reference that the other decoders agree with.
 
 Orientation tags of cameras are applied, alpha is composited over white, 16-bit grey is scaled to 8 bits (PIL's own
-conversion would clip it), CMYK is converted by PIL. Of an animation, the first frame is used.
+conversion would clip it), CMYK is converted by PIL; gamma and colour profiles are left alone. Of an animation, the
+first frame is used. docs/pictures.md has the whole table.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
+import logging
 import struct
 import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from pipelines.dataset import EncodedDataset
+from pipelines.decoding import jpeg
 from pipelines.decoding.preprocessing import MAX_PIXELS
 from pipelines.errors import BadImage, DataError, one_line
 
@@ -22,24 +29,48 @@ from pipelines.errors import BadImage, DataError, one_line
 for _category in (UserWarning, Image.DecompressionBombWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
+# Pillow has no HEIC of its own.
+with contextlib.suppress(ImportError, OSError):
+    importlib.import_module("pillow_heif").register_heif_opener()
+
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
-_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman-coded
-_JPEG_STANDALONE = (0x01, *range(0xD0, 0xD9))
+_DEEP_IN_32_BITS = ("PNG", "PPM")  # whose 16-bit grey has mode "I"
+_said: list[str] = []
+log = logging.getLogger("gfmn")
+
+_TURNED = range(2, 9)
+_ON_ITS_SIDE = range(5, 9)
+_BITS_PER_SAMPLE = 258  # tag of a TIFF
+# What PIL reads an orientation from in the text of a PNG.
+_TURNING_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
-def load(dataset: EncodedDataset, picture: int, data: bytes | None = None) -> np.ndarray | BadImage:
+def load(
+    dataset: EncodedDataset, picture: int, data: bytes | None = None, *, animations: list[str]
+) -> np.ndarray | BadImage:
     """One picture as uint8 [image_size, image_size, 3], or what is wrong with it.
 
     Args:
         dataset: whose files are read and whose preprocessing is applied.
         picture: which one.
         data: the encoded bytes, where they were read before.
+        animations: gets the place of the first file that has several frames; for `say_first_frame`.
     """
     try:
         encoded = dataset.files.read(picture) if data is None else data
-        return np.asarray(dataset.preprocessing.fit(decode(encoded)))
+        decoded, has_frames = _decode(encoded)
+        if has_frames and not animations:
+            animations.append(dataset.files.where(picture))
+        return np.asarray(dataset.preprocessing.fit(decoded))
     except (DataError, OSError) as error:
         return BadImage(dataset.files.where(picture), one_line(error))
+
+
+def say_first_frame(animations: list[str]) -> None:
+    """Log that the first frame of such files is used, unless this process has said so before."""
+    if animations and not _said:
+        _said.append(animations[0])
+        log.warning("%s: has several frames; the first one is used, in all such files", animations[0])
 
 
 def decode(data: bytes) -> Image.Image:
@@ -48,14 +79,80 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         DataError: not a picture, cut short, too large, or of a kind that has no 8-bit meaning. The message says why.
     """
+    return _decode(data)[0]
+
+
+def _decode(data: bytes) -> tuple[Image.Image, bool]:
+    """The picture, and whether it is the first of several frames."""
+    with _explained():
+        if headers := jpeg.read_headers(data):
+            if headers.flaw is not None:
+                raise DataError(f"damaged image ({headers.flaw})")
+            data = jpeg.hungry(data, headers)
+        picture = _open(data)
+        picture.load()
+        has_frames = _has_frames(picture)
+        white = _deep_white(picture)
+        picture = _upright(picture)
+        return (_to_rgb(picture) if white is None else _from_deep_grey(picture, white)), has_frames
+
+
+def _has_frames(picture: Image.Image) -> bool:
+    """Whether it is an animation or has several pages. In an MPO, what follows are other views of one photograph."""
+    try:
+        return getattr(picture, "is_animated", False) and picture.format != "MPO"
+    except Exception:  # whatever damaged frames behind the first make it stumble over
+        return True
+
+
+class Look(NamedTuple):
+    """What a file's headers say of the picture that `decode` gives.
+
+    Attributes:
+        size: (height, width), upright.
+        unusual: why a plain `Image.open(file).convert("RGB")` gives another picture; None if it gives the same.
+        has_frames: whether that is the first of several frames.
+    """
+
+    size: tuple[int, int]
+    unusual: str | None
+    has_frames: bool
+
+
+def look(data: bytes) -> Look:
+    """Encoded bytes → `Look`; raises `DataError` as `decode` does, for what headers show."""
+    if (size := size_if_plain(data)) is not None:
+        return Look(size, None, False)
+    with _explained():
+        picture = _open(data)
+        # Pillow turns a TIFF by itself.
+        turn = 1 if picture.format == "TIFF" else orientation(picture)
+        width, height = picture.size
+        unusual = None
+        if _deep_white(picture) is not None:
+            unusual = "16-bit grey"
+        elif picture.has_transparency_data:
+            unusual = "transparent"
+        elif turn in _TURNED:
+            unusual = "turned by its metadata"
+        size = (width, height) if turn in _ON_ITS_SIDE else (height, width)
+        return Look(size, unusual, _has_frames(picture))
+
+
+def _open(data: bytes) -> Image.Image:
     if not data:
         raise DataError("the file is empty")
+    picture = Image.open(io.BytesIO(data))
+    if picture.width * picture.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    return picture
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """PIL's errors as `DataError`."""
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        picture.load()
-        return _to_rgb(_upright(picture))
+        yield
     except Image.DecompressionBombError:
         raise DataError(f"refused as a decompression bomb (limit {MAX_PIXELS:,} pixels)") from None
     except Image.UnidentifiedImageError:
@@ -73,18 +170,42 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
+def orientation(picture: Image.Image) -> int | None:
+    """How the picture is to be turned, 1 (upright) to 8, by PIL's own parser of Exif and XMP; None if it stumbles."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever damaged metadata make it stumble over
+        return None
+
+
+def _deep_white(picture: Image.Image) -> int | None:
+    """The number that is white in 16-bit grey, which PIL's conversion to RGB would clip; None for other pictures."""
+    if picture.mode not in _DEEP_GREY and (picture.mode != "I" or picture.format not in _DEEP_IN_32_BITS):
+        return None
+    bits = getattr(picture, "tag_v2", {}).get(_BITS_PER_SAMPLE)
+    return 4095 if bits == (12,) else 65535
+
+
+def _from_deep_grey(picture: Image.Image, white: int) -> Image.Image:
+    deep = np.asarray(picture).astype(np.uint32).clip(0, white)
+    grey = ((deep * 255 + white // 2) // white).astype(np.uint8)
+    if isinstance(transparent := picture.info.get("transparency"), int):
+        grey[deep == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode of PIL → RGB."""
-    if picture.mode in _DEEP_GREY or (picture.mode == "I" and picture.format == "PNG"):
-        deep = np.asarray(picture).astype(np.uint32).clip(0, 65535)
-        return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    """Any other mode of PIL → RGB."""
     if picture.mode in ("I", "F"):
         raise DataError(f"32-bit pixels (mode {picture.mode}) have no defined range; convert it to 8 or 16 bits")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    try:
+        return picture.convert("RGB")
+    except ValueError:
+        raise DataError(f"colours of mode {picture.mode} cannot be converted; save it as RGB") from None
 
 
 def size_if_plain(data: bytes) -> tuple[int, int] | None:
@@ -107,34 +228,21 @@ def size_if_plain(data: bytes) -> tuple[int, int] | None:
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    if data[-2:] != b"\xff\xd9":
+    headers = jpeg.read_headers(data)
+    if headers is None or headers.flaw is not None or data[-2:] != b"\xff\xd9":
         return None
-    position = 2
-    while data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF or marker in _JPEG_STANDALONE:
-            position += 1 if marker == 0xFF else 2
-            continue
-        if marker in _JPEG_FRAMES:
-            precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
-            return (height, width) if precision == 8 and components in (1, 3) else None
-        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xCC)) or marker == 0xDA:
-            return None
-        (length,) = struct.unpack_from(">H", data, position + 2)
-        segment = data[position + 4 : position + 2 + length]
-        if marker == 0xE1 and segment[:6] == b"Exif\0\0" and _is_turned(segment):
-            return None
-        position += 2 + length
-    return None
+    if headers.precision != 8 or headers.components not in (1, 3):
+        return None
+    if headers.has_metadata and not _is_upright(data):
+        return None
+    return headers.height, headers.width
 
 
-def _is_turned(exif: bytes) -> bool:
-    """Whether an orientation tag (0x0112, one SHORT) asks for anything but upright."""
-    for tag, low_byte in ((b"\x01\x12\x00\x03\x00\x00\x00\x01", 9), (b"\x12\x01\x03\x00\x01\x00\x00\x00", 8)):
-        start = exif.find(tag)
-        if start >= 0 and exif[start + low_byte] != 1:
-            return True
-    return False
+def _is_upright(data: bytes) -> bool:
+    try:
+        return orientation(Image.open(io.BytesIO(data))) == 1
+    except Exception:  # PIL's plugins raise whatever a damaged file makes them stumble over
+        return False
 
 
 def _plain_png(data: bytes) -> tuple[int, int] | None:
@@ -148,7 +256,8 @@ def _plain_png(data: bytes) -> tuple[int, int] | None:
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 8 + length
         (checksum,) = struct.unpack_from(">I", data, end)
-        if kind in (b"tRNS", b"eXIf", b"acTL") or checksum != crc32(memoryview(data)[position + 4 : end]):
+        unusual = kind in (b"tRNS", b"eXIf", b"acTL") or data.startswith(_TURNING_TEXT, position + 8)
+        if unusual or checksum != crc32(memoryview(data)[position + 4 : end]):
             return None
         position = end + 4
     return height, width

@@ -2,7 +2,7 @@
 
 DALI gets bytes instead of file names, so that one bad file costs one line: the headers are read before DALI sees them
 (`decoding.pil.size_if_plain`), anything unusual or suspicious goes to PIL in the reading threads, and if DALI still
-fails, PIL tells which file is bad.
+fails, or paints the end of a JPEG grey, PIL tells which file is bad.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.dataset import EncodedDataset
-from pipelines.decoding.pil import load, size_if_plain
+from pipelines.decoding.pil import load, say_first_frame, size_if_plain
 from pipelines.decoding.preprocessing import Geometry
 from pipelines.errors import BadImage, DataError, one_line
 from pipelines.loading.dali_loader import OutputCollector, normalise, num_threads, pipeline_arguments
@@ -29,6 +29,9 @@ CHUNK_IMAGES = 64
 """Most pictures that DALI decodes at once; the user's batches are put together from such chunks."""
 CHUNK_PIXELS = 2**26
 """Most decoded pixels in one chunk (192 MiB), so that a folder of large photographs does not fill the memory."""
+
+_MISSING = 128
+"""libjpeg's grey in place of missing data: all three colours of a pixel."""
 
 log = logging.getLogger("gfmn")
 
@@ -65,15 +68,22 @@ class Chunk:
 
 @pipeline_def
 def file_pipeline(source: Callable[[], tuple[Any, ...]], size: int, center_crop: int | None, decoder: str) -> Any:
-    """Encoded pictures → float32 [n, 3, size, size]; sizes and offsets come from `Preprocessing.geometry`."""
+    """Encoded pictures → float32 [n, 3, size, size], and the last decoded pixel of each, uint8 [n, 1, 1, 3].
+
+    Sizes and offsets come from `Preprocessing.geometry`.
+    """
     encoded, mirrored, sizes, x, y = fn.external_source(source=source, num_outputs=5, batch=True, no_copy=True)
     options: Any = {"device": decoder, "output_type": types.DALIImageType.RGB, "adjust_orientation": False}
     resize: Any = {"size": sizes, "interp_type": types.DALIInterpType.INTERP_LINEAR, "antialias": True}
     if center_crop is None:
-        images = fn.resize(fn.decoders.image(encoded, **options), **resize)
-        return normalise(images, mirrored, crop=(size, size), crop_pos_x=x, crop_pos_y=y)
-    square = fn.decoders.image_crop(encoded, crop=(center_crop, center_crop), crop_pos_x=x, crop_pos_y=y, **options)
-    return normalise(fn.resize(square, **resize), mirrored)
+        pictures = fn.decoders.image(encoded, **options)
+        place: Any = {"crop": (size, size), "crop_pos_x": x, "crop_pos_y": y}
+    else:
+        crop = (center_crop, center_crop)
+        pictures = fn.decoders.image_crop(encoded, crop=crop, crop_pos_x=x, crop_pos_y=y, **options)
+        place = {}
+    last = fn.crop(pictures, crop=(1, 1), crop_pos_x=1.0, crop_pos_y=1.0)
+    return normalise(fn.resize(pictures, **resize), mirrored, **place), last
 
 
 class FileDecoder:
@@ -96,6 +106,8 @@ class FileDecoder:
         self._upcoming: Chunk | None = None
         self._chunks: Iterator[Chunk] = iter(())
         self._fed: deque[Chunk] = deque()
+        self._animations: list[str] = []
+        self._pool = ThreadPoolExecutor(num_threads(workers))
 
     def run(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """Yield (images, indices) for every batch of indices, in order.
@@ -103,27 +115,27 @@ class FileDecoder:
         Raises:
             DataError: names the first file that cannot be used, unless the dataset skips bad images.
         """
-        with ThreadPoolExecutor(num_threads(self.workers)) as pool:
-            try:
-                self._chunks = self._read_ahead(batches, pool)
-                parts: list[tuple[torch.Tensor, np.ndarray]] = []
-                for chunk, output in self._decoded():
-                    parts.append(self._assemble(chunk, output))
-                    if chunk.ends_batch:
-                        images, indices = zip(*parts, strict=True)
-                        yield (images[0] if len(images) == 1 else torch.cat(images)), np.concatenate(indices)
-                        parts = []
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        try:
+            self._chunks = self._read_ahead(batches)
+            parts: list[tuple[torch.Tensor, np.ndarray]] = []
+            for chunk, output in self._decoded():
+                say_first_frame(self._animations)
+                parts.append(self._assemble(chunk, output))
+                if chunk.ends_batch:
+                    images, indices = zip(*parts, strict=True)
+                    yield (images[0] if len(images) == 1 else torch.cat(images)), np.concatenate(indices)
+                    parts = []
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read_ahead(self, batches: list[np.ndarray], pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+    def _read_ahead(self, batches: list[np.ndarray]) -> Iterator[Chunk]:
         """Chunks in order, prepared by the threads a few chunks before they are needed."""
         jobs: deque[tuple[Future[list[Plain | np.ndarray | BadImage]], np.ndarray, bool]] = deque()
         for indices in batches:
             for start in range(0, len(indices), CHUNK_IMAGES):
                 part = indices[start : start + CHUNK_IMAGES]
                 ends_batch = start + CHUNK_IMAGES >= len(indices)
-                jobs.append((pool.submit(self._prepare, part), part, ends_batch))
+                jobs.append((self._pool.submit(self._prepare, part), part, ends_batch))
                 if len(jobs) > num_threads(self.workers) + 1:
                     yield from _split(*_result(jobs.popleft()))
         while jobs:
@@ -137,7 +149,7 @@ class FileDecoder:
                 data = self.dataset.files.read(picture)
                 size = size_if_plain(data)
                 if size is None:
-                    samples.append(load(self.dataset, picture, data))
+                    samples.append(self._load(picture, data))
                 else:
                     geometry = self.dataset.preprocessing.geometry(*size)
                     samples.append(Plain(np.frombuffer(data, np.uint8), size, geometry))
@@ -159,7 +171,7 @@ class FileDecoder:
                 continue
             try:
                 pipeline = pipeline or file_pipeline(self._feed, size, crop, decoder, **arguments)
-                (output,) = pipeline.run()
+                output, last = pipeline.run()
             except StopIteration:  # all that was fed is out, and what comes next is not for DALI
                 if pipeline is not None:
                     pipeline.reset()
@@ -169,7 +181,8 @@ class FileDecoder:
                 while self._fed:
                     yield self._fed.popleft(), None
             else:
-                yield self._fed.popleft(), collect(output)
+                chunk = self._fed.popleft()
+                yield chunk, self._without_damaged(chunk, collect(output), last.as_cpu().as_array())
 
     def _advance(self) -> Chunk:
         """The upcoming chunk; the one after it becomes the upcoming one."""
@@ -199,10 +212,29 @@ class FileDecoder:
             pictures = self.dataset.pictures(chunk.indices)[0].tolist()
             for k, sample in enumerate(chunk.samples):
                 if isinstance(sample, Plain):
-                    chunk.samples[k] = loaded = load(self.dataset, pictures[k], sample.encoded.tobytes())
+                    chunk.samples[k] = loaded = self._load(pictures[k], sample.encoded.tobytes())
                     bad = bad or isinstance(loaded, BadImage)
         if not bad:
             log.warning("DALI could not decode what PIL can, so PIL did (%s)", one_line(error))
+
+    def _without_damaged(self, chunk: Chunk, images: torch.Tensor, last: np.ndarray) -> torch.Tensor:
+        """DALI's images of a chunk, without those whose data PIL misses too; the chunk's samples say so.
+
+        PIL is asked about a JPEG whose last pixel, uint8 [n, 1, 1, 3], is the grey of missing data.
+        """
+        if not (last == _MISSING).all((1, 2, 3)).any():
+            return images
+        pictures = self.dataset.pictures(chunk.indices)[0].tolist()
+        plain = [k for k, sample in enumerate(chunk.samples) if isinstance(sample, Plain)]
+        doubtful = [k for k, pixel in zip(plain, last, strict=True) if (pixel == _MISSING).all()]
+        data = [chunk.samples[k].encoded.tobytes() for k in doubtful]  # type: ignore[union-attr]
+        for k, loaded in zip(doubtful, self._pool.map(self._load, [pictures[k] for k in doubtful], data), strict=True):
+            if isinstance(loaded, BadImage):
+                chunk.samples[k] = loaded
+        return images[[isinstance(chunk.samples[k], Plain) for k in plain]]
+
+    def _load(self, picture: int, data: bytes) -> np.ndarray | BadImage:
+        return load(self.dataset, picture, data, animations=self._animations)
 
     def _assemble(self, chunk: Chunk, output: torch.Tensor | None) -> tuple[torch.Tensor, np.ndarray]:
         """DALI's images and PIL's, in the chunk's order, without the bad ones: (images, indices)."""

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
-from pipelines.decoding.pil import load
+from pipelines.decoding.pil import load, say_first_frame
 from pipelines.errors import BadImage
 from pipelines.pixels import to_float_
 
@@ -69,16 +69,17 @@ class _Decoder(Dataset[np.ndarray]):
     def __init__(self, dataset: EncodedDataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, pictures: list[int]) -> tuple[np.ndarray, dict[int, BadImage]]:
-        """Pictures → (uint8 [good, H, W, 3], what is wrong with the others, by picture).
+    def __getitems__(self, pictures: list[int]) -> tuple[np.ndarray, dict[int, BadImage], list[str]]:
+        """Pictures → (uint8 [good, H, W, 3], what is wrong with the others, by picture, files with several frames).
 
         Arrays travel through a pipe: tensors would need shared memory, of which containers often have little. Errors
         travel as values, because an exception would arrive wrapped in the worker's stack.
         """
         good: list[np.ndarray] = []
         bad: dict[int, BadImage] = {}
+        animations: list[str] = []
         for picture in pictures:
-            loaded = load(self.dataset, picture)
+            loaded = load(self.dataset, picture, animations=animations)
             if isinstance(loaded, BadImage):
                 bad[picture] = loaded
                 if not self.dataset.skip_bad_images:
@@ -86,7 +87,7 @@ class _Decoder(Dataset[np.ndarray]):
             else:
                 good.append(loaded)
         size = self.dataset.image_size
-        return np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), bad
+        return np.stack(good) if good else np.empty((0, size, size, 3), np.uint8), bad, animations
 
 
 class _Wanted:
@@ -121,7 +122,8 @@ def _decoded(
         num_workers=0 if len(batches) == 1 else min(workers, len(batches)),
         collate_fn=_unchanged,
     )
-    for indices, (pictures, bad) in zip(batches, loader, strict=True):
+    for indices, (pictures, bad, animations) in zip(batches, loader, strict=True):
+        say_first_frame(animations)
         if bad and not dataset.skip_bad_images:
             raise next(iter(bad.values())).error()
         bad_images.update(bad)

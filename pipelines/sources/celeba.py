@@ -8,7 +8,8 @@ from pathlib import Path
 from pipelines.dataset import EncodedDataset
 from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.sources.folder import open_folder
-from pipelines.sources.paths import existing_path
+from pipelines.sources.paths import existing_path, is_file, is_folder
+from pipelines.sources.zip_archive import ZIP_SUFFIX, open_zip
 
 FOLDER = "img_align_celeba"
 CENTER_CROP = 160
@@ -22,15 +23,17 @@ def open_celeba(
 
     Args:
         name: name of the dataset.
-        path: the folder `img_align_celeba`, or the one that holds it.
+        path: the folder `img_align_celeba`, the one that holds it, or its zip archive.
         preprocessing: without a crop of its own, the centre square of 160 pixels is taken.
         skip_bad_images: leave out files that cannot be used instead of stopping.
 
     Raises:
-        DataError: as `open_folder`.
+        DataError: as `open_folder` and `open_zip`.
     """
     if preprocessing.center_crop is None:
         preprocessing = dataclasses.replace(preprocessing, center_crop=CENTER_CROP)
     path = existing_path(name, path)
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if path.suffix.lower() == ZIP_SUFFIX and is_file(path):
+        return open_zip(name, path, preprocessing, labelled=False, skip_bad_images=skip_bad_images)
+    folder = path / FOLDER if is_folder(path / FOLDER) else path
     return open_folder(name, folder, preprocessing, labelled=False, skip_bad_images=skip_bad_images)

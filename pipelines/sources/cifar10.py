@@ -16,7 +16,7 @@ from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import cached, printable
 from pipelines.errors import DataError, one_line
 from pipelines.sources.arrays import from_pictures
-from pipelines.sources.paths import archive_root, check_files
+from pipelines.sources.paths import archive_root, check_files, is_file
 
 DOWNLOAD_TIMEOUT = 30.0
 """Seconds without an answer after which a download is given up."""
@@ -44,9 +44,9 @@ def open_cifar10(
     root = cached("cifar10") if path is None else archive_root(path, CIFAR10.base_folder)
     checksums = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
     check_files(root / CIFAR10.base_folder, checksums)
-    absent = any(not (root / CIFAR10.base_folder / file).is_file() for file, _ in checksums)
+    absent = any(not is_file(root / CIFAR10.base_folder / file) for file, _ in checksums)
     archive = root / CIFAR10.filename
-    if absent and archive.exists():
+    if absent and is_file(archive):
         check_files(root, [(CIFAR10.filename, CIFAR10.tgz_md5)])
     elif absent:
         log.info("downloading CIFAR10 to %s", printable(root))

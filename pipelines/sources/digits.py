@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipelines.dataset import ArrayDataset
 from pipelines.decoding.preprocessing import Preprocessing
+from pipelines.digests import printable
 from pipelines.errors import DataError
 
 
@@ -24,7 +25,7 @@ def open_digits(
         DataError: there is a path or a crop, or the images are too small to show 8×8 digits.
     """
     if path is not None:
-        raise DataError(f"dataset 'digits' is built in and reads nothing from {path}; use the dataset 'images'")
+        raise DataError(f"dataset 'digits' is built in, and {printable(path)} is not read; use the dataset 'images'")
     if preprocessing.center_crop is not None:
         raise DataError("dataset 'digits' is drawn at the image size and takes no center_crop; leave it out")
     size = preprocessing.image_size

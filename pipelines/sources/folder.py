@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections import deque
 from pathlib import Path
-
-import numpy as np
 
 from pipelines.dataset import EncodedDataset
 from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import digest_files, printable, read_file
-from pipelines.errors import BadImage, DataError, one_line
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-log = logging.getLogger("gfmn")
+from pipelines.errors import BadImage, DataError
+from pipelines.sources.labels import Classes, find_classes, say_classes
+from pipelines.sources.listing import Listing, describe_files, is_junk, list_pictures, say_what_is_left_out
+from pipelines.sources.paths import is_folder
 
 
 class ImageFiles:
@@ -42,79 +38,68 @@ class ImageFiles:
 
 
 def open_folder(
-    name: str, root: Path, preprocessing: Preprocessing, *, labelled: bool = True, skip_bad_images: bool = False
+    name: str,
+    root: Path,
+    preprocessing: Preprocessing,
+    *,
+    labelled: bool = True,
+    skip_bad_images: bool = False,
+    listing: Listing | None = None,
 ) -> EncodedDataset:
     """All images below a folder, sorted by their relative path; hidden files and folders are left out.
 
-    With at least two non-empty folders directly below `root`, and no image beside them, each of those folders is a
-    class, numbered in sorted order.
+    Classes are those of `find_classes`.
+
+    Args:
+        labelled: whether to look for classes.
+        listing: what lies below the folder, where it is known.
 
     Raises:
-        DataError: no folder, no images, a folder that cannot be read, or (unless `skip_bad_images`) a class folder
-            without images.
+        DataError: no folder, no images, a folder that cannot be read, splits in place of classes, or (unless
+            `skip_bad_images`) a class folder without images.
     """
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"{printable(root)}: not a folder of images")
-    names, unread = find_images(root)
-    if unread and not skip_bad_images:
-        raise unread[0].error()
+    names, others, unread = listing or list_pictures(root)
+    if unread and not (skip_bad_images and names):
+        way_out = "skip_bad_images" if names else None
+        raise DataError(f"{unread[0]}; make it readable{', or skip bad images' if names else ''}", way_out)
     if not names:
-        raise DataError(f"{printable(root)}: no images below this folder (looked for {', '.join(SUFFIXES)})")
-    files = ImageFiles(root, names)
-    classes = sorted({os.path.dirname(name).split("/")[0] for name in names})
-    if not labelled or len(classes) < 2:
-        return EncodedDataset(name, preprocessing, files, skip_bad_images=skip_bad_images, bad_images=unread)
-    if "" in classes:
-        log.warning("%s: holds images beside its class folders, so none of the images has a label", printable(root))
-        return EncodedDataset(name, preprocessing, files, skip_bad_images=skip_bad_images, bad_images=unread)
-
-    folders = {folder for folder in os.listdir(root) if os.path.isdir(root / folder) and not folder.startswith(".")}
-    missing = sorted(folders - set(classes) - {Path(bad.path).name for bad in unread})
-    empty = tuple(BadImage(printable(root / folder), "class folder without images of its own") for folder in missing)
+        raise DataError(f"{printable(root)}: no images below this folder{_hint(others)}")
+    classes = None
+    if labelled:
+        advice = "give the folder of the one that is meant"
+        classes = find_classes(printable(root), names, others, lambda file: read_file(root / file), advice=advice)
+        say_classes(printable(root), len(names), classes)
+    say_what_is_left_out(root, others)
+    empty = _empty_classes(root, classes, unread)
     if empty and not skip_bad_images:
         raise empty[0].error()
-    number = {folder: label for label, folder in enumerate(classes)}
-    labels = np.array([number[label.split("/")[0]] for label in names], dtype=np.int64)
     return EncodedDataset(
         name,
         preprocessing,
-        files,
-        labels=labels,
-        num_classes=len(classes),
+        ImageFiles(root, names),
+        labels=None if classes is None else classes.labels,
+        num_classes=None if classes is None else classes.number,
         skip_bad_images=skip_bad_images,
         bad_images=unread + empty,
     )
 
 
-def find_images(root: Path) -> tuple[list[str], tuple[BadImage, ...]]:
-    """Relative names of all image files below `root`, sorted, with "/" between folders, and folders that can't be read.
+def _hint(others: list[str]) -> str:
+    """What is there in place of images, and what to do about it."""
+    if any(os.path.basename(file) == "data.mdb" for file in others):
+        return "; it holds an LMDB, which the dataset 'lsun' reads"
+    if not others:
+        return ""
+    return f", only {describe_files(others)}; convert them to JPEG or PNG, or give one archive or array file"
 
-    Links are followed, but every real folder is entered once, so a loop of links ends; real folders go first, so a
-    link to a sibling adds nothing. A broken link counts as a file, and is found out when it is read.
-    """
-    names: list[str] = []
-    unread: list[BadImage] = []
-    entered: set[tuple[int, int]] = set()
-    real, linked = deque([""]), deque[str]()
-    while real or linked:
-        folder = real.popleft() if real else linked.popleft()
-        try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(root / folder))
-        except OSError as error:
-            unread.append(BadImage(printable(root / folder), one_line(error)))
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir(follow_symlinks=False):
-                real.append(name)
-            elif os.path.isdir(entry.path):  # a link; unlike entry.is_dir(), no error if it leads to itself
-                linked.append(name)
-            elif entry.name.lower().endswith(SUFFIXES):
-                names.append(name)
-    return sorted(names), tuple(sorted(unread))
+
+def _empty_classes(root: Path, classes: Classes | None, unread: tuple[BadImage, ...]) -> tuple[BadImage, ...]:
+    """Folders beside the class folders that hold no images; none if the folders are no classes."""
+    if classes is None or not classes.names:
+        return ()
+    beside = root / classes.folder
+    folders = {entry for entry in os.listdir(beside) if os.path.isdir(beside / entry) and not is_junk(entry)}
+    missing = sorted(folders - set(classes.names) - {os.path.basename(bad.path) for bad in unread})
+    return tuple(BadImage(printable(beside / folder), "class folder without images of its own") for folder in missing)

@@ -14,8 +14,10 @@ from pipelines.dataset import EncodedDataset
 from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import digest_files, printable
 from pipelines.errors import DataError, one_line
-from pipelines.sources.paths import existing_path
+from pipelines.sources.paths import check_readable, existing_path, is_file, is_folder, unusable
 
+DATABASE = "data.mdb"
+_ARCHIVES = (".zip", ".tar", ".gz", ".7z")
 _OPENING = threading.Lock()
 
 
@@ -87,7 +89,7 @@ class LmdbImages:
 
     def digest(self, *, skip_unreadable: bool) -> str:
         """SHA-256 over the database file."""
-        return digest_files(self.folder, ["data.mdb"], skip_unreadable=skip_unreadable)
+        return digest_files(self.folder, [DATABASE], skip_unreadable=skip_unreadable)
 
 
 class _Environment:
@@ -120,7 +122,7 @@ class _Environment:
                 if self._environment is not None:
                     self._environment.close()
                 self._environment = lmdb.open(
-                    str(self.folder), readonly=True, lock=False, readahead=False, meminit=False, create=False
+                    os.fsencode(self.folder), readonly=True, lock=False, readahead=False, meminit=False, create=False
                 )
                 self._process = os.getpid()
                 self._refuse_short_file()
@@ -129,7 +131,7 @@ class _Environment:
     def _refuse_short_file(self) -> None:
         """Reading a page behind the end of a file that was cut would kill the process (SIGBUS)."""
         needed = (self._environment.info()["last_pgno"] + 1) * self._environment.stat()["psize"]
-        size = (self.folder / "data.mdb").stat().st_size
+        size = (self.folder / DATABASE).stat().st_size
         if size < needed:
             self._environment.close()
             self._environment, self._process = None, 0
@@ -147,17 +149,28 @@ def _lmdb() -> Any:
 
 
 def _find(path: Path) -> Path:
-    """The folder that holds `data.mdb`."""
-    if path.name == "data.mdb" and path.is_file():
-        return path.parent
-    if not path.is_dir():
-        raise DataError(f"{printable(path)}: not an LMDB folder")
-    if (path / "data.mdb").is_file():
+    """The folder that holds `data.mdb`, which can be read."""
+    folder = path.parent if path.name == DATABASE and is_file(path) else _database_folder(path)
+    check_readable(folder / DATABASE)
+    return folder
+
+
+def _database_folder(path: Path) -> Path:
+    if not is_folder(path):
+        what = "an archive" if path.suffix.lower() in _ARCHIVES else "not an LMDB folder"
+        raise DataError(f"{printable(path)}: {what}; unpack LSUN's archive, and give the folder with {DATABASE}")
+    if is_file(path / DATABASE):
         return path
-    inside = sorted(file.parent for file in path.glob("*/data.mdb"))
+    try:
+        below = sorted(os.listdir(path))
+    except OSError as error:
+        raise unusable(path, error) from None
+    inside = [path / name for name in below if is_file(path / name / DATABASE)]
     if len(inside) == 1:
         return inside[0]
     if inside:
         names = ", ".join(printable(folder.name) for folder in inside)
         raise DataError(f"{printable(path)}: holds several LMDB folders ({names}); choose one of them")
-    raise DataError(f"{printable(path)}: an LMDB folder without data.mdb; unpack the database again")
+    packed = next((name for name in below if name.lower().endswith(_ARCHIVES)), None)
+    remedy = f"unpack {printable(packed)}" if packed else "unpack the database again"
+    raise DataError(f"{printable(path)}: an LMDB folder without {DATABASE}; {remedy}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
+from helpers.picture_kinds import png, png_chunk
 from PIL import Image
 
 from pipelines import DataError
@@ -58,15 +58,10 @@ def test_16_bit_grey_is_scaled_not_clipped(photo: np.ndarray) -> None:
 
 
 def test_16_bit_colour(photo: np.ndarray) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width, _ = photo.shape
     rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in photo)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    assert size_if_plain(png) is None
-    assert np.array_equal(decode(png), photo)
+    data = png(photo.shape[1], photo.shape[0], 16, 2, rows)
+    assert size_if_plain(data) is None
+    assert np.array_equal(decode(data), photo)
 
 
 def test_alpha_is_composited_over_white(photo: np.ndarray) -> None:
@@ -78,6 +73,15 @@ def test_alpha_is_composited_over_white(photo: np.ndarray) -> None:
         data = encoded(Image.fromarray(rgba), form, **options)
         assert size_if_plain(data) is None
         assert np.abs(np.asarray(decode(data)) - expected).max() <= 1, form
+
+
+def test_transparent_number_of_deep_grey_is_white(photo: np.ndarray) -> None:
+    deep = photo[..., 1].astype(np.uint16) * 257
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    number = int(deep[5, 5])
+    data = png(deep.shape[1], deep.shape[0], 16, 0, rows, png_chunk(b"tRNS", struct.pack(">H", number)))
+    expected = np.where(deep == number, 255, photo[..., 1])
+    assert np.array_equal(decode(data), np.stack([expected] * 3, axis=-1))
 
 
 def test_transparent_colour_of_a_palette_is_white(photo: np.ndarray) -> None:

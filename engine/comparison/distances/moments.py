@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.support.errors import InputError, differences
-from engine.support.files import save_safetensors
+from engine.support.files import open_safetensors, save_safetensors
 
 _FORMAT = "gfmn-moments-1"
 
@@ -68,7 +68,9 @@ class Moments:
     def variance(self, correction: int = 1) -> Tensor:
         """`[D]`, M2 / (n − correction); ValueError if there are too few images."""
         if self.count <= correction:
-            raise InputError("count", f"variance with correction {correction} needs more than {self.count} images")
+            raise InputError(
+                "", f"variance with correction {correction} needs more than {self.count} images; give more"
+            )
         return self.m2 / (self.count - correction)
 
     def merge(self, other: Moments) -> Moments:
@@ -107,7 +109,7 @@ class Moments:
         """
         path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise InputError(path, "is not a target of moments; make one with engine.precompute")
