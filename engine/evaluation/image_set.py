@@ -162,7 +162,7 @@ def _pictures(folder: Path) -> ImageFiles:
     if unread:
         raise InputError(Path(unread[0].path), f"{unread[0].reason}; make it readable")
     if names:
-        say_what_is_left_out(folder, names, others)
+        say_what_is_left_out(folder, others)
     return ImageFiles(folder, names)
 
 

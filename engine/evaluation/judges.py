@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from engine.evaluation.fidelity import fidelity
@@ -19,6 +18,7 @@ from engine.representation.extractor import Normalisation
 from engine.representation.weights import copy_weights, read_state_dict, state_digest
 from engine.representation.zoo import Network, make_network
 from engine.support.errors import InputError
+from engine.support.files import open_safetensors
 from engine.support.pixels import to_float
 from pipelines.errors import one_line
 
@@ -216,7 +216,7 @@ def _task(weights: str | Path) -> str | None:
     """What `engine.pretrain` trained the file for, if it was that."""
     if Path(weights).suffix != ".safetensors":
         return None
-    with safe_open(weights, framework="pt") as file:
+    with open_safetensors(weights) as file:
         return (file.metadata() or {}).get("task")
 
 

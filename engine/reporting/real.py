@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from engine.configuration.build import make_extractor
 from engine.configuration.config import Config
@@ -15,6 +15,7 @@ from engine.configuration.inputs import open_data
 from engine.reporting.charts import number
 from engine.reporting.neighbours import Features, channel_means
 from engine.support.errors import InputError
+from engine.support.files import open_safetensors
 from engine.training.run_folder import RunFolder
 from pipelines import DataError, ImageDataset
 
@@ -87,7 +88,7 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
 def _trained_with(run: RunFolder) -> dict[str, str]:
     """The target's fingerprint in the newest checkpoint; empty if there is none."""
     try:
-        with safe_open(run.checkpoint_paths()[-1], framework="pt") as file:
+        with open_safetensors(run.checkpoint_paths()[-1]) as file:
             return dict(json.loads(file.metadata()["fingerprint"]))
     except (IndexError, KeyError, TypeError, ValueError, OSError, SafetensorError):
         return {}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.support.errors import InputError, one_line
+from engine.support.files import open_safetensors
 
 _UNUSED = "num_batches_tracked"
 
@@ -26,7 +26,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError("weights", f"{path} does not exist")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = _tensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(path, f"is not a readable file of weights ({one_line(error)})") from None
     except Exception as error:  # pickle.UnpicklingError and whatever else a foreign file provokes
@@ -34,6 +34,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(path, "is not a plain state dict: expected names and tensors only")
     return dict(state)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def copy_weights(

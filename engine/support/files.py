@@ -7,8 +7,9 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -61,7 +62,7 @@ def read_safetensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose metadata say `format: kind`; InputError that names the file otherwise."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
                 raise InputError(path, f"is not {description}")
@@ -70,6 +71,15 @@ def read_safetensors(
         raise InputError(path, "does not exist") from None
     except (SafetensorError, OSError) as error:
         raise InputError(path, f"is truncated or damaged ({error}); {advice}") from None
+
+
+@contextlib.contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """safetensors' `safe_open`, for every path: it takes paths in UTF-8 alone, and a file system allows other bytes."""
+    with open(path, "rb") as file:
+        name = str(path) if str(path).isprintable() else f"/dev/fd/{file.fileno()}"
+        with safe_open(name, framework="pt") as tensors:
+            yield tensors
 
 
 def _with_sorted_metadata(data: bytes) -> bytes:

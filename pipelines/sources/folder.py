@@ -62,7 +62,8 @@ def open_folder(
         raise DataError(f"{printable(root)}: not a folder of images")
     names, others, unread = listing or list_pictures(root)
     if unread and not (skip_bad_images and names):
-        raise unread[0].error()
+        way_out = "skip_bad_images" if names else None
+        raise DataError(f"{unread[0]}; make it readable{', or skip bad images' if names else ''}", way_out)
     if not names:
         raise DataError(f"{printable(root)}: no images below this folder{_hint(others)}")
     classes = None
@@ -70,7 +71,7 @@ def open_folder(
         advice = "give the folder of the one that is meant"
         classes = find_classes(printable(root), names, others, lambda file: read_file(root / file), advice=advice)
         say_classes(printable(root), len(names), classes)
-    say_what_is_left_out(root, names, others)
+    say_what_is_left_out(root, others)
     empty = _empty_classes(root, classes, unread)
     if empty and not skip_bad_images:
         raise empty[0].error()

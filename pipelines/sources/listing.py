@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines.digests import printable
 from pipelines.errors import BadImage, one_line
+from pipelines.sources.labels import LABEL_FILE
 
 JUNK = frozenset(
     (
@@ -32,7 +33,6 @@ JUNK = frozenset(
 """Names, in lower case, of what systems leave behind. Hidden files and folders (`._x.png`, `.git`) count with them."""
 _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"))
 """What Pillow names but only writes, only recognises, or hands to a program outside."""
-_ANIMATED = (".gif", ".apng", ".avifs", ".flc", ".fli")
 _NAMED = 4
 log = logging.getLogger("gfmn")
 
@@ -108,12 +108,10 @@ def list_pictures(root: str | os.PathLike[str]) -> Listing:
     return Listing(*sort_names(names), tuple(sorted(unread)))
 
 
-def say_what_is_left_out(where: str | os.PathLike[str], pictures: list[str], others: list[str]) -> None:
-    """Log, once for each place, how many files are no pictures, and that an animation gives its first frame."""
-    if others:
-        _say_once(f"{printable(where)}: left out {describe_files(others)}; these are not pictures that Pillow reads")
-    if animated := sum(name.lower().endswith(_ANIMATED) for name in pictures):
-        _say_once(f"{printable(where)}: {animated:,} files may be animations; the first frame of each is used")
+def say_what_is_left_out(where: str | os.PathLike[str], others: list[str]) -> None:
+    """Log, once a place, how many files are no pictures and of which kind; files of labels are not among them."""
+    if left_out := [name for name in others if PurePosixPath(name).name != LABEL_FILE]:
+        _say_once(f"{printable(where)}: left out {describe_files(left_out)}; these are not pictures that can be read")
 
 
 def describe_files(names: list[str]) -> str:
@@ -124,6 +122,7 @@ def describe_files(names: list[str]) -> str:
         example = next(name for name in names if PurePosixPath(name).suffix.lower() == kind)
         shown.append(f"{count:,} {printable(kind) or 'without a suffix'} (such as {printable(Path(example).name)})")
     rest = ", …" if len(kinds) > _NAMED else ""
+    rest += "; HEIC needs pip install pillow-heif" if {".heic", ".heif"} & kinds.keys() else ""
     return f"{len(names):,} file{'s' if len(names) > 1 else ''}: {', '.join(shown)}{rest}"
 
 

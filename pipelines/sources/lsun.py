@@ -122,7 +122,7 @@ class _Environment:
                 if self._environment is not None:
                     self._environment.close()
                 self._environment = lmdb.open(
-                    str(self.folder), readonly=True, lock=False, readahead=False, meminit=False, create=False
+                    os.fsencode(self.folder), readonly=True, lock=False, readahead=False, meminit=False, create=False
                 )
                 self._process = os.getpid()
                 self._refuse_short_file()

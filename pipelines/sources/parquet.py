@@ -79,31 +79,34 @@ def open_parquet(
             `pyarrow` package.
     """
     where = printable(root if len(files) > 1 else root / files[0])
-    for parts in zip(*(file.split("/") for file in files), strict=False):
-        refuse_splits(where, parts, "put the files of the one that is meant into a folder of their own")
+    for level in zip(*(file.split("/") for file in files), strict=False):
+        refuse_splits(where, level, "put the files of the one that is meant into a folder of their own")
     with _opened(root / files[0]) as first:
         schema = first.schema_arrow
     features = _features(schema)
     column = _picture_column(where, schema, features)
     label = _label_column(where, schema, features)
-    tables = []
+    columns = [column] if label is None else [column, label]
+    found: dict[str, list[Any]] = {name: [] for name in columns}
     size = 0
     for file in files:
         with _opened(root / file) as opened:
-            _check_columns(root / file, schema, opened.schema_arrow, column, label)
+            _check_columns(root / file, schema, opened.schema_arrow, columns)
             size += _bytes_of(opened.metadata, column)
             check_memory(size, where)
-            tables.append(opened.read(columns=[column] if label is None else [column, label], use_threads=False))
-    pictures = _joined([table.column(column) for table in tables])
+            table = opened.read(columns=columns, use_threads=False)
+            for name, parts in found.items():
+                parts.append(table.column(name))
+    pictures = _joined(found[column])
     if not len(pictures):
         raise DataError(f"{where}: holds no images")
     log.info("%s: the pictures are in column %s", where, printable(column))
-    classes = None if label is None else _classes(where, label, _joined([t.column(label) for t in tables]), features)
+    classes = None if label is None else _classes(where, label, _joined(found[label]), features)
     say_classes(where, len(pictures), classes)
     return EncodedDataset(
         name,
         preprocessing,
-        ParquetImages(root, files, [table.num_rows for table in tables], column, pictures),
+        ParquetImages(root, files, [len(part) for part in found[column]], column, pictures),
         labels=None if classes is None else classes.labels,
         num_classes=None if classes is None else classes.number,
         skip_bad_images=skip_bad_images,
@@ -130,8 +133,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(f"{printable(path)}: damaged Parquet file ({one_line(error)}); copy it again") from None
 
 
-def _check_columns(path: Path, schema: Any, own: Any, *columns: str | None) -> None:
-    for column in filter(None, columns):
+def _check_columns(path: Path, schema: Any, own: Any, columns: list[str]) -> None:
+    for column in columns:
         if column not in own.names or own.field(column).type != schema.field(column).type:
             raise DataError(f"{printable(path)}: column {printable(column)} is not as in the first file; keep one kind")
 
@@ -195,6 +198,8 @@ def _classes(where: str, column: str, values: Any, features: dict[str, dict[str,
     """The classes of a column of whole numbers or of texts; None, with a warning, if it holds anything else."""
     from pyarrow import types
 
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
     if values.null_count == 0 and (types.is_string(values.type) or types.is_large_string(values.type)):
         found, numbers = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
         return Classes(numbers.astype(np.int64), len(found), [str(name) for name in found])

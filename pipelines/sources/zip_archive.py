@@ -82,7 +82,7 @@ def open_zip(
         advice = "unpack it, and give the folder of the one that is meant"
         classes = find_classes(where, names, others, lambda file: read_entry(path, entries[file]), advice=advice)
         say_classes(where, len(names), classes)
-    say_what_is_left_out(path, names, others)
+    say_what_is_left_out(path, others)
     return EncodedDataset(
         name,
         preprocessing,

@@ -85,7 +85,7 @@ def test_dali_decodes_what_is_plain_and_pil_the_rest(photo_folder: Path, monkeyp
     monkeypatch.setattr(
         pipelines.loading.dali_files,
         "load",
-        lambda dataset, n, data: by_pil.append(dataset.files.where(n)) or load(dataset, n, data),
+        lambda dataset, n, data, **others: by_pil.append(dataset.files.where(n)) or load(dataset, n, data, **others),
     )
     list(ImageLoader(open_dataset("images", photo_folder), 9, backend="dali"))
     kinds = {Path(path).stem.split()[1] for path in by_pil}

@@ -64,8 +64,11 @@ def as_parquet(root: Path, files: Files, parts: int = 1, row_group: int = 5, lab
         columns = {
             "mask": pa.array([b"\0"] * len(chosen)),
             "image": pa.array([{"bytes": files[name], "path": name} for name in chosen]),
-            "label": pa.array([name[0] if labels == "texts" else "abc".index(name[0]) for name in chosen]),
+            "label": pa.array(["abc".index(name[0]) for name in chosen]),
         }
+        if labels in ("texts", "categories"):
+            texts = pa.array([name[0] for name in chosen])
+            columns["label"] = texts if labels == "texts" else texts.dictionary_encode()
         table = pa.table(columns).replace_schema_metadata(metadata)
         pq.write_table(table, root / "table" / f"train-{part:05d}-of-{parts:05d}.parquet", row_group_size=row_group)
     return root / "table" / "train-00000-of-00001.parquet" if parts == 1 else root / "table"
@@ -80,6 +83,7 @@ SOURCES: dict[str, Callable[[Path, Files], Path]] = {
     "Parquet": as_parquet,
     "Parquet, several files": lambda root, files: as_parquet(root, files, parts=3),
     "Parquet, classes as texts": lambda root, files: as_parquet(root, files, labels="texts"),
+    "Parquet, classes as pandas' categories": lambda root, files: as_parquet(root, files, parts=2, labels="categories"),
     "Parquet, plain numbers": lambda root, files: as_parquet(root, files, labels="numbers"),
 }
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.support.errors import InputError
-from engine.support.files import save_safetensors
+from engine.support.files import open_safetensors, save_safetensors
 
 _FORMAT = "gfmn-moments-1"
 
@@ -64,7 +64,7 @@ class Moments:
         """`[D]`, M2 / (n − correction); ValueError if there are too few images."""
         if self.count <= correction:
             raise InputError(
-                "", f"these moments are of {self.count} images, and a variance needs more: give more images"
+                "", f"variance with correction {correction} needs more than {self.count} images; give more"
             )
         return self.m2 / (self.count - correction)
 
@@ -104,7 +104,7 @@ class Moments:
         """
         path = Path(path)
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise InputError(path, "is not a target of moments; make one with engine.precompute")

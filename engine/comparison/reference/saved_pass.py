@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from engine.comparison.reference.protocols import ReferenceCollector
 from engine.support.errors import InputError
-from engine.support.files import save_safetensors
+from engine.support.files import open_safetensors, save_safetensors
 from engine.training.ranks import ALONE, Ranks
 
 _FORMAT = "gfmn-partial-2"
@@ -41,7 +41,7 @@ class SavedPass:
         if self.path is None or not self.path.exists():
             return 0, []
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with open_safetensors(self.path) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT or json.loads(metadata["of"]) != self.of:
                     log.info("%s: an interrupted pass over something else, which is replaced", self.path)
