@@ -46,8 +46,10 @@ from engine.generation.saved import SavedSampler
 from engine.support.errors import InputError
 from engine.support.files import total_memory, write_atomically
 from engine.training.run_folder import RunFolder
-from pipelines import ImageDataset, read_pixels
+from pipelines import DataError, ImageDataset, open_dataset, read_pixels
+from pipelines.dataset import EncodedDataset
 from pipelines.sources.arrays import ARRAY_SUFFIXES, read_pictures
+from pipelines.sources.paths import is_file, is_folder
 
 log = logging.getLogger("gfmn")
 
@@ -74,10 +76,10 @@ def parser() -> Parser:
     add = parser.add_argument
     judged = parser.add_mutually_exclusive_group(required=True)
     judged.add_argument("--run", metavar="DIR", help="judge samples of this training run")
-    judged.add_argument("--images", metavar="PATH", help="judge these: a folder of pictures, .npy or .npz")
+    judged.add_argument("--images", metavar="PATH", help="judge these: a folder of pictures, .zip, .npy or .npz")
     add("--best", action="store_true", help="with --run: the generator that --evaluate-every found best")
     add("--samples", type=int, metavar="N", help="with --run: how many samples (default: 5000)")
-    add("--against", metavar="PATH", help="the real images: a folder, .npy or .npz (default: the run's data set)")
+    add("--against", metavar="PATH", help="the real images: a folder, .zip, .npy or .npz (default: the run's data set)")
     add(
         "--plain-reading",
         action="store_true",
@@ -257,8 +259,10 @@ def _check(arguments: Any) -> None:
         for name, given in (("samples", arguments.samples is not None), ("best", arguments.best)):
             if given:
                 raise InputError(name, "belongs to --run; of --images all are judged")
-    if arguments.plain_reading and not any(Path(path or "").is_dir() for path in (arguments.images, arguments.against)):
-        raise InputError("plain_reading", "is for folders that --images or --against names")
+    if arguments.plain_reading:
+        given = [Path(path).expanduser() for path in (arguments.images, arguments.against) if path is not None]
+        if not any(map(is_folder, given)):
+            raise InputError("plain_reading", "is for folders that --images or --against names")
     for name, most in _MOST.items():
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= most:
@@ -277,22 +281,29 @@ def _open(arguments: Any, argument: str) -> ImageSet:
     """The images at the path that `argument`, "images" or "against", gives."""
     path = getattr(arguments, argument)
     file = Path(path).expanduser()
-    if not file.exists():
-        raise InputError(argument, f"{path} does not exist")
-    if file.is_dir():
-        images = ImageSet(file, plain=arguments.plain_reading)
-        if images.read_otherwise:
-            log.warning(
-                "%s: of %d pictures, the command fidelity would read some otherwise (%s); --plain-reading does as it",
-                file,
-                images.count,
-                ", ".join(f"{count} {kind}" for kind, count in images.read_otherwise.items()),
-            )
-        return images
-    if file.suffix.lower() not in ARRAY_SUFFIXES:
-        raise InputError(argument, f"{path} is neither a folder of images nor a .npy or .npz file")
-    pictures, _ = read_pictures(file)
-    return ImageSet(torch.from_numpy(pictures).permute(0, 3, 1, 2), Path(path))
+    try:
+        if is_folder(file):
+            return _open_folder(file, plain=arguments.plain_reading)
+        if file.suffix.lower() in ARRAY_SUFFIXES and is_file(file):
+            pictures, _ = read_pictures(file)
+            return ImageSet(torch.from_numpy(pictures).permute(0, 3, 1, 2), Path(path))
+        dataset = open_dataset("images", file)
+    except DataError as error:
+        raise InputError(argument, str(error)) from None
+    assert isinstance(dataset, EncodedDataset)
+    return ImageSet(dataset.files, Path(path))
+
+
+def _open_folder(folder: Path, *, plain: bool) -> ImageSet:
+    images = ImageSet(folder, plain=plain)
+    if images.read_otherwise:
+        log.warning(
+            "%s: of %d pictures, the command fidelity would read some otherwise (%s); --plain-reading does as it",
+            folder,
+            images.count,
+            ", ".join(f"{count} {kind}" for kind, count in images.read_otherwise.items()),
+        )
+    return images
 
 
 def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | None:

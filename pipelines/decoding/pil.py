@@ -35,14 +35,14 @@ with contextlib.suppress(ImportError, OSError):
 
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_IN_32_BITS = ("PNG", "PPM")  # whose 16-bit grey has mode "I"
-_said: list[str] = []
-log = logging.getLogger("gfmn")
-
 _TURNED = range(2, 9)
 _ON_ITS_SIDE = range(5, 9)
 _BITS_PER_SAMPLE = 258  # tag of a TIFF
 # What PIL reads an orientation from in the text of a PNG.
 _TURNING_TEXT = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+
+log = logging.getLogger("gfmn")
+_said: list[str] = []
 
 
 def load(

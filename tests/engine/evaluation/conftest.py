@@ -25,6 +25,13 @@ def network(weights: Path) -> EvaluationNetwork:
     return evaluation_network("vgg-small", weights=weights, image_size=32)
 
 
+@pytest.fixture
+def small(weights: Path) -> list[str]:
+    """Flags of the evaluating network."""
+    text = f"--feature-extractor vgg-small --weights {weights} --kid-subset-size 40 --device cpu --threads 1"
+    return text.split()
+
+
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of torch-fidelity's Inception, in a file as torch-fidelity publishes them."""

@@ -66,13 +66,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.path
 
 
-@pytest.fixture
-def small(weights: Path) -> list[str]:
-    """Flags of the evaluating network."""
-    text = f"--feature-extractor vgg-small --weights {weights} --kid-subset-size 40 --device cpu --threads 1"
-    return text.split()
-
-
 def test_two_folders_give_torch_fidelitys_own_digits(folders, weights, small, tmp_path, capsys):
     torch_fidelity.register_feature_extractor("reference-of-folders", reference(weights))
     first, second = map(str, folders)
@@ -262,14 +255,15 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ("--images A --run RUN", "not allowed with argument"),
         ("", "--run --images is required"),
         ("--images A", "--images: "),
-        ("--images nowhere --against B", "--images: nowhere "),
-        ("--images A --against nowhere", "--against: nowhere "),
+        ("--images nowhere --against B", "--images: nowhere"),
+        ("--images A --against nowhere", "--against: nowhere"),
         ("--images A --against NOTES", "--against: "),
         ("--images A --against B --dataset digits", "--dataset: "),
         ("--images A --against B --preset digits", "--preset: "),
         ("--images A --against B --real-samples 5", "--real-samples: "),
         ("--images A --against B --samples 5", "--samples: "),
         ("--images A --against B --best", "--best: "),
+        ("--run RUN --plain-reading", "--plain-reading: "),
         ("--images A --against B --batch-size 0", "--batch-size: "),
         ("--images A --against B --seed -1", "--seed: "),
         ("--images A --against B --metrics fid,inception", "--metrics: 'inception'"),
@@ -281,7 +275,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ("--images A --against B --json .", "--json: . "),
         ("--images A --dataset digits --image-size 16", "a: images are 32×32 pixels, but those of digits are 16×16"),
         ("--images EMPTY --against B", "empty: "),
-        ("--images TREE --against B", "tree: "),
+        ("--images JUNK --against B", "junk: "),
         ("--images A --against MIXED", "mixed: "),
         ("--images WIDE --against WIDE", "wide: images are 32×40 pixels, but vgg-small was made for 32×32"),
         ("--images DAMAGED --against B --metrics fid", "damaged/00003.png: "),
@@ -304,8 +298,8 @@ def test_bad_input_is_one_line(flags, named, folders, run_folder, small, tmp_pat
         paths[word] = tmp_path / word.lower()
         if word == "EMPTY":
             paths[word].mkdir()
-        elif word == "TREE":
-            write_folder(paths[word] / "below", digits(0, 2))
+        elif word == "JUNK":
+            write_folder(paths[word] / "__MACOSX", digits(0, 2))
         elif word == "MIXED":
             write_folder(tmp_path / "one", digits(0, 1))
             (tmp_path / "one").rename(paths[word])

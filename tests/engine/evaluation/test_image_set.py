@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.judging import digits, write_folder
+from helpers.picture_kinds import all_files
 from PIL import Image
 
 from engine.evaluation.image_set import ImageSet
@@ -24,15 +26,46 @@ def test_a_tensor_and_its_folder_are_the_same_set(tmp_path: Path) -> None:
     images = digits(0, 12, size=16)[:, :, :, :14]
     folder = write_folder(tmp_path / "a", images)
     (folder / "notes.txt").write_text("not an image")
-    write_folder(folder / "below", digits(0, 2))
+    (folder / "._00003.png").write_text("what a system leaves behind")
     in_memory, in_files = ImageSet(images, "digits"), ImageSet(folder)
     assert (in_memory.count, in_memory.size) == (in_files.count, in_files.size) == (12, (16, 14))
     assert (in_memory.name, in_memory.argument) == ("digits", "digits")
     assert (in_files.name, in_files.argument) == (str(folder), folder)
     assert torch.equal(torch.stack([in_memory.source[index] for index in range(12)]), images)
-    read = np.stack([np.asarray(Image.open(file)) for file in in_files.files()])
-    np.testing.assert_array_equal(read.transpose(0, 3, 1, 2), images)
-    assert in_memory.files() == []
+    assert torch.equal(torch.stack([in_files.source[index] for index in range(12)]), images)
+    assert (in_memory.in_memory, in_files.in_memory) == (True, False)
+    assert not in_files.read_otherwise
+
+
+# pytest puts its own warning filters above those of the code under test
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_a_folder_is_read_as_training_reads_it(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 24 * 32).reshape(24, 32).round().astype(np.uint8)
+    photo = Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1))
+    files = {file.name: file for file in all_files(photo)}
+    for turned in (False, True):
+        part = {name: file for name, file in files.items() if (file.kind == "orientation") is turned}
+        folder = tmp_path / str(turned)
+        (folder / "below").mkdir(parents=True)
+        for name, file in part.items():
+            (folder / "below" / name).write_bytes(file.data)
+        images = ImageSet(folder)
+        assert images.count == len(part)
+        for index, name in enumerate(sorted(part)):
+            expected = np.asarray(part[name].reading(Image.open(io.BytesIO(part[name].data)))).transpose(2, 0, 1)
+            assert np.abs(images.source[index].numpy().astype(int) - expected).max() <= 1, name
+
+
+def test_plain_reading_is_torch_fidelitys(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", digits(0, 3))
+    write_folder(folder / "below", digits(3, 5))
+    Image.new("RGB", (32, 32)).save(folder / "4.webp")
+    Image.new("RGBA", (32, 32)).save(folder / "5.png")
+    as_trained, plain = ImageSet(folder), ImageSet(folder, plain=True)
+    assert (as_trained.count, plain.count) == (7, 4)
+    assert plain.source == str(folder)
+    assert as_trained.read_otherwise == {"left out": 3, "transparent": 1}
+    assert not plain.read_otherwise
 
 
 def test_the_first_damaged_file_is_found(tmp_path: Path) -> None:
@@ -40,16 +73,16 @@ def test_the_first_damaged_file_is_found(tmp_path: Path) -> None:
     assert ImageSet(folder).damaged_file() is None
     for name in ("00002.png", "00003.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:120])
-    assert ImageSet(folder).damaged_file() == str(folder / "00002.png")
+    assert ImageSet(folder).damaged_file().path == str(folder / "00002.png")
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "tree", "mixed", "fake"])
+@pytest.mark.parametrize("case", ["missing", "empty", "junk", "mixed", "fake"])
 def test_what_is_wrong_with_a_folder_is_named(tmp_path: Path, case: str) -> None:
     folder = wrong = tmp_path / case
     if case != "missing":
         folder.mkdir()
-    if case == "tree":
-        write_folder(folder / "below", digits(0, 2))
+    if case == "junk":
+        write_folder(folder / "__MACOSX", digits(0, 2))
     elif case == "mixed":
         Image.new("RGB", (32, 32)).save(folder / "0.png")
         Image.new("RGB", (30, 20)).save(folder / "1.png")
