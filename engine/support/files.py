@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,55 @@ _REASONS: dict[int | None, str] = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "larger than a file may be here (ulimit -f)",
+    errno.EISDIR: "it is a folder",
 }
+
+
+def what_is(path: str | Path) -> str | None:
+    """ "file", "folder" or "other" (a pipe, a device); None if nothing is there.
+
+    Raises InputError that names the path if that cannot be known: a folder above it may not be entered, say.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with the home folder for a leading ~, where that is known."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
+def check_file(path: str | Path, absent: str = "does not exist") -> None:
+    """InputError that names the path unless it is a plain file that may be read; `absent` is for one that is not there."""
+    found = what_is(path)
+    if found != "file":
+        reason = {None: absent, "folder": "is a folder; name a file in it", "other": "is not a plain file"}[found]
+        raise InputError(Path(path), reason)
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def read_file(path: str | Path, absent: str = "does not exist") -> bytes:
+    """What a file or a pipe holds; InputError that names the path if it cannot be read."""
+    if what_is(path) != "other":
+        check_file(path, absent)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | Path, error: OSError) -> InputError:
+    return InputError(Path(path), f"cannot be read: {_REASONS.get(error.errno, error.strerror or str(error))}")
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -60,14 +109,13 @@ def read_safetensors(
     path: Path, kind: str, description: str, advice: str = "make it again"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose metadata say `format: kind`; InputError that names the file otherwise."""
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
                 raise InputError(path, f"is not {description}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(path, "does not exist") from None
     except (SafetensorError, OSError) as error:
         raise InputError(path, f"is truncated or damaged ({error}); {advice}") from None
 
