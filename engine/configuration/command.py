@@ -70,6 +70,22 @@ def arguments_as(**names: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def without_pretraining(architecture: str) -> Iterator[None]:
+    """Inside an extractor is pretrained for a run; an InputError says what does without, as no flag of the run can set
+    what is wrong."""
+    try:
+        yield
+    except InputError as error:
+        if not isinstance(error.argument, str) or error.argument == "extractor":
+            raise
+        raise InputError(
+            "weights",
+            f"{architecture} could not be pretrained: {error.message}; a file of weights, --weights random, or an "
+            "--extractor that brings its own (efficientnet-lite0, torchvision:NAME, timm:NAME) does without",
+        ) from None
+
+
 def shown(error: Exception) -> str:
     """An error as one line; an InputError's argument as the flag that sets it."""
     text = str(error)

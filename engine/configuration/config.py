@@ -99,7 +99,11 @@ class Config:
             check_owners(given, self.method.method)
         for name, value in sorted(given.items(), key=lambda item: item[0] != "method"):
             if name not in free and flat[name] != value:
-                raise InputError(name, f"the run was started with {flat[name]}, it cannot be resumed with {value}")
+                raise InputError(
+                    name,
+                    f"the run was started with {flat[name]}, it cannot be resumed with {value}; leave it out, or "
+                    "start a new run: another --out, without --resume",
+                )
         return self.replaced(given)
 
     def groups(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ _REASONS: dict[int | None, str] = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "larger than a file may be here (ulimit -f)",
-    errno.EISDIR: "it is a folder",
 }
 
 
@@ -47,7 +46,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def check_file(path: str | Path, absent: str = "does not exist") -> None:
-    """InputError that names the path unless it is a plain file that may be read; `absent` is for one that is not there."""
+    """InputError that names the path, or says `absent` of it, unless it is a plain file that may be read."""
     found = what_is(path)
     if found != "file":
         reason = {None: absent, "folder": "is a folder; name a file in it", "other": "is not a plain file"}[found]

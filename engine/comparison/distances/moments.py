@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.support.errors import InputError
-from engine.support.files import save_safetensors
+from engine.support.files import check_file, save_safetensors
 
 _FORMAT = "gfmn-moments-1"
 
@@ -101,6 +101,7 @@ class Moments:
         Raises InputError that names the file if it is missing, damaged, of another kind, or differs from `expected`.
         """
         path = Path(path)
+        check_file(path, "no such target file; make one with engine.precompute")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -115,8 +116,6 @@ class Moments:
                 )
         except InputError:
             raise
-        except FileNotFoundError:
-            raise InputError(path, "no such target file; make one with engine.precompute") from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(path, f"is not a readable target of moments ({reason}); make it again") from None

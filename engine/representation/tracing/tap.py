@@ -164,8 +164,7 @@ def tap_network(
             with torch.no_grad():
                 _Shapes(traced).run(example)
         except Exception as error:  # a network's own way to say that a size is wrong
-            height, width = example.shape[2:]
-            raise WrongSize(f"{prefix}: cannot take images of {height}×{width} pixels ({one_line(error)})") from error
+            raise WrongSize(f"{prefix}: cannot take images {list(example.shape)} ({one_line(error)})") from error
     found = [node for node in traced.graph.nodes if _activation_of(node, modules) and _may_be_feature_map(node)]
     if not found:
         raise ValueError(f"{prefix}: the network has no feature maps behind ReLU, ReLU6, SiLU or GELU to tap")
