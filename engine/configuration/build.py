@@ -23,7 +23,7 @@ from engine.comparison.reference.cache import cached_reference, exclusive
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import fingerprint, reference_loader
 from engine.comparison.reference.target import MomentsKind
-from engine.configuration.command import arguments_as
+from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype, open_data
 from engine.generation.networks import Generator, build_generator
@@ -35,7 +35,7 @@ from engine.representation.extractor import Extractor
 from engine.representation.pretraining import UnfitCheckpoint, pretrain
 from engine.representation.protocols import Objective
 from engine.representation.weights import read_state_dict
-from engine.representation.zoo import brings_weights
+from engine.representation.zoo import brings_weights, has_imagenet_weights
 from engine.support.errors import InputError, Interrupted, WriteError
 from engine.training.trainer import Schedule
 from pipelines import ImageDataset, cache_is_kept, cached, read_pixels, temporary_folder
@@ -55,10 +55,11 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device, 
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
     if not networks.weights:
+        known = "'imagenet', " if all(map(has_imagenet_weights, networks.extractor.split("+"))) else ""
         raise InputError(
             "weights",
             f"the preset {config.preset} needs weights for {networks.extractor}: files from python -m "
-            "engine.pretrain, 'imagenet', 'pretrain', or 'random' if you mean it",
+            f"engine.pretrain, {known}'pretrain', or 'random' if you mean it",
         )
     if networks.weights == ("random",):
         torch.manual_seed(config.training.seed)
@@ -134,7 +135,7 @@ def _pretrain_into(
         pretrain, architecture, dataset, task=task, seed=seed, device=str(device), checkpoint=checkpoint, resume=True
     )
     try:
-        with arguments_as(architecture="extractor"):
+        with without_pretraining(architecture), arguments_as(architecture="extractor"):
             try:
                 result = run()
             except UnfitCheckpoint as error:
@@ -250,6 +251,8 @@ def _pass_options(config: Config, dtype: torch.dtype | None) -> dict[str, Any]:
 def _moment_matching(config: Config, extractor: Extractor, target: Any, options: dict[str, Any]) -> Objective:
     assert isinstance(target, Moments)
     correction = config.gfmn.correction
+    if target.count <= correction:
+        raise InputError("data", f"{target.count} usable image has no variance; give at least 2, or --correction 0")
     if config.gfmn.feature_scale == "target-deviation" and "weights" not in options:
         options = {**options, "weights": feature_weights(target, correction)}
     return MomentMatching(extractor, target, make_averager(config), correction=correction, **options)
@@ -262,7 +265,7 @@ def _mmd(config: Config, extractor: Extractor, bank: Any, options: dict[str, Any
     scales = options.pop("scales", None)
     if scales is None:
         if bank.count < 2:
-            raise InputError("mmd_images", f"leaves {bank.count} usable real images, and at least 2 are needed")
+            raise InputError("data", f"{bank.count} usable image is too few for --method mmd; give at least 2")
         scales = bank.scales()
         unit = kernels.median_distance(bank.features * scales)
         if not unit > 0:

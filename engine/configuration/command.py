@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +24,42 @@ _INTERRUPTED = "interrupted; nothing was half-written"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and not the whole usage, and a flag has one name."""
+    """argparse, but a mistake is one line and not the whole usage, a flag has one name, and its value is not empty."""
 
     def __init__(self, **options: Any):
         super().__init__(**options, allow_abbrev=False)
         self.add_argument(
             "--verbose", action=_Verbose, nargs=0, default=argparse.SUPPRESS, help="also tell details, such as digests"
         )
+        # argparse takes -1 for a value, but -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"-\.?\d|-inf|-nan")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, after a look at each word: an unknown flag is named with the one that may be meant."""
+        words = list(sys.argv[1:] if args is None else args)
+        flag = ""
+        for word in words:
+            name, has_value, value = word.partition("=")
+            if word == "--":
+                break
+            if word == "" or (word.startswith("-") and has_value and value == ""):
+                self.error(f"argument {name or flag}: needs a value, and got an empty one")
+            if len(word) > 1 and word[0] == "-" and " " not in word and not self._negative_number_matcher.match(word):
+                flag = name
+                if name not in self._option_string_actions:
+                    self.error(f"unrecognized argument: {name}{self._meant(name)}")
+        return super().parse_known_args(words, namespace)
+
+    def _meant(self, name: str) -> str:
+        """The flags whose name begins so, or else those that look like it, as a question."""
+        known = [
+            flag
+            for flag, action in self._option_string_actions.items()
+            if flag.startswith("--") and action.help != argparse.SUPPRESS
+        ]
+        wanted = "--" + name.lstrip("-").replace("_", "-").lower()
+        near = [flag for flag in known if flag.startswith(wanted)] or difflib.get_close_matches(wanted, known, 2)
+        return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
@@ -72,6 +103,22 @@ def memory_advice(advice: str) -> Iterator[None]:
         if (refused := out_of_memory(error)) is None:
             raise
         raise InputError("", f"{refused}; {advice}") from None
+
+
+@contextlib.contextmanager
+def without_pretraining(architecture: str) -> Iterator[None]:
+    """Inside an extractor is pretrained for a run; an InputError says what does without, as no flag of the run can set
+    what is wrong."""
+    try:
+        yield
+    except InputError as error:
+        if not isinstance(error.argument, str) or error.argument == "extractor":
+            raise
+        raise InputError(
+            "weights",
+            f"{architecture} could not be pretrained: {error.message}; a file of weights, --weights random, or an "
+            "--extractor that brings its own (efficientnet-lite0, torchvision:NAME, timm:NAME) does without",
+        ) from None
 
 
 def shown(error: Exception) -> str:

@@ -22,12 +22,14 @@ from engine.configuration.groups import (
     TrainingConfig,
     ValidationConfig,
     field_names,
+    group_of,
+    names_with,
     owners,
-    require,
-    resumable,
 )
+from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_values
-from engine.support.errors import InputError
+from engine.support.errors import InputError, one_line
+from engine.support.files import expanded, read_file, what_is
 
 # Settings of runs made by version 0.1, under today's names.
 _RENAMED = {"checkpoint": "recompute", "checkpoint_generator": "recompute_generator"}
@@ -49,6 +51,8 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        known = isinstance(self.preset, str) and self.preset in PRESETS
+        require(known, "preset", f"{self.preset!r} is not one of {', '.join(PRESETS)}")
         chunk, batch = self.matching.chunk_size, self.training.batch_size
         larger = isinstance(chunk, int) and chunk > batch
         require(not larger, "chunk_size", f"is larger than the minibatch: {chunk} > {batch}")
@@ -62,12 +66,11 @@ class Config:
     @classmethod
     def build(cls, preset: str, given: Mapping[str, Any]) -> Config:
         """The preset's configuration with the `given` settings (field name → value) in place of its own."""
-        if preset not in PRESETS:
-            raise InputError("preset", f"{preset!r} is not one of {', '.join(PRESETS)}")
+        require(preset in PRESETS, "preset", f"{preset!r} is not one of {', '.join(PRESETS)}")
+        given = _given(given)
         method = given.get("method", "gfmn")
-        require(method in METHODS, "method", f"{method!r} is not one of {', '.join(METHODS)}")
         check_owners(given, method)
-        values = {**preset_values(preset, method), **_absolute(given)}
+        values = {**preset_values(preset, method), **given}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         return cls.of_flat(preset, values)
@@ -82,20 +85,25 @@ class Config:
 
     def replaced(self, given: Mapping[str, Any]) -> Config:
         """This configuration with `given` settings in place of its own."""
+        given = _given(given)
         check_owners(given, given.get("method", self.method.method))
-        return self.of_flat(self.preset, {**self.flat(), **_absolute(given)})
+        return self.of_flat(self.preset, {**self.flat(), **given})
 
     def resumed_with(self, given: Mapping[str, Any]) -> Config:
         """This configuration, of a run to be resumed, with `given` settings that a resumed run may change."""
-        flat = self.flat()
-        free = resumable()
+        flat, given = self.flat(), _given(given)
+        free = names_with("resumable")
         if self.validation.evaluate_every is None:
             free |= field_names(ValidationConfig) - {"lr_adapt"}
         if given.get("method", self.method.method) == self.method.method:
             check_owners(given, self.method.method)
-        for name, value in sorted(_absolute(given).items(), key=lambda item: item[0] != "method"):
+        for name, value in sorted(given.items(), key=lambda item: item[0] != "method"):
             if name not in free and flat[name] != value:
-                raise InputError(name, f"the run was started with {flat[name]}, it cannot be resumed with {value}")
+                raise InputError(
+                    name,
+                    f"the run was started with {flat[name]}, it cannot be resumed with {value}; leave it out, or "
+                    "start a new run: another --out, without --resume",
+                )
         return self.replaced(given)
 
     def groups(self) -> dict[str, Any]:
@@ -121,20 +129,35 @@ class Config:
     @classmethod
     def load(cls, path: str | Path) -> Config:
         """Read a `config.json`; InputError that names the file if it is not one."""
+        path = Path(path)
+        text = read_file(path, "no such file; is this the folder of a run?")
         try:
-            values = json.loads(Path(path).read_text())
-            preset = values.pop("preset")
-            flat = {_RENAMED.get(key, key): value for group in values.values() for key, value in group.items()}
-            if unknown := sorted(flat.keys() - set().union(*map(field_names, GROUPS.values()))):
-                raise ValueError(f"there is no setting {unknown[0]!r}")
-            check_choices(flat)
-            return cls.of_flat(preset, tuples(flat))
-        except FileNotFoundError:
-            raise InputError(Path(path), "no such file; is this the folder of a run?") from None
-        except KeyError as error:
-            raise InputError(Path(path), f"is not the configuration of a run (there is no {error})") from None
-        except (AttributeError, TypeError, ValueError, OSError) as error:
-            raise InputError(Path(path), f"is not the configuration of a run ({error})") from None
+            return cls.of_flat(*_read(json.loads(text)))
+        except (ValueError, RecursionError) as error:
+            raise InputError(path, f"is not the configuration of a run ({one_line(error)})") from None
+
+
+def _read(values: Any) -> tuple[Any, dict[str, Any]]:
+    """The preset, and field name → value, of what a `config.json` holds; InputError for what is unknown or lacking."""
+    if not isinstance(values, dict) or not all(isinstance(values[name], dict) for name in values.keys() - {"preset"}):
+        raise InputError("", "it must hold the preset's name, and groups of settings")
+    require("preset" in values, "preset", "there is no 'preset'")
+    flat: dict[str, Any] = {}
+    for group, settings in values.items():
+        if group == "preset":
+            continue
+        require(group in GROUPS, group, "there is no such group of settings")
+        for name, value in settings.items():
+            name = _RENAMED.get(name, name)
+            # Version 0.1 knew no methods, and had these settings in other groups.
+            here = group_of(name) is GROUPS[group] or "method" not in values
+            require(here, f"{group}.{name}", f"there is no setting {name!r} in this group")
+            require(name not in flat, name, "is there twice")
+            flat[name] = value
+    names = set().union(*map(field_names, GROUPS.values())) - names_with("since")
+    if lacking := sorted(names - flat.keys()):
+        raise InputError(lacking[0], f"there is no {lacking[0]!r}, and a run's configuration has every setting")
+    return values["preset"], flat
 
 
 def check_owners(given: Mapping[str, Any], method: str) -> None:
@@ -144,33 +167,23 @@ def check_owners(given: Mapping[str, Any], method: str) -> None:
         require(not of or method in of, name, f"belongs to --method {' or '.join(of)}, and this is --method {method}")
 
 
-def check_choices(values: Mapping[str, Any]) -> None:
-    """InputError if one of the settings `values` is none of its choices."""
-    for group in GROUPS.values():
-        for entry in dataclasses.fields(group):
-            choices = entry.metadata["choices"]
-            if choices and entry.name in values and values[entry.name] not in choices:
-                raise InputError(entry.name, f"{values[entry.name]!r} is not one of {', '.join(choices)}")
-
-
-def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Files and folders among the given flags by their whole path, so that a run can be resumed from anywhere."""
-    values = dict(given)
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that were given, checked one by one; files and folders by their whole path, so that a run can be resumed
+    from anywhere."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= checked(group_of(name), {name: value})
     for name in ("data", "target"):
-        if values.get(name) is not None:
-            values[name] = str(Path(values[name]).expanduser().absolute())
-    weights = values.get("evaluate_weights")
-    if weights is not None and Path(weights).expanduser().exists():
-        values["evaluate_weights"] = str(Path(weights).expanduser().absolute())
-    if "weights" in values:
-        files = (Path(entry).expanduser() for entry in values["weights"])
-        values["weights"] = tuple(
-            str(file.absolute()) if file.exists() else entry
-            for file, entry in zip(files, values["weights"], strict=True)
-        )
-    return values
+        if result.get(name) is not None:
+            result[name] = str(expanded(result[name]).absolute())
+    if result.get("evaluate_weights") is not None:
+        result["evaluate_weights"] = _absolute(result["evaluate_weights"])
+    if "weights" in result:
+        result["weights"] = tuple(map(_absolute, result["weights"]))
+    return result
 
 
-def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with tuples in place of lists, as settings are."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _absolute(entry: str) -> str:
+    """The whole path of a file; what is none, such as "imagenet", stays."""
+    file = expanded(entry)
+    return str(file.absolute()) if what_is(file) is not None else entry

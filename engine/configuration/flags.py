@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import types
 import typing
 from typing import Any
 
-from engine.configuration.config import tuples
 from engine.configuration.groups import GROUPS
+from engine.configuration.options import alternatives, type_hints
 
 log = logging.getLogger("gfmn")
 
@@ -22,16 +21,18 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         of = getattr(group, "methods", ())
         only = f" Only with --method {' or '.join(of)}." if of else ""
         section = parser.add_argument_group(name, (group.__doc__ or "").strip() + only)
-        hints = typing.get_type_hints(group)
         for entry in dataclasses.fields(group):
             flag = "--" + entry.name.replace("_", "-")
-            default = "" if entry.default in (None, ()) else f" (default: {_shown(entry.default)})"
-            help_text = (entry.metadata["help"] + default).replace("%", "%%")
-            if hints[entry.name] is bool:
+            default = "" if entry.default in (None, ()) else f"default: {_shown(entry.default)}"
+            details = "; ".join(filter(None, (default, str(entry.metadata["range"] or ""))))
+            help_text = (entry.metadata["help"] + (f" ({details})" if details else "")).replace("%", "%%")
+            kind = alternatives(type_hints(group)[entry.name])[0]
+            if kind is bool:
                 action: Any = argparse.BooleanOptionalAction
                 section.add_argument(flag, action=action, default=argparse.SUPPRESS, help=help_text)
                 continue
-            base, several = _element(hints[entry.name])
+            several = typing.get_origin(kind) is tuple
+            base = typing.get_args(kind)[0] if several else kind
             section.add_argument(
                 flag,
                 type=entry.metadata["parse"] or base,
@@ -75,16 +76,8 @@ class _Renamed(argparse.Action):
 def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     """The configuration's fields among parsed arguments: those that were given."""
     names = {entry.name for group in GROUPS.values() for entry in dataclasses.fields(group)}
-    return tuples({name: value for name, value in vars(arguments).items() if name in names})
+    return {name: value for name, value in vars(arguments).items() if name in names}
 
 
 def _shown(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-def _element(hint: Any) -> tuple[type, bool]:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False

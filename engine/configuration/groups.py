@@ -9,14 +9,14 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from engine.comparison.averagers import AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.pooling import POOLS
-from engine.generation.priors import PRIORS, check_nz
+from engine.configuration.options import Settings, option, require
+from engine.generation.priors import MAX_NZ, PRIORS
 from engine.support.errors import InputError
 from pipelines import DATASETS
 
@@ -29,50 +29,22 @@ MMD_BANDWIDTHS = {
     "imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 }
 # More than anybody trains with: what is larger is a slip, and would be allocated before anything else refused it.
-_MOST_PIXELS = 4096
 _MOST_IMAGES = 1_000_000
-_MOST_STEPS = 10**12
 
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | None = None,
-    metavar: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-    resumable: bool = False,
-) -> Any:
-    """A field with what its flag needs: the help text, the choices if there are only some, how to read its text.
-
-    A `resumable` one may change when a run is resumed: it says where and how a run computes, or where files lie whose
-    content is checked, never what.
-    """
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "parse": parse, "resumable": resumable}
-    return field(default=default, metadata=metadata)
-
-
-def require(condition: bool, name: str, message: str) -> None:
-    """InputError on the field `name` unless `condition`."""
-    if not condition:
-        raise InputError(name, message)
-
-
-_MOST_UNITS = 2**60
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b", re.IGNORECASE)
 
 
 def memory_bytes(text: str, name: str = "memory_budget") -> int:
     """Bytes of a size such as "12GiB" (12 · 2^30) or "800MB" (800 · 10^6); InputError if it is none."""
     match = _SIZE.fullmatch(text.strip())
+    power = "kmgt".index(match[2].lower()) + 1 if match is not None and match[2] else 0
+    size = float(match[1]) * (1024 if match[3] else 1000) ** power if match is not None else 0.0
     require(
-        match is not None and 0 < float(match[1]) < _MOST_UNITS,
+        1 <= size < math.inf,
         name,
         f"{text!r} is not a size; give a number and its unit, as in 12GiB or 800MB",
     )
-    assert match is not None
-    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return int(size)
 
 
 def _chunk_size(text: str) -> int | str:
@@ -85,27 +57,24 @@ def _chunk_size(text: str) -> int | str:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """The real images."""
 
     dataset: str = option("digits", "kind of data set", choices=tuple(DATASETS))
     data: str | None = option(
         None, "folder of images (or an archive of arrays), where the data set needs one", metavar="PATH", resumable=True
     )
-    image_size: int = option(32, "side of the images in pixels", metavar="PIXELS")
-    center_crop: int | None = option(None, "cut this square out of the middle before resizing", metavar="PIXELS")
+    image_size: int = option(32, "side of the images in pixels", at_least=8, at_most=4096, metavar="PIXELS")
+    center_crop: int | None = option(
+        None, "cut this square out of the middle before resizing", at_least=1, metavar="PIXELS"
+    )
     horizontal_flip: bool = option(False, "count mirrored images as well")
     skip_bad_images: bool = option(False, "leave out unreadable images instead of stopping")
     loader: str = option("auto", "who decodes and delivers images", choices=("auto", "dali", "torch"), resumable=True)
 
-    def __post_init__(self) -> None:
-        size = self.image_size
-        require(8 <= size <= _MOST_PIXELS, "image_size", f"must be from 8 to {_MOST_PIXELS}, got {size}")
-        require(self.center_crop is None or self.center_crop > 0, "center_crop", "must be positive")
-
 
 @dataclass(kw_only=True)
-class NetworksConfig:
+class NetworksConfig(Settings):
     """The extractor, frozen, and the generator, trained."""
 
     extractor: str = option("vgg-small", "network whose features are matched; several joined by +", metavar="NAME")
@@ -117,56 +86,50 @@ class NetworksConfig:
         resumable=True,
     )
     extractor_bn: str = option("running", "statistics of the extractor's BatchNorm", choices=("running", "batch"))
-    layers: int | None = option(None, "match at most this many layers of each network", metavar="K")
+    layers: int | None = option(None, "match at most this many layers of each network", at_least=1, metavar="K")
     layers_from: str = option("bottom", "count --layers from the images or from the top", choices=("bottom", "top"))
     taps: str | None = option(None, "match only layers of these names (a glob, or several: a,b)", metavar="PATTERN")
     generator: str = option("dcgan", "network that is trained", choices=("dcgan", "resnet"))
-    nz: int = option(100, "dimensions of the generator's input z", metavar="N")
-    prior: str = option("gaussian", "law of z", choices=tuple(PRIORS))
+    nz: int = option(100, "dimensions of the generator's input z", at_least=1, at_most=MAX_NZ, metavar="N")
+    prior: str = option("gaussian", "law of z", choices=tuple(PRIORS), since="0.2")
     sample_bn: str = option(
         "running",
         "statistics of the generator's BatchNorm when sampling ('batch': the authors' code)",
         choices=("running", "batch"),
     )
 
-    def __post_init__(self) -> None:
-        check_nz(self.nz)
-        require(self.layers is None or self.layers >= 1, "layers", f"must be at least 1, got {self.layers}")
-
 
 @dataclass(kw_only=True)
-class MethodConfig:
+class MethodConfig(Settings):
     """Who learns what from whom."""
 
     method: str = option(
         "gfmn",
         "'gfmn' matches the mean and the variance of every feature; 'mmd' the kernel MMD of pooled features",
         choices=METHODS,
+        since="0.2",
     )
 
 
 @dataclass(kw_only=True)
-class GfmnConfig:
+class GfmnConfig(Settings):
     """How moments are matched."""
 
     methods: ClassVar[tuple[str, ...]] = ("gfmn",)
 
     averager: str = option("ama", "what smooths the differences of moments", choices=tuple(AVERAGERS))
-    ama_lr: float = option(1e-5, "AMA's learning rate α", metavar="X")
+    ama_lr: float = option(1e-5, "AMA's learning rate α", above=0, at_most=1e6, metavar="X")
     ama_variant: str = option("paper", "AMA as in the paper, or as in the authors' code", choices=("paper", "authors"))
-    ma_alpha: float | None = option(None, "moving average's α (0.1 for the paper's, 1 for the authors')", metavar="X")
+    ma_alpha: float | None = option(
+        None, "moving average's α (0.1 for the paper's, 1 for the authors')", above=0, at_most=1, metavar="X"
+    )
     ma_variant: str = option("paper", "moving average of differences, or of moments", choices=("paper", "authors"))
     feature_scale: str = option(
         "none",
         "weigh features by their deviation in the target ('none' is the paper)",
         choices=("none", "target-deviation"),
     )
-    correction: int = option(1, "c of the variances' N − c, 0 or 1", metavar="C")
-
-    def __post_init__(self) -> None:
-        require(self.ama_lr > 0, "ama_lr", f"must be positive, got {self.ama_lr}")
-        require(self.ma_alpha is None or 0 < self.ma_alpha <= 1, "ma_alpha", f"must be in (0, 1], got {self.ma_alpha}")
-        require(self.correction in (0, 1), "correction", f"must be 0 or 1, got {self.correction}")
+    correction: int = option(1, "c of the variances' N − c", at_least=0, at_most=1, metavar="C")
 
     @property
     def summary(self) -> str:
@@ -175,39 +138,46 @@ class GfmnConfig:
 
 
 @dataclass(kw_only=True)
-class MmdConfig:
+class MmdConfig(Settings):
     """The kernel MMD of pooled features to a fixed set of real images."""
 
     methods: ClassVar[tuple[str, ...]] = ("mmd",)
 
-    mmd_kernel: str = option("rational-quadratic", "kernel that compares images", choices=tuple(KERNELS))
+    mmd_kernel: str = option("rational-quadratic", "kernel that compares images", choices=tuple(KERNELS), since="0.2")
     mmd_bandwidths: tuple[float, ...] = option(
         (),
         "σ of the Gaussian kernels that are added, α of rational quadratics, or scales of IMQ, in units of the median "
         "distance between real images (default: "
         + "; ".join(f"{name} {' '.join(map(str, values))}" for name, values in MMD_BANDWIDTHS.items())
         + ")",
+        above=0,
+        at_most=1e6,
         metavar="X",
+        since="0.2",
     )
-    mmd_degree: int = option(3, "degree of the polynomial kernel", metavar="N")
-    mmd_unbiased: bool = option(False, "the unbiased estimate of MMD², not the biased one")
-    mmd_images: int = option(10_000, "real images that every minibatch is compared with, at most", metavar="N")
+    mmd_degree: int = option(3, "degree of the polynomial kernel", at_least=1, at_most=100, metavar="N", since="0.2")
+    mmd_unbiased: bool = option(False, "the unbiased estimate of MMD², not the biased one", since="0.2")
+    mmd_images: int = option(
+        10_000,
+        "real images that every minibatch is compared with, at most",
+        at_least=2,
+        at_most=_MOST_IMAGES,
+        metavar="N",
+        since="0.2",
+    )
     pool: str = option(
         "grid4",
         "what is compared of every map: its mean, its means over a 4×4 grid, or every feature",
         choices=tuple(POOLS),
+        since="0.2",
     )
 
     def __post_init__(self) -> None:
-        for value in self.mmd_bandwidths:
-            require(0 < value < math.inf, "mmd_bandwidths", f"must be positive, got {value}")
+        super().__post_init__()
         takes = self.mmd_kernel in MMD_BANDWIDTHS
         require(takes or not self.mmd_bandwidths, "mmd_bandwidths", f"--mmd-kernel {self.mmd_kernel} has none")
         polynomial = self.mmd_kernel == "polynomial"
         require(polynomial or self.mmd_degree == 3, "mmd_degree", f"--mmd-kernel {self.mmd_kernel} has none")
-        require(1 <= self.mmd_degree <= 100, "mmd_degree", f"must be from 1 to 100, got {self.mmd_degree}")
-        images = self.mmd_images
-        require(2 <= images <= _MOST_IMAGES, "mmd_images", f"must be from 2 to {_MOST_IMAGES}, got {images}")
 
     @property
     def bandwidths(self) -> tuple[float, ...]:
@@ -220,7 +190,7 @@ class MmdConfig:
 
 
 @dataclass(kw_only=True)
-class MatchingConfig:
+class MatchingConfig(Settings):
     """How features are computed: the same for every method that compares them, and the same result."""
 
     target: str | None = option(
@@ -232,6 +202,7 @@ class MatchingConfig:
     chunk_size: int | str | None = option(
         None,
         "images that the extractor sees at once, all by default; 'auto' is as many as fit into --memory-budget",
+        at_least=1,
         metavar="N|auto",
         parse=_chunk_size,
         resumable=True,
@@ -258,10 +229,10 @@ class MatchingConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         chunk = self.chunk_size
         known = chunk == "auto" or not isinstance(chunk, str)
         require(known, "chunk_size", f"{chunk!r} is neither a number nor 'auto'")
-        require(not isinstance(chunk, int) or chunk >= 1, "chunk_size", f"must be at least 1, got {chunk}")
         if self.memory_budget is not None:
             memory_bytes(self.memory_budget)
         contradiction = not self.fused_ama and self.kernels in ("compiled", "triton")
@@ -281,15 +252,17 @@ class MatchingConfig:
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """The generator's training."""
 
-    batch_size: int = option(64, "images in a minibatch", metavar="N")
-    steps: int = option(1500, "training steps", metavar="N", resumable=True)
-    lr: float = option(5e-5, "learning rate of the generator's Adam", metavar="X")
-    beta1: float = option(0.5, "β1 of the generator's Adam", metavar="X")
-    beta2: float = option(0.999, "β2 of the generator's Adam", metavar="X")
-    generator_ema: float | None = option(None, "sample from this moving average of the weights", metavar="DECAY")
+    batch_size: int = option(64, "images in a minibatch", at_least=2, at_most=_MOST_IMAGES, metavar="N")
+    steps: int = option(1500, "training steps", at_least=1, metavar="N", resumable=True)
+    lr: float = option(5e-5, "learning rate of the generator's Adam", above=0, at_most=1e6, metavar="X")
+    beta1: float = option(0.5, "β1 of the generator's Adam", at_least=0, below=1, metavar="X")
+    beta2: float = option(0.999, "β2 of the generator's Adam", at_least=0, below=1, metavar="X")
+    generator_ema: float | None = option(
+        None, "sample from this moving average of the weights", above=0, below=1, metavar="DECAY"
+    )
     recompute_generator: bool = option(
         False,
         "compute the generator's activations again in backward instead of keeping them; the same result",
@@ -297,49 +270,30 @@ class TrainingConfig:
     )
     amp: bool = option(False, "mixed precision")
     amp_dtype: str = option("bf16", "the low precision of --amp", choices=("bf16", "fp16"))
-    seed: int = option(0, "of everything random", metavar="N")
+    seed: int = option(0, "of everything random", at_least=0, at_most=2**63 - 1, metavar="N")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), resumable=True)
-    threads: int | None = option(None, "CPU threads, all cores by default", metavar="N", resumable=True)
-
-    def __post_init__(self) -> None:
-        batch = self.batch_size
-        require(batch >= 2, "batch_size", f"a minibatch of {batch} has no variance; give at least 2")
-        require(batch <= _MOST_IMAGES, "batch_size", f"must be at most {_MOST_IMAGES}, got {batch}")
-        require(1 <= self.steps <= _MOST_STEPS, "steps", f"must be from 1 to {_MOST_STEPS}, got {self.steps}")
-        require(self.lr > 0, "lr", f"must be positive, got {self.lr}")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, name, f"must be in [0, 1), got {getattr(self, name)}")
-        decay = self.generator_ema
-        require(decay is None or 0 < decay < 1, "generator_ema", f"must be between 0 and 1, got {decay}")
-        require(0 <= self.seed < 2**63, "seed", f"must be from 0 to 2^63 − 1, got {self.seed}")
-        require(self.threads is None or self.threads >= 1, "threads", f"must be at least 1, got {self.threads}")
+    threads: int | None = option(None, "CPU threads, all cores by default", at_least=1, metavar="N", resumable=True)
 
 
 @dataclass(kw_only=True)
-class OutputConfig:
+class OutputConfig(Settings):
     """What is written, and how often."""
 
-    log_every: int = option(10, "steps between lines of metrics.jsonl", metavar="N", resumable=True)
-    sample_every: int = option(250, "steps between sample grids", metavar="N", resumable=True)
-    checkpoint_every: int = option(500, "steps between checkpoints", metavar="N", resumable=True)
-    keep_checkpoints: int = option(2, "checkpoints to keep", metavar="N", resumable=True)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", at_least=1, metavar="N", resumable=True)
+    sample_every: int = option(250, "steps between sample grids", at_least=1, metavar="N", resumable=True)
+    checkpoint_every: int = option(500, "steps between checkpoints", at_least=1, metavar="N", resumable=True)
+    keep_checkpoints: int = option(2, "checkpoints to keep", at_least=1, metavar="N", resumable=True)
     profile: int | None = option(
-        None, "trace this many steps with torch.profiler, into profile.json", metavar="N", resumable=True
+        None, "trace this many steps with torch.profiler, into profile.json", at_least=1, metavar="N", resumable=True
     )
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "sample_every", "checkpoint_every", "keep_checkpoints"):
-            value = getattr(self, name)
-            require(value >= 1, name, f"must be at least 1, got {value}")
-        require(self.profile is None or self.profile >= 1, "profile", f"must be at least 1, got {self.profile}")
 
 
 @dataclass(kw_only=True)
-class ValidationConfig:
+class ValidationConfig(Settings):
     """Comparing samples with the real images during training; see `engine.evaluate`."""
 
-    evaluate_every: int | None = option(None, "steps between evaluations, none by default", metavar="N")
-    evaluate_samples: int = option(5000, "samples of each evaluation", metavar="N")
+    evaluate_every: int | None = option(None, "steps between evaluations, none by default", at_least=1, metavar="N")
+    evaluate_samples: int = option(5000, "samples of each evaluation", at_least=2, at_most=_MOST_IMAGES, metavar="N")
     evaluate_extractor: str | None = option(
         None, "network whose features are compared (default: Inception-v3, as for FID and KID)", metavar="NAME"
     )
@@ -351,13 +305,8 @@ class ValidationConfig:
     )
 
     def __post_init__(self) -> None:
-        every = self.evaluate_every
-        require(every is None or every >= 1, "evaluate_every", f"must be at least 1, got {every}")
-        samples = self.evaluate_samples
-        known = 2 <= samples <= _MOST_IMAGES
-        require(known, "evaluate_samples", f"must be from 2 to {_MOST_IMAGES}, got {samples}")
-        adapts = self.lr_adapt != "none"
-        require(not adapts or every is not None, "lr_adapt", "needs --evaluate-every N")
+        super().__post_init__()
+        require(self.lr_adapt == "none" or self.evaluate_every is not None, "lr_adapt", "needs --evaluate-every N")
 
 
 GROUPS: dict[str, type] = {
@@ -374,10 +323,17 @@ GROUPS: dict[str, type] = {
 """Every group of settings; one with `methods` belongs to those alone."""
 
 
+def group_of(name: str) -> type:
+    """The group that has the field `name`; InputError if none has."""
+    for group in GROUPS.values():
+        if name in field_names(group):
+            return group
+    raise InputError(name, f"there is no setting {name!r}")
+
+
 def owners(name: str) -> tuple[str, ...]:
     """The methods that a field belongs to; () if it belongs to all."""
-    group = next(group for group in GROUPS.values() if name in field_names(group))
-    return getattr(group, "methods", ())
+    return getattr(group_of(name), "methods", ())
 
 
 def field_names(group: type) -> set[str]:
@@ -385,7 +341,7 @@ def field_names(group: type) -> set[str]:
     return {entry.name for entry in dataclasses.fields(group)}
 
 
-def resumable() -> set[str]:
-    """The fields that may change when a run is resumed."""
+def names_with(key: str) -> set[str]:
+    """The fields that declare `key`: "resumable", or "since"."""
     entries = (entry for group in GROUPS.values() for entry in dataclasses.fields(group))
-    return {entry.name for entry in entries if entry.metadata["resumable"]}
+    return {entry.name for entry in entries if entry.metadata[key]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from engine.configuration.config import Config
 from engine.generation.saved import SavedSampler, load_sampler
 from engine.support.errors import InputError
+from engine.support.files import what_is
 from engine.training.precision import AMP_DTYPES
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, open_dataset
@@ -67,12 +69,13 @@ def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:
     InputError on "run" if the folder holds no run, or on "best" if the run was not evaluated.
     """
     run = RunFolder(path)
-    if not run.path.is_dir():
+    if what_is(run.path) != "folder":
         raise InputError("run", f"{run.path} is not a folder")
-    if not run.generator.exists():
-        raise InputError(
-            "run", f"{run.path} has no generator yet; train it with python -m engine.train --out {run.path}"
-        )
-    if best and not run.best_generator.exists():
+    if what_is(run.generator) is None:
+        if what_is(run.config) is None:
+            raise InputError("run", f"{run.path} is not the folder of a run: it has no {run.config.name}")
+        command = shlex.join(["python", "-m", "engine.train", "--resume", "--out", str(run.path)])
+        raise InputError("run", f"{run.path} has no generator yet; train it: {command}")
+    if best and what_is(run.best_generator) is None:
         raise InputError("best", f"{run.path} was not evaluated during training (--evaluate-every)")
     return load_sampler(run.best_generator if best else run.generator)

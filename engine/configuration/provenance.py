@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.configuration.config import Config
 from engine.representation.weights import read_state_dict, state_digest
 from engine.representation.zoo import brings_weights
+from engine.support.files import what_is
 
 # The same ImageNet weights under two names.
 _ALIASES = {"vgg19": "torchvision:vgg19_bn", "timm:tf_efficientnet_lite0": "efficientnet-lite0"}
@@ -32,6 +33,6 @@ def was_trained_on(config: Config, name: str | None, weights: str | Path | None)
 
 
 def _same_weights(trained_on: str, weights: str | Path) -> bool:
-    if not Path(trained_on).is_file():
+    if what_is(trained_on) != "file":
         return False
     return state_digest(read_state_dict(trained_on)) == state_digest(read_state_dict(weights))

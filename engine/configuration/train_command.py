@@ -6,7 +6,6 @@ import shlex
 
 from engine.configuration.config import Config
 from engine.configuration.groups import owners
-from engine.configuration.presets import PRESETS
 
 
 def train_command(config: Config) -> str:
@@ -16,11 +15,11 @@ def train_command(config: Config) -> str:
     """
     words = ["python", "-m", "engine.train", "--preset", config.preset]
     method, own = config.method.method, config.flat()
-    usual = Config.build(config.preset, {"method": method}).flat() if config.preset in PRESETS else {}
-    default = Config.build(config.preset, {}).method.method if usual else None
+    usual = Config.build(config.preset, {"method": method}).flat()
+    default = Config.build(config.preset, {}).method.method
     for name, value in own.items():
         # What belongs to other methods decides nothing, and would be refused.
-        if (owners(name) and method not in owners(name)) or (name != "method" and usual.get(name, ...) == value):
+        if (owners(name) and method not in owners(name)) or (name != "method" and usual[name] == value):
             continue
         if name == "method" and value == default:
             continue

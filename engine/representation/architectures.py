@@ -140,8 +140,17 @@ def find_architecture(name: str, image_size: int) -> Architecture:
     if architecture.sizes is not None and image_size not in architecture.sizes:
         sizes = ", ".join(map(str, architecture.sizes))
         raise InputError("name", f"{name} takes images of {sizes} pixels, not {image_size}")
-    if image_size < architecture.multiple_of or image_size % architecture.multiple_of:
+    multiple = architecture.multiple_of
+    if image_size < multiple or image_size % multiple:
+        do = fitting_size(image_size, lambda size: size % multiple == 0)
         raise InputError(
-            "name", f"{name} needs images whose side is a multiple of {architecture.multiple_of}, got {image_size}"
+            "name", f"{name} needs images whose side is a multiple of {multiple}, got {image_size}; {do} would do"
         )
     return architecture
+
+
+def fitting_size(image_size: int, fits: Callable[[int], bool]) -> int | None:
+    """Of the sides of images that are usual, the next larger one that `fits`, or else the next smaller one."""
+    usual = (8, 16, 32, 64, 128, 224, 256, 299, 384, 512, 1024)
+    larger, smaller = [size for size in usual if size > image_size], [size for size in usual if size < image_size]
+    return next((size for size in [*larger, *reversed(smaller)] if fits(size)), None)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import fx, nn
 
+from engine.representation.architectures import fitting_size
 from engine.representation.extractor import Extractor, Normalisation, Normalised
 from engine.representation.tracing.folding import freeze
-from engine.representation.tracing.tap import NoMatch, tap_network
+from engine.representation.tracing.tap import NoMatch, WrongSize, tap_network
 from engine.representation.weights import copy_weights, read_state_dict, state_digest
 from engine.representation.zoo import Network, make_network, network_of
 from engine.support.errors import InputError
@@ -67,18 +69,24 @@ def build_extractor(
     digests, normalisations = [], []
     for part, source in zip(names, sources, strict=True):
         network = make_network(part, image_size) if module is None else network_of(part, module)
+        tap = functools.partial(
+            tap_network,
+            network.module,
+            prefix=network.name,
+            first_index=len(extractor.sites),
+            pattern=taps,
+            layers=layers,
+            layers_from=layers_from,
+            fold=False,
+            leaves=network.leaves,
+        )
         with _errors_about("name" if module is None else "module"):
-            graph, sites = tap_network(
-                network.module,
-                prefix=network.name,
-                first_index=len(extractor.sites),
-                pattern=taps,
-                layers=layers,
-                layers_from=layers_from,
-                example=torch.zeros(2, 3, image_size, image_size),
-                fold=False,
-                leaves=network.leaves,
-            )
+            try:
+                graph, sites = tap(example=torch.zeros(2, 3, image_size, image_size))
+            except WrongSize as error:
+                network.module.to("meta")
+                size = fitting_size(image_size, functools.partial(_fits, tap))
+                raise ValueError(f"{error}; " + (f"it takes {size}×{size}" if size else "give another one")) from None
         digests.append(_load_weights(network, graph, source))
         if bn == "batch":
             _use_batch_statistics(graph)
@@ -136,6 +144,15 @@ def _errors_about(argument: str) -> Iterator[None]:
         raise InputError("taps", str(error)) from None
     except ValueError as error:
         raise InputError(argument, str(error)) from None
+
+
+def _fits(tap: Callable[..., object], image_size: int) -> bool:
+    """Whether a network on the meta device takes images of this size; ValueError if it could not be tapped at any."""
+    try:
+        tap(example=torch.empty(2, 3, image_size, image_size, device="meta"))
+    except WrongSize:
+        return False
+    return True
 
 
 def _load_weights(network: Network, graph: fx.GraphModule, source: str | Path | None) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.support.errors import InputError, one_line
-from engine.support.files import open_safetensors
+from engine.support.files import check_file, open_safetensors
 
 _UNUSED = "num_batches_tracked"
 
@@ -19,12 +19,14 @@ _UNUSED = "num_batches_tracked"
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a plain state dict; nothing in the file is executed.
 
-    Raises InputError about `weights` if there is no such file, and about the file if it is damaged or holds something
-    else.
+    Raises InputError about `weights` if there is no such file or it may not be read, and about the file if it is
+    damaged or holds something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError("weights", f"{path} does not exist")
+    try:
+        check_file(path)
+    except InputError as error:
+        raise InputError("weights", f"{path} {error.message}") from None
     try:
         state = _tensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:

@@ -21,6 +21,7 @@ from engine.support.errors import InputError, one_line
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PERCEPTUAL = "pip install 'gfmn-engine[perceptual]'"
 # The tensors of EfficientNet-Lite0's file have other names than timm's, but are in the same order.
+_VGG19 = "vgg19"
 _LITE0, _LITE0_TIMM = "efficientnet-lite0", "tf_efficientnet_lite0"
 
 Triple = tuple[float, float, float]
@@ -63,7 +64,7 @@ def make_network(name: str, image_size: int) -> Network:
     elif name in ARCHITECTURES:
         module = find_architecture(name, image_size).make(10, image_size)
         network = _network(name, module)
-        if name == "vgg19":
+        if name == _VGG19:
             # The same layers, under the same names; ours has no use for its classifier.
             network.imagenet = lambda: _torchvision_weights("vgg19_bn")
             network.imagenet_normalisation = (_IMAGENET_MEAN, _IMAGENET_STD)
@@ -93,6 +94,11 @@ def network_names() -> tuple[str, ...]:
 def brings_weights(name: str) -> bool:
     """Whether the network comes with ImageNet weights, and is not one of ours that are pretrained first."""
     return name not in ARCHITECTURES
+
+
+def has_imagenet_weights(name: str) -> bool:
+    """Whether "imagenet" names weights of the network."""
+    return brings_weights(name) or name == _VGG19
 
 
 def _network(name: str, module: nn.Module, **rest: Any) -> Network:

@@ -25,6 +25,53 @@ from engine.support.errors import InputError, WriteError, reason
 log = logging.getLogger("gfmn")
 
 
+def what_is(path: str | Path) -> str | None:
+    """ "file", "folder" or "other" (a pipe, a device); None if nothing is there.
+
+    Raises InputError that names the path if that cannot be known: a folder above it may not be entered, say.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with the home folder for a leading ~, where that is known."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
+def check_file(path: str | Path, absent: str = "does not exist") -> None:
+    """InputError that names the path, or says `absent` of it, unless it is a plain file that may be read."""
+    found = what_is(path)
+    if found != "file":
+        problem = {None: absent, "folder": "is a folder; name a file in it", "other": "is not a plain file"}[found]
+        raise InputError(Path(path), problem)
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def read_file(path: str | Path, absent: str = "does not exist") -> bytes:
+    """What a file or a pipe holds; InputError that names the path if it cannot be read."""
+    if what_is(path) != "other":
+        check_file(path, absent)
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | Path, error: OSError) -> InputError:
+    return InputError(Path(path), f"cannot be read: {reason(error)}")
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write in pieces: at the end of the block it is at `path`, whole; after an error nothing has changed.
@@ -133,14 +180,13 @@ def read_safetensors(
     path: Path, kind: str, description: str, advice: str = "make it again"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose metadata say `format: kind`; InputError that names the file otherwise."""
+    check_file(path)
     try:
         with open_safetensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
                 raise InputError(path, f"is not {description}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(path, "does not exist") from None
     except (SafetensorError, OSError) as error:
         raise InputError(path, f"is truncated or damaged ({error})" + (f"; {advice}" if advice else "")) from None
 

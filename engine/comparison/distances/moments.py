@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.support.errors import InputError, differences
-from engine.support.files import open_safetensors, save_safetensors
+from engine.support.files import check_file, open_safetensors, save_safetensors
 
 _FORMAT = "gfmn-moments-1"
 
@@ -108,6 +108,7 @@ class Moments:
         Raises InputError that names the file if it is missing, damaged, of another kind, or differs from `expected`.
         """
         path = Path(path)
+        check_file(path, "no such target file; make one with engine.precompute")
         try:
             with open_safetensors(path) as file:
                 metadata = file.metadata() or {}
@@ -122,8 +123,6 @@ class Moments:
                 )
         except InputError:
             raise
-        except FileNotFoundError:
-            raise InputError(path, "no such target file; make one with engine.precompute") from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(path, f"is not a readable target of moments ({reason}); make it again") from None

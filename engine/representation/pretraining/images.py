@@ -90,16 +90,21 @@ def open_images(
 
     Raises InputError if there are too few images to hold some out.
     """
-    if dataset.num_pictures < 2 * _HELD_OUT:
-        raise InputError(
-            "dataset",
-            f"pretraining holds out one image in {_HELD_OUT} and needs at least {2 * _HELD_OUT} images, "
-            f"{dataset.name} has {dataset.num_pictures}",
-        )
+    _check_count(dataset, dataset.num_pictures)
     if isinstance(dataset, ArrayDataset) or dataset.num_pictures * dataset.image_size**2 * 3 <= IN_MEMORY_BYTES:
         images, shown = _read(dataset, loader, progress)
+        _check_count(dataset, len(images))
         return _InMemory(images.to(device), shown, batch_size, seed=seed)
     return _Streamed(dataset, batch_size, seed=seed, device=device, loader=loader)
+
+
+def _check_count(dataset: ImageDataset, count: int) -> None:
+    if count < 2 * _HELD_OUT:
+        raise InputError(
+            "dataset",
+            f"pretraining holds out one image in {_HELD_OUT} and needs at least {2 * _HELD_OUT} usable images, "
+            f"{dataset.name} has {count}",
+        )
 
 
 class _InMemory:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from engine.representation.tracing.folding import drop_identities, freeze
 from engine.support.errors import one_line
@@ -102,6 +101,20 @@ class NoMatch(ValueError):
     """Raised where a pattern matches no activation."""
 
 
+class WrongSize(ValueError):
+    """Raised where a network cannot be run on the example."""
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shape of every tensor in its node's `meta["shape"]`; torch's own pass prints tracebacks."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            n.meta["shape"] = value.shape
+        return value
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: Leaves):
         super().__init__(autowrap_functions=tuple(f for f in leaves.functions if isinstance(f, FunctionType)))
@@ -136,7 +149,8 @@ def tap_network(
         fold: also `freeze` the graph, in the network's dtype.
         leaves: modules and functions that torch.fx treats as leaves.
 
-    Raises ValueError if there is nothing to tap, or if the network cannot be traced; NoMatch if it is the pattern.
+    Raises ValueError if there is nothing to tap, or if the network cannot be traced; NoMatch if it is the pattern,
+    WrongSize if it is the example.
     """
     try:
         traced = fx.GraphModule(network, _Tracer(leaves or Leaves()).trace(network))
@@ -147,9 +161,10 @@ def tap_network(
     _make_out_of_place(traced.graph, modules)
     if example is not None:
         try:
-            ShapeProp(traced).propagate(example)
+            with torch.no_grad():
+                _Shapes(traced).run(example)
         except Exception as error:  # a network's own way to say that a size is wrong
-            raise ValueError(f"{prefix}: cannot take images {list(example.shape)} ({one_line(error)})") from error
+            raise WrongSize(f"{prefix}: cannot take images {list(example.shape)} ({one_line(error)})") from error
     found = [node for node in traced.graph.nodes if _activation_of(node, modules) and _may_be_feature_map(node)]
     if not found:
         raise ValueError(f"{prefix}: the network has no feature maps behind ReLU, ReLU6, SiLU or GELU to tap")
@@ -195,9 +210,9 @@ def _calls(node: fx.Node, kinds: tuple[type, ...], modules: dict[str, nn.Module]
 
 
 def _may_be_feature_map(node: fx.Node) -> bool:
-    """Whether the node's value is [N, C, H, W], or unknown because `ShapeProp` has not run."""
-    seen = node.meta.get("tensor_meta")
-    return seen is None or len(seen.shape) == 4
+    """Whether the node's value is [N, C, H, W], or unknown because there was no example."""
+    seen = node.meta.get("shape")
+    return seen is None or len(seen) == 4
 
 
 def _make_out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
