@@ -42,9 +42,11 @@ def parser() -> Parser:
         prog="python -m engine.train",
         description="Train a generator by comparing features of generated and real images: by default the mean and "
         "variance of perceptual features (GFMN). With no arguments: real handwritten digits, minutes on a laptop. "
+        "With --data PATH: your own pictures, in ten. "
         f"A preset takes the place of the defaults below; digits sets {digits}.",
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from (default: digits)")
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS), help="settings to start from (default: photos with --data, else digits)")
     parser.add_argument("--config", metavar="FILE", help="a run's config.json, to do the same again")
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="resume the run in --out")
@@ -70,7 +72,7 @@ def configure(arguments: argparse.Namespace) -> tuple[Config, RunFolder, bool]:
             raise InputError("config", "already names a preset; leave out --preset")
         config = Config.load(arguments.config).replaced(given)
     else:
-        config = Config.build(arguments.preset or "digits", given)
+        config = Config.build(arguments.preset, given)
     return config, RunFolder(arguments.out or _new_folder(config.preset)), False
 
 

@@ -26,7 +26,7 @@ from engine.configuration.groups import (
     require,
     resumable,
 )
-from engine.configuration.presets import PRESETS, preset_values
+from engine.configuration.presets import PRESETS, preset_for, preset_values
 from engine.support.errors import InputError
 
 # Settings of runs made by version 0.1, under today's names.
@@ -60,8 +60,12 @@ class Config:
         )
 
     @classmethod
-    def build(cls, preset: str, given: Mapping[str, Any]) -> Config:
-        """The preset's configuration with the `given` settings (field name → value) in place of its own."""
+    def build(cls, preset: str | None, given: Mapping[str, Any]) -> Config:
+        """The preset's configuration with the `given` settings (field name → value) in place of its own.
+
+        Without a preset: that of photographs if `data` names pictures, else that of the digits.
+        """
+        preset = preset_for(given) if preset is None else preset
         if preset not in PRESETS:
             raise InputError("preset", f"{preset!r} is not one of {', '.join(PRESETS)}")
         method = given.get("method", "gfmn")

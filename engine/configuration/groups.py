@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from engine.comparison.averagers import AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.pooling import POOLS
+from engine.generation.networks import UPSAMPLINGS
 from engine.generation.priors import PRIORS
 from engine.support.errors import InputError
 from pipelines import DATASETS
@@ -113,6 +114,12 @@ class NetworksConfig:
     layers_from: str = option("bottom", "count --layers from the images or from the top", choices=("bottom", "top"))
     taps: str | None = option(None, "match only layers of these names (a glob, or several: a,b)", metavar="PATTERN")
     generator: str = option("dcgan", "network that is trained", choices=("dcgan", "resnet"))
+    upsampling: str = option(
+        "transposed",
+        "how dcgan doubles the side: transposed convolutions, or interpolation and a convolution, which draw no "
+        "checkerboard",
+        choices=tuple(UPSAMPLINGS),
+    )
     nz: int = option(100, "dimensions of the generator's input z", metavar="N")
     prior: str = option("gaussian", "law of z", choices=tuple(PRIORS))
     sample_bn: str = option(

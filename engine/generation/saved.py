@@ -12,7 +12,7 @@ from engine.support.errors import InputError
 from engine.support.files import read_safetensors, save_safetensors
 
 _FORMAT = "gfmn-generator-1"
-_PRIOR = "gaussian"  # of files that name none
+_PRIOR, _UPSAMPLING = "gaussian", "transposed"  # of files that name none
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ def save_sampler(path: Path, sampler: Sampler, step: int) -> None:
     spec, prior = sampler.generator.spec, sampler.prior
     metadata = {"format": _FORMAT, "name": spec.name, "image_size": str(spec.image_size), "nz": str(spec.nz)}
     metadata["step"] = str(step)
+    if spec.upsampling != _UPSAMPLING:
+        metadata["upsampling"] = spec.upsampling
     if prior.name != _PRIOR:
         metadata["prior"] = prior.name
     if sampler.batch_statistics:
@@ -43,7 +45,8 @@ def load_sampler(path: Path) -> SavedSampler:
     tensors, metadata = read_safetensors(path, _FORMAT, "a generator of this engine")
     try:
         size, nz = int(metadata["image_size"]), int(metadata["nz"])
-        generator = build_generator(metadata["name"], image_size=size, nz=nz)
+        upsampling = metadata.get("upsampling", _UPSAMPLING)
+        generator = build_generator(metadata["name"], image_size=size, nz=nz, upsampling=upsampling)
         prior = make_prior(metadata.get("prior", _PRIOR), nz)
         step = int(metadata["step"])
     except (InputError, KeyError, ValueError) as error:
