@@ -318,7 +318,7 @@ def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | N
     if unary:
         return None
     if arguments.preset is not None or (of_run is None and given):
-        config = Config.build(arguments.preset or "digits", given)
+        config = Config.build(arguments.preset, given)
     elif of_run is not None:
         if "data" in given and of_run.data.dataset == "digits":
             given.setdefault("dataset", "images")

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "state, at most 30 seconds old. "
         "Several processes: torchrun --nproc-per-node N -m engine.precompute ...",
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="digits", help="settings to start from")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from (default: as in training)")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write, such as target.safetensors")
     add_flags(parser)
     arguments = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
 from engine.configuration.inputs import choose_device
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import PRESETS, preset_for
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
@@ -34,6 +34,7 @@ __all__ = ["PretrainResult", "main", "pretrain"]
 _PHOTOS = {"arch": "vgg19", "batch_size": 128, "horizontal_flip": True}
 _PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"arch": "vgg-small"},
+    "photos": {"arch": "vgg19"},
     "cifar10": {**_PHOTOS, "epochs": 60},
     "stl10": {**_PHOTOS, "task": "rotate", "epochs": 30},  # its training images have no labels
     "celeba64": {**_PHOTOS, "task": "autoencode", "arch": "dcgan-encoder", "epochs": 20},
@@ -45,7 +46,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m engine.pretrain", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--preset", choices=tuple(PRESETS), default="digits", help="data set and settings (default: digits)")
+    add("--preset", choices=tuple(PRESETS), help="data set and settings (default: photos with --data, else digits)")
     add("--out", type=Path, required=True, metavar="FILE", help="the weights, safetensors")
     add("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
     section = parser.add_argument_group("pretraining", "Defaults are the preset's.")
@@ -73,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, pretrain the network, and save its weights."""
     arguments = _parser().parse_args(argv)
     given = given_flags(arguments)
-    data = Config.build(arguments.preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
-    of_preset = data.dataset == Config.build(arguments.preset, {}).data.dataset
+    preset = arguments.preset or preset_for(given)
+    data = Config.build(preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
+    of_preset = data.dataset == Config.build(preset, {}).data.dataset
     # Another data set than the preset's takes nothing from it but the image size and crop.
-    values: dict[str, Any] = {**_PRESETS[arguments.preset]} if of_preset else {"arch": "vgg19"}
+    values: dict[str, Any] = {**_PRESETS[preset]} if of_preset else {"arch": "vgg19"}
     values |= {name: value for name, value in vars(arguments).items() if name in _PRETRAIN_FLAGS}
     if "steps" in vars(arguments):
         values.pop("epochs", None)

@@ -162,7 +162,8 @@ def _pretrain_into(
 def make_generator(config: Config) -> Generator:
     """The configured generator, initialised from torch's random state, on the CPU."""
     networks = config.networks
-    return build_generator(networks.generator, image_size=config.data.image_size, nz=networks.nz)
+    size, nz = config.data.image_size, networks.nz
+    return build_generator(networks.generator, image_size=size, nz=nz, upsampling=networks.upsampling)
 
 
 def pass_batch_size(config: Config) -> int:

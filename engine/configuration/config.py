@@ -27,7 +27,7 @@ from engine.configuration.groups import (
     owners,
 )
 from engine.configuration.options import checked, require
-from engine.configuration.presets import PRESETS, preset_values
+from engine.configuration.presets import PRESETS, preset_for, preset_values
 from engine.support.errors import InputError, one_line
 from engine.support.files import expanded, read_file, what_is
 
@@ -64,8 +64,12 @@ class Config:
         )
 
     @classmethod
-    def build(cls, preset: str, given: Mapping[str, Any]) -> Config:
-        """The preset's configuration with the `given` settings (field name → value) in place of its own."""
+    def build(cls, preset: str | None, given: Mapping[str, Any]) -> Config:
+        """The preset's configuration with the `given` settings (field name → value) in place of its own.
+
+        Without a preset: that of photographs if `data` names pictures, else that of the digits.
+        """
+        preset = preset_for(given) if preset is None else preset
         require(preset in PRESETS, "preset", f"{preset!r} is not one of {', '.join(PRESETS)}")
         given = _given(given)
         method = given.get("method", "gfmn")

@@ -16,6 +16,7 @@ from engine.comparison.averagers import AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.pooling import POOLS
 from engine.configuration.options import Settings, option, require
+from engine.generation.networks import UPSAMPLINGS
 from engine.generation.priors import MAX_NZ, PRIORS
 from engine.support.errors import InputError
 from pipelines import DATASETS
@@ -90,6 +91,13 @@ class NetworksConfig(Settings):
     layers_from: str = option("bottom", "count --layers from the images or from the top", choices=("bottom", "top"))
     taps: str | None = option(None, "match only layers of these names (a glob, or several: a,b)", metavar="PATTERN")
     generator: str = option("dcgan", "network that is trained", choices=("dcgan", "resnet"))
+    upsampling: str = option(
+        "transposed",
+        "how dcgan doubles the side: transposed convolutions, or interpolation and a convolution, which draw no "
+        "checkerboard",
+        choices=tuple(UPSAMPLINGS),
+        since="0.2",
+    )
     nz: int = option(100, "dimensions of the generator's input z", at_least=1, at_most=MAX_NZ, metavar="N")
     prior: str = option("gaussian", "law of z", choices=tuple(PRIORS), since="0.2")
     sample_bn: str = option(

@@ -31,11 +31,13 @@ class GeneratorSpec:
         name: as in `GENERATORS`.
         image_size: side of its images.
         nz: length of z.
+        upsampling: of "dcgan", as in `UPSAMPLINGS`; "resnet" has its own, nearest.
     """
 
     name: str
     image_size: int
     nz: int
+    upsampling: str = "transposed"
 
 
 class Generator(nn.Module):
@@ -70,29 +72,48 @@ class FirstLayer(nn.Module):
         return self.linear(z).view(len(z), _FIRST_SIDE, _FIRST_SIDE, self.width).permute(0, 3, 1, 2)
 
 
+def _transposed(channels: int, width: int, *, bias: bool) -> nn.Module:
+    return nn.ConvTranspose2d(channels, width, 4, 2, padding=1, bias=bias)
+
+
+def _interpolated(mode: str, channels: int, width: int, *, bias: bool) -> nn.Module:
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(channels, width, 3, padding=1, bias=bias))
+
+
+UPSAMPLINGS: dict[str, Callable[..., nn.Module]] = {
+    "transposed": _transposed,
+    "nearest": partial(_interpolated, "nearest"),
+    "bilinear": partial(_interpolated, "bilinear"),
+}
+"""Layers that double the side. A transposed convolution reaches neighbouring pixels with different weights, which shows
+as a checkerboard; interpolation and a 3×3 convolution don't (Odena, Dumoulin and Olah 2016)."""
+
+
 class DCGANGenerator(Generator):
     """The DCGAN-like generator (paper, section 5.1; Radford et al. 2016), with two extra layers before the last.
 
     z → 4×4, then 4×4 stride-2 transposed convolutions that double the side and halve the width down to 64 channels at
     half the image's side, two 3×3 convolutions of 64, one last transposed convolution, tanh. BatchNorm and ReLU after
     all but the last. Widths are 256, 128, 64 for 32 pixels; 64 pixels start at 512, and so do 128 with one stage more.
-    Weights start N(0, 0.02), BatchNorm's scales N(1, 0.02).
+    Weights start N(0, 0.02), BatchNorm's scales N(1, 0.02). `upsampling` puts another layer in place of the transposed
+    convolutions.
     """
 
-    def __init__(self, image_size: int, nz: int):
+    def __init__(self, image_size: int, nz: int, upsampling: str):
         super().__init__()
-        self.spec = GeneratorSpec("dcgan", image_size, nz)
+        self.spec = GeneratorSpec("dcgan", image_size, nz, upsampling)
+        upsample = UPSAMPLINGS[upsampling]
         # From the last stage back: 64 at half the side, doubling up to 512 on the way to 4×4.
         stages = (image_size // _FIRST_SIDE).bit_length() - 1
         widths = [min(_BASE_WIDTH << (stages - 1 - stage), _MAX_WIDTH) for stage in range(stages)]
         self.first = FirstLayer(nz, widths[0], bias=False)
         layers: list[nn.Module] = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for width, following in itertools.pairwise(widths):
-            layers += _normalised(nn.ConvTranspose2d(width, following, 4, 2, padding=1, bias=False), following)
+            layers += _normalised(upsample(width, following, bias=False), following)
         for _ in range(2):
             layers += _normalised(nn.Conv2d(_BASE_WIDTH, _BASE_WIDTH, 3, padding=1, bias=False), _BASE_WIDTH)
         self.layers = nn.Sequential(*layers)
-        self.last = nn.ConvTranspose2d(_BASE_WIDTH, 3, 4, 2, padding=1)
+        self.last = upsample(_BASE_WIDTH, 3, bias=True)
         self.apply(_initialise_normal)
 
     def stages(self) -> list[nn.Sequential]:
@@ -135,9 +156,9 @@ class ResNetGenerator(Generator):
     two for 128), BatchNorm, ReLU, 3×3 convolution to 3, tanh. Xavier initialisation, zero biases.
     """
 
-    def __init__(self, image_size: int, nz: int):
+    def __init__(self, image_size: int, nz: int, upsampling: str):
         super().__init__()
-        self.spec = GeneratorSpec("resnet", image_size, nz)
+        self.spec = GeneratorSpec("resnet", image_size, nz, upsampling)
         blocks = (image_size // _FIRST_SIDE).bit_length() - 1
         widths = [min(_BASE_WIDTH << (blocks - block), _MAX_WIDTH) for block in range(blocks + 1)]
         self.first = FirstLayer(nz, widths[0], bias=True)
@@ -161,19 +182,21 @@ class ResNetGenerator(Generator):
         return self.last(self.bn(self.blocks(self.first(z))).relu()).tanh()
 
 
-GENERATORS: dict[str, Callable[[int, int], Generator]] = {
+GENERATORS: dict[str, Callable[[int, int, str], Generator]] = {
     "dcgan": DCGANGenerator,
     "resnet": ResNetGenerator,
 }
 
 
-def build_generator(name: str, *, image_size: int, nz: int = 100) -> Generator:
+def build_generator(name: str, *, image_size: int, nz: int = 100, upsampling: str = "transposed") -> Generator:
     """A generator of image_size × image_size images, in channels_last, initialised from torch's default random state.
 
     Args:
         name: "dcgan" or "resnet".
         image_size: 32, 64 or 128.
         nz: length of z, 1 to `priors.MAX_NZ`.
+        upsampling: how "dcgan" doubles the side: "transposed" (the paper's), "nearest" or "bilinear". "resnet" has one
+            way only, and ignores it.
 
     Raises InputError for an unknown name, or a size the networks cannot make.
     """
@@ -183,7 +206,9 @@ def build_generator(name: str, *, image_size: int, nz: int = 100) -> Generator:
         sizes = ", ".join(map(str, GENERATOR_SIZES))
         raise InputError("generator", f"{name} makes images of {sizes} pixels, not {image_size}")
     check_nz(nz)
-    return GENERATORS[name](image_size, nz).to(memory_format=torch.channels_last)
+    if upsampling not in UPSAMPLINGS:
+        raise InputError("upsampling", f"{upsampling!r} is not one of {', '.join(UPSAMPLINGS)}")
+    return GENERATORS[name](image_size, nz, upsampling).to(memory_format=torch.channels_last)
 
 
 def run_generator(generator: Generator, z: Tensor, *, recompute: bool = False) -> Tensor:

