@@ -102,10 +102,13 @@ def cut(data: bytes) -> bytes:
 
 SPLITS = ("train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dog/1.png")
 ROWS: dict[str, tuple[Make, str]] = {
-    "splits": (lambda p: tree(p, *SPLITS), "train and val"),
+    "splits": (lambda p: tree(p, *SPLITS), "/train"),
     "splits beside loose pictures": (lambda p: tree(p, *SPLITS, "x.png"), "train and val"),
     "splits beside another folder": (lambda p: tree(p, *SPLITS, "masks/1.png"), "train and val"),
-    "splits below one folder": (lambda p: tree(p, "images/Train2017/1.png", "images/test2017/1.png"), "Train2017"),
+    "splits below one folder": (
+        lambda p: tree(p, "images/Train2017/1.png", "images/test2017/1.png"),
+        "images/Train2017",
+    ),
     "splits of CycleGAN": (lambda p: tree(p, "trainA/1.png", "trainB/1.png", "testA/1.png"), "testA and trainB"),
     "splits in a zip": (lambda p: packed(p, *SPLITS), "data.zip"),
     "splits of Parquet files": (lambda p: folder_of_parquet(p, "train-0.parquet", "test-0.parquet"), "test-0"),
