@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from engine.support.errors import InputError
-from engine.support.files import locked, write_atomically
+from engine.support.files import locked, open_safetensors, write_atomically
 from engine.training.checkpoint import Checkpoint
 
 COLUMNS = 8
@@ -210,7 +210,7 @@ def step_of(path: Path) -> int:
 def saved_step(path: Path) -> int | None:
     """The step of a generator's or checkpoint's file; None if the file is missing or damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             return int(file.metadata()["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
