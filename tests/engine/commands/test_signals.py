@@ -200,7 +200,7 @@ def interrupted_when(module: str, loaded: str, delay: float = 0.0) -> tuple[int,
         ("engine.train", "libtorch_python"),
         ("engine.sample", "_multiarray_umath"),
         ("bench.data", "libtorch_global_deps"),
-        ("engine.env", "libtorch_global_deps"),
+        pytest.param("engine.env", "libtorch_global_deps", marks=pytest.mark.slow),  # it waits for all of torch
     ],
 )
 def test_ctrl_c_while_libraries_are_imported(module: str, loaded: str) -> None:
