@@ -81,9 +81,9 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
         )
         return extractor, images, fingerprint(kind, extractor, images, dtype)
 
-    # Rank 0 first: it downloads, digests and pretrains, and the others find the results in the cache.
-    extractor, images, entries = ranks.first("prepared", prepare)
     with exclusive(_own(out, ranks)):
+        # Rank 0 first: it downloads, digests and pretrains, and the others find the results in the cache.
+        extractor, images, entries = ranks.first("prepared", prepare)
         done = ranks.rank == 0 and _is_done(kind, out, entries)
         if any(ranks.meet("done", done)):
             log.info("%s: holds exactly this target already", out)

@@ -18,12 +18,13 @@ from typing import Any
 from engine.configuration.command import Parser, arguments_as, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
+from engine.configuration.groups import DataConfig
 from engine.configuration.inputs import choose_device
 from engine.configuration.presets import PRESETS
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
-from engine.support.files import check_output
+from engine.support.files import check_output, locked
 from pipelines import open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, pretrain the network, and save its weights."""
     arguments = _parser().parse_args(argv)
+    check_output(arguments.out, "out", example="extractor.safetensors", plain=True)
     given = given_flags(arguments)
     data = Config.build(arguments.preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
     of_preset = data.dataset == Config.build(arguments.preset, {}).data.dataset
@@ -79,6 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "steps" in vars(arguments):
         values.pop("epochs", None)
     values["flip"] = given.get("horizontal_flip", values.pop("horizontal_flip", False))
+    with locked(arguments.out.with_name(f".{arguments.out.name}.lock"), lambda: _busy(arguments.out)):
+        _pretrain(arguments, data, values)
+
+
+def _pretrain(arguments: argparse.Namespace, data: DataConfig, values: dict[str, Any]) -> None:
     checkpoint = _check_out(arguments.out, arguments.resume)
     if checkpoint is None:
         print(f"{arguments.out}: is complete, nothing to resume")
@@ -118,7 +125,6 @@ _PRETRAIN_FLAGS = (
 def _check_out(out: Path, resume: bool) -> Path | None:
     """The checkpoint's file, or None if the run is complete; raise InputError if something would be overwritten."""
     checkpoint = out.with_name(out.name + ".checkpoint")
-    check_output(out, "out", example="extractor.safetensors", plain=True)
     if resume and out.exists() and not checkpoint.exists():
         return None
     if not resume:
@@ -126,6 +132,10 @@ def _check_out(out: Path, resume: bool) -> Path | None:
             if file.exists():
                 raise InputError("out", f"{file} exists; resume that run (--resume), delete it, or name another file")
     return checkpoint
+
+
+def _busy(out: Path) -> None:
+    raise InputError("out", f"another process is pretraining {out}; wait until it ends, or name another file")
 
 
 if __name__ == "__main__":

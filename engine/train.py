@@ -106,7 +106,8 @@ def build(
     generator = make_generator(config).to(device)
     pretrained = pretrained_files(config, dataset, device, run.extractor)
     extractor = make_extractor(config, dataset, device, run.extractor)
-    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target)
+    was = None if checkpoint is None else checkpoint.fingerprint
+    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was)
     method = make_method(config, generator, extractor, reference)
     trainer = Trainer(method, make_schedule(config), run, reference.fingerprint or {}, make_validation(config, device))
     if checkpoint is not None:
@@ -176,6 +177,8 @@ def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
         )
     if checkpoint.step < steps or not run.is_complete(steps):
         return False
+    if not run.loss_plot.exists():
+        _plot(run)
     log.info("%s is finished, all %d steps; to train longer: %s --steps N", run.path, steps, _resume_command(run))
     return True
 
@@ -193,8 +196,7 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
     except WriteError as error:
         again = f"once it can be written, resume with: {_resume_command(run)}"
         raise WriteError(error.argument, f"{error.message}; {again}") from None
-    metrics = list(run.read_metrics())
-    plotted = bool(metrics) and plot_metrics(run.loss_plot, metrics)
+    plotted = _plot(run)
     save_png(run.final_samples, trainer.picture())
     log.info(
         "done in %.0f s\nsamples: %s\n%smore:    python -m engine.sample --run %s --count 1000 --out samples.npy",
@@ -203,6 +205,11 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
         f"loss:    {run.loss_plot}\n" if plotted else "",
         shlex.quote(str(run.path)),
     )
+
+
+def _plot(run: RunFolder) -> bool:
+    metrics = list(run.read_metrics())
+    return bool(metrics) and plot_metrics(run.loss_plot, metrics)
 
 
 def _resume_command(run: RunFolder) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,29 +176,36 @@ def pass_batch_size(config: Config) -> int:
 
 
 def make_reference(
-    config: Config, extractor: Extractor, dataset: ImageDataset, dtype: torch.dtype | None, kept: Path | None = None
+    config: Config,
+    extractor: Extractor,
+    dataset: ImageDataset,
+    dtype: torch.dtype | None,
+    kept: Path | None = None,
+    was: Mapping[str, str] | None = None,
 ) -> Reference:
     """What the method knows of the real images: what the run kept, a given file, or computed once and cached.
 
     Args:
         kept: where a run that is resumed keeps it (`RunFolder.target`). Who decoded its images decides nothing any
             more, everything else must be as it was.
+        was: the fingerprint in that run's checkpoint, compared before anything is computed.
     """
     kind = reference_kind(config)
     batch_size, seed, loader = pass_batch_size(config), config.training.seed, config.data.loader
     images = reference_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
+    expected = fingerprint(kind, extractor, images, dtype)
     if kept is not None and kept.exists():
         try:
             found = kind.load(kept)
         except InputError as error:
             log.warning("warning: %s; it is computed again", error)
         else:
-            expected = fingerprint(kind, extractor, images, dtype)
-            expected.pop("data_decoder")
-            check_fingerprint(expected, found.fingerprint or {}, kept.parent)
+            same = {name: value for name, value in expected.items() if name != "data_decoder"}
+            check_fingerprint(same, found.fingerprint or {}, kept.parent)
             return found
+    check_fingerprint(expected, was or {}, "target" if kept is None else kept.parent)
     if config.matching.target is not None:
-        return kind.load(config.matching.target, fingerprint(kind, extractor, images, dtype))
+        return kind.load(config.matching.target, expected)
     return cached_reference(
         kind,
         extractor,

@@ -41,7 +41,8 @@ def option(
 ) -> Any:
     """A field with what its flag needs: the help text, the choices if there are only some, how to read its text.
 
-    A `resumable` one may change when a run is resumed: it says where and how a run computes, never what.
+    A `resumable` one may change when a run is resumed: it says where and how a run computes, or where files lie whose
+    content is checked, never what.
     """
     metadata = {"help": help, "choices": choices, "metavar": metavar, "parse": parse, "resumable": resumable}
     return field(default=default, metadata=metadata)

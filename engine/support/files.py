@@ -221,22 +221,28 @@ def _lock(path: Path, busy: Callable[[], None]) -> int:
         except OSError as error:
             raise InputError(path.parent, f"cannot be written to, {reason(error)}") from None
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 busy()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _flock(descriptor, fcntl.LOCK_EX)
             # The one before us may have removed the file that we waited for.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
-        except OSError:
-            _warn_of_no_locks()
-            return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _flock(descriptor: int, how: int) -> bool:
+    """Whether the lock is ours; it counts as ours where there are no locks."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        _warn_of_no_locks()
+    return True
 
 
 @functools.cache

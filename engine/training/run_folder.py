@@ -92,7 +92,10 @@ class RunFolder:
 
     def check_new(self) -> None:
         """InputError if the folder already holds something. A run that had not taken a step is removed."""
-        entries = set(self.path.iterdir()) - {self.lock}
+        try:
+            entries = set(self.path.iterdir()) - {self.lock}
+        except OSError as error:
+            raise InputError(self.path, f"cannot be read, {error.strerror or error}") from None
         if not entries:
             return
         before = {self.config, self.extractor, self.target, self.bad_images, self.metrics, self.tensorboard}

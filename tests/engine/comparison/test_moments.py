@@ -116,7 +116,7 @@ class TestMerge:
         marked = Moments(3, plain.mean, plain.m2, FINGERPRINT)
         assert plain.merge(marked).fingerprint == marked.merge(plain).fingerprint == FINGERPRINT
         other = Moments(3, plain.mean, plain.m2, {**FINGERPRINT, "image_size": "64"})
-        with pytest.raises(InputError, match="image_size is 64, expected 32"):
+        with pytest.raises(InputError, match=r"image size.*64.*32"):
             marked.merge(other)
 
 
@@ -195,8 +195,8 @@ class TestFile:
             Moments.load(path, expected)
         message = str(error.value)
         assert str(path) in message
-        assert "image_size is 32, expected 64" in message
-        assert "precision is float32, expected bfloat16" in message
+        for part in ("image size", "32", "64", "precision", "float32", "bfloat16"):
+            assert part in message
         assert "extractor" not in message
         assert "\n" not in message
 

@@ -100,49 +100,6 @@ def test_resume_drops_metrics_after_the_checkpoint(flags: list[str], finished: P
     assert same_run(finished, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "victim",
-    ["checkpoint", "generator", "config"],
-)
-def test_kill_in_the_middle_of_writing_a_file(victim: str, flags: list[str], finished: Path, tmp_path: Path) -> None:
-    """kill -9 after a file's bytes were written and before it took its place, the second time that it is written."""
-    name = {"checkpoint": "step_", "generator": "generator", "config": "config"}[victim]
-    nth = 1 if victim == "config" else 2
-    prelude = f"""
-import os, signal
-replace, seen = os.replace, []
-def replace_or_die(source, target):
-    if {name!r} in str(target):
-        seen.append(target)
-        if len(seen) == {nth}:
-            os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = replace_or_die
-"""
-    out = tmp_path / "run"
-    process = start([*flags, "--out", str(out)], prelude)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    assert list(out.rglob(".*.tmp"))
-    # Killed over its configuration, the run had not begun: the folder counts as new.
-    train.main([*flags, "--out", str(out)] if victim == "config" else ["--resume", "--out", str(out)])
-    assert same_run(finished, out)
-    assert not list(out.rglob(".*.tmp"))
-
-
-def test_kill_at_any_moment(flags: list[str], finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start([*flags, "--out", str(out), "--checkpoint-every", "1"])
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step_*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    train.main(["--resume", "--out", str(out)])
-    assert same_run(finished, out)
-
-
 def test_ctrl_c_writes_a_checkpoint(flags: list[str], finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start([*flags, "--out", str(out), "--steps", "100000", "--checkpoint-every", "100000"])

@@ -16,6 +16,7 @@ from engine.evaluation.judges import evaluation_network
 from engine.evaluation.metrics import compute_metrics
 from engine.generation.saved import load_sampler
 from engine.representation.pretraining import pretrain
+from engine.training import trainer
 from engine.training.validation import FACTOR, PATIENCE, KernelRate
 from pipelines import open_dataset, read_pixels
 
@@ -105,6 +106,33 @@ def test_best_generator_is_kept(finished: Path, tmp_path: Path) -> None:
     assert (finished / "checkpoints/best.safetensors").exists()
     sample.main(["--run", str(finished), "--best", "--count", "2", "--out", str(tmp_path / "samples.npy")])
     assert np.load(tmp_path / "samples.npy").shape == (2, 32, 32, 3)
+
+
+def test_a_kill_before_the_best_generator_loses_nothing(flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    """The best checkpoint is there, its generator is not, and there is no other checkpoint to resume from."""
+    argv = [*flags, "--steps", "4", "--checkpoint-every", "100"]
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    run, save = tmp_path / "run", trainer.save_sampler
+
+    def killed(path: Path, *arguments) -> None:
+        if path.name == "generator_best.safetensors":
+            raise KeyboardInterrupt
+        save(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_sampler", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*argv, "--out", str(run)])
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["best.safetensors"]
+    steps = []
+    step = trainer.Trainer.train_step
+    monkeypatch.setattr(trainer.Trainer, "train_step", lambda self: steps.append(self.step) or step(self))
+    train.main(["--resume", "--out", str(run)])
+    assert steps[0] == 2
+    assert [entry["step"] for entry in logged(run)] == [2, 3, 4]
+    assert evaluations(run) == evaluations(tmp_path / "whole")
+    name = "generator_best.safetensors"
+    assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_samples_that_do_not_change_lower_the_rate(finished: Path) -> None:
