@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from engine.support.errors import InputError, Interrupted, out_of_memory
+from engine.support.errors import InputError, Interrupted, OutOfMemory, out_of_memory
 from pipelines import DataError
 
 log = logging.getLogger("gfmn")
@@ -41,13 +41,15 @@ def arguments_as(**names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Inside, memory that is refused becomes an InputError that ends with `advice`. Decorates a command's `main`."""
+    """Inside, memory that is refused becomes `OutOfMemory`, which ends with `advice`. Decorates a command's `main`."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
+    except OutOfMemory:
+        raise
+    except Exception as error:
         if (refused := out_of_memory(error)) is None:
             raise
-        raise InputError("", f"{refused}; {advice}") from None
+        raise OutOfMemory("", f"{refused}; {advice}") from None
 
 
 def shown(error: Exception) -> str:
