@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.support.errors import InputError, Interrupted, out_of_memory, reason
+from engine.support.errors import InputError, Interrupted, OutOfMemory, out_of_memory, reason
 from engine.training.stopping import Interrupts
 
 log = logging.getLogger("gfmn")
@@ -96,13 +96,15 @@ def output_file(text: str) -> Path:
 
 @contextlib.contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Inside, memory that is refused becomes an InputError that ends with `advice`. Decorates a command's `main`."""
+    """Inside, memory that is refused becomes `OutOfMemory`, which ends with `advice`. Decorates a command's `main`."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
+    except OutOfMemory:
+        raise
+    except Exception as error:
         if (refused := out_of_memory(error)) is None:
             raise
-        raise InputError("", f"{refused}; {advice}") from None
+        raise OutOfMemory("", f"{refused}; {advice}") from None
 
 
 @contextlib.contextmanager

@@ -57,6 +57,30 @@ def test_refused_memory_is_one_line(case: str, capsys) -> None:
     assert ("GPU" in errors) == ("GPU" in case)
 
 
+@pytest.mark.parametrize("wrapped", [RuntimeError("while executing %relu"), InputError("extractor", "cannot take it")])
+def test_memory_that_another_error_hides_is_found(wrapped: Exception, capsys) -> None:
+    def main(argv) -> None:
+        try:
+            torch.empty(2**59)
+        except RuntimeError:
+            raise wrapped from None
+
+    code, errors = command(main, [], capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "out of memory" in errors
+
+
+def test_an_array_that_claims_petabytes_is_damaged(tmp_path: Path, capsys) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 32, 32, 3)}
+    with (tmp_path / "claims.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    argv = ["--data", str(tmp_path / "claims.npy"), "--weights", "random", "--out", str(tmp_path / "run")]
+    code, errors = command(train.main, argv, capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert str(tmp_path / "claims.npy") in errors
+    assert "out of memory" not in errors
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes [2, 3] and [4] don't match"), OSError(errno.EIO, "input")])
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert out_of_memory(error) is None
