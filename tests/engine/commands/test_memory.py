@@ -19,6 +19,7 @@ from engine import evaluate, precompute, pretrain, report, sample, train
 from engine.configuration import planning
 from engine.configuration.command import Parser, run_command
 from engine.configuration.inputs import choose_device, most_threads
+from engine.generation.sampling import Sampler
 from engine.representation.architectures import ARCHITECTURES
 from engine.support.errors import InputError, out_of_memory
 from engine.training import planner
@@ -196,6 +197,14 @@ def test_absurd_numbers_are_refused(main, flags: str, absurd: str, data: Path, t
     flag = absurd.split()[0]
     assert NAMED.get(flag, flag) in lines[0]
     assert sorted(data.rglob("*")) == before
+
+
+def test_samples_are_judged_without_being_held(data: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(data)
+    for name in ("images", "draw", "draw_pixels"):
+        monkeypatch.delattr(Sampler, name)
+    evaluate.main([*EVALUATE.split(), "--samples", "40"])
+    assert "40 images of run" in capsys.readouterr().out
 
 
 def test_as_many_threads_as_make_sense() -> None:
