@@ -23,15 +23,15 @@ import torch
 import torchvision
 from torch import Tensor
 
-from engine.configuration.command import Parser, arguments_as, output_file, run_command
+from engine.configuration.command import Parser, arguments_as, memory_advice, output_file, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
-from engine.configuration.inputs import choose_device, load_run_sampler, open_data
+from engine.configuration.inputs import check_seed, choose_device, load_run_sampler, open_data
 from engine.configuration.presets import PRESETS
 from engine.configuration.provenance import was_trained_on
 from engine.evaluation.fidelity import fidelity
-from engine.evaluation.image_set import ImageSet
+from engine.evaluation.image_set import DrawnImages, ImageSet
 from engine.evaluation.judges import EvaluationNetwork, download_judges, evaluation_network
 from engine.evaluation.metrics import (
     KID_SUBSET,
@@ -60,6 +60,7 @@ _INCEPTION_KEYS = {
     "classifier_score_std": "is_std",
 }
 _LABELS = {"fid": "FID", "kid": "KID", "is": "Inception score"}
+_MOST = {"samples": 10**9, "real_samples": 10**9, "batch_size": 4096}
 _DIGITS = {"kernel_distance": 6}
 
 
@@ -98,26 +99,31 @@ def parser() -> Parser:
     return parser
 
 
+@memory_advice("fewer --samples or --real-samples, or a smaller --batch-size, need less")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check everything that costs nothing, then draw the samples, compare them with real images, and print."""
+    """Check everything that costs nothing, then compare samples or images with real ones, and print."""
     arguments = parser().parse_args(argv)
     _check(arguments)
     fidelity()  # rather missing now than after the samples have been drawn
     metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     device = choose_device(arguments.device, arguments.threads)
     check_names(metrics)
-    judged = _Judged.open(arguments)
+    judged = _Judged.open(arguments, device)
     real = _real(arguments, judged.config, unary=metrics == ("is",))
     network = _judge(arguments, judged.images.size[0])
     check_sizes(network, judged.images, real)
-    check_metrics(metrics, network, judged.count, None if real is None else real.count, arguments.kid_subset_size)
+    _check_room(arguments.samples, network)
+    check_metrics(
+        metrics, network, judged.images.count, None if real is None else real.count, arguments.kid_subset_size
+    )
     download_judges(network, metrics)
     if judged.config is not None and was_trained_on(judged.config, arguments.feature_extractor, arguments.weights):
         log.warning(
             "warning: the run was trained to match the features of %s; by these its samples look better than they are",
             network.label,
         )
-    judged.draw(arguments.seed, device)
+    if judged.step is not None:
+        log.info("%s: drawing %d samples of step %d", judged.images.name, judged.images.count, judged.step)
     values = compute_metrics(
         judged.images,
         real,
@@ -137,38 +143,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass
 class _Judged:
-    """What is judged: given images, or samples that a run's generator draws once everything else is checked.
+    """What is judged: given images, or samples of a run's generator, which are drawn while they are judged.
 
     Attributes:
-        images: until `draw` a run has one black image here, of its samples' size.
-        count: how many images are judged.
         sampler, config: of the run; None for given images.
     """
 
     images: ImageSet
-    count: int
     sampler: SavedSampler | None = None
     config: Config | None = None
 
     @classmethod
-    def open(cls, arguments: Any) -> _Judged:
+    def open(cls, arguments: Any, device: torch.device) -> _Judged:
         if arguments.run is None:
-            images = _open(arguments.images, "images")
-            return cls(images, images.count)
+            return cls(_open(arguments.images, "images"))
         sampler = load_run_sampler(arguments.run, best=arguments.best)
-        side = sampler.generator.spec.image_size
-        black = ImageSet(torch.zeros(1, 3, side, side, dtype=torch.uint8), Path(arguments.run))
-        return cls(black, arguments.samples or 5000, sampler, Config.load(RunFolder(arguments.run).config))
+        sampler.to(device)
+        count, side = arguments.samples or 5000, sampler.generator.spec.image_size
+        samples = DrawnImages(lambda: sampler.pixel_batches(count, arguments.seed), count, side)
+        config = Config.load(RunFolder(arguments.run).config)
+        return cls(ImageSet(samples, Path(arguments.run)), sampler, config)
 
     @property
     def step(self) -> int | None:
         return None if self.sampler is None else self.sampler.step
-
-    def draw(self, seed: int, device: torch.device) -> None:
-        if self.sampler is None:
-            return
-        log.info("%s: drawing %d samples of step %d", self.images.name, self.count, self.sampler.step)
-        self.images = ImageSet(self.sampler.to(device).draw_pixels(self.count, seed), self.images.argument)
 
 
 def _judge(arguments: Any, image_size: int) -> EvaluationNetwork:
@@ -252,12 +250,18 @@ def _check(arguments: Any) -> None:
         for name, given in (("samples", arguments.samples is not None), ("best", arguments.best)):
             if given:
                 raise InputError(name, "belongs to --run; of --images all are judged")
-    for name in ("samples", "real_samples", "batch_size"):
+    for name, most in _MOST.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(name, f"must be at least 1, got {value}")
-    if not 0 <= arguments.seed < 2**32:
-        raise InputError("seed", f"must be from 0 to {2**32 - 1}, got {arguments.seed}")
+        if value is not None and not 1 <= value <= most:
+            raise InputError(name, f"must be from 1 to {most}, got {value}")
+    check_seed(arguments.seed, 2**32 - 1)
+
+
+def _check_room(samples: int | None, network: EvaluationNetwork) -> None:
+    """InputError on `samples` if their features alone are more than this machine holds."""
+    size = (samples or 0) * network.num_features * 4
+    if size > total_memory() / 2:
+        raise InputError("samples", f"the features of {samples} take {size / 2**30:.0f} GiB; take fewer")
 
 
 def _open(path: str, argument: str) -> ImageSet:

@@ -18,7 +18,7 @@ from engine.comparison.reference.protocols import Kind
 from engine.comparison.reference.saved_pass import forget_partial
 from engine.comparison.reference.statistics_pass import compute_reference, fingerprint, reference_loader
 from engine.configuration.build import make_extractor, pass_batch_size, reference_kind
-from engine.configuration.command import Parser, run_command
+from engine.configuration.command import Parser, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
@@ -30,6 +30,7 @@ from engine.training.ranks import EndedElsewhere, Ranks
 log = logging.getLogger("gfmn")
 
 
+@memory_advice("--chunk-size N with a small N, or a smaller --batch-size, needs less")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, stream the dataset, write."""
     parser = Parser(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.configuration.command import Parser, arguments_as, run_command
+from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@memory_advice("a smaller --batch-size needs less")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, pretrain the network, and save its weights."""
     arguments = _parser().parse_args(argv)

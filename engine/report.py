@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from engine.configuration.command import Parser, arguments_as, output_file, run_command
+from engine.configuration.command import Parser, arguments_as, memory_advice, output_file, run_command
 from engine.configuration.config import Config
-from engine.configuration.inputs import choose_device, load_run_sampler
+from engine.configuration.inputs import check_seed, choose_device, load_run_sampler, most_threads
 from engine.configuration.train_command import train_command
 from engine.reporting.real import FeatureSpace, feature_space, open_real
 from engine.support.errors import InputError, require
@@ -24,6 +24,9 @@ from engine.support.files import check_output, write_atomically
 from engine.training.run_folder import RunFolder
 
 log = logging.getLogger("gfmn")
+
+_MOST_NEIGHBOURS = 10**6
+"""Their features are all in memory."""
 
 
 def parser() -> Parser:
@@ -56,6 +59,7 @@ def parser() -> Parser:
     return parser
 
 
+@memory_advice("a smaller --neighbours-of needs less")
 def main(argv: Sequence[str] | None = None) -> None:
     """Check, open the run and its real images, render, write."""
     arguments = parser().parse_args(argv)
@@ -68,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(out, "out")
     config = Config.load(run.config)
     title = arguments.title or run.path.resolve().name
-    device = choose_device(arguments.device, config.training.threads)
+    # The run may be from a machine with more cores.
+    threads = config.training.threads
+    device = choose_device(arguments.device, None if threads is None else min(threads, most_threads()))
     page = render(
         title=title,
         sampler=sampler,
@@ -84,10 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(arguments: Any) -> None:
-    if not 0 <= arguments.seed < 2**63:
-        raise InputError("seed", f"must be from 0 to 2^63 − 1, got {arguments.seed}")
-    if arguments.neighbours_of < 2:
-        raise InputError("neighbours_of", f"must be at least 2, got {arguments.neighbours_of}")
+    check_seed(arguments.seed)
+    if not 2 <= arguments.neighbours_of <= _MOST_NEIGHBOURS:
+        raise InputError("neighbours_of", f"must be from 2 to {_MOST_NEIGHBOURS}, got {arguments.neighbours_of}")
     if arguments.weights is not None and arguments.feature_extractor is None:
         raise InputError("weights", "are those of --feature-extractor NAME, which is not given")
 

@@ -28,7 +28,7 @@ from engine.configuration.build import (
     make_validation,
     pretrained_files,
 )
-from engine.configuration.command import Parser, arguments_as, run_command
+from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
@@ -141,6 +141,10 @@ def _check_new(run: RunFolder) -> None:
         raise InputError("out", f"{run.path} {error.message}{hint}") from None
 
 
+@memory_advice(
+    "--plan lists what smaller chunks need, --chunk-size auto takes what fits (also with --resume), and a smaller "
+    "--batch-size needs less"
+)
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, close."""
     arguments = parser().parse_args(argv)

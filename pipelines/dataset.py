@@ -11,6 +11,9 @@ import numpy as np
 from pipelines.decoding.preprocessing import RESIZE_FILTER, Preprocessing
 from pipelines.errors import BadImage, DataError
 
+MAX_CLASSES = 2**16
+"""A class number beyond is a slip or another kind of number; a classifier would have an output for each."""
+
 Fingerprint = dict[str, str | int | float | bool]
 
 
@@ -64,6 +67,9 @@ class ImageDataset(ABC):
             self.num_classes = 0
         else:
             labels = np.asarray(labels, dtype=np.int64)
+            if labels.min(initial=0) < 0 or labels.max(initial=0) >= MAX_CLASSES:
+                extremes = f"{labels.min()} to {labels.max()}"
+                raise DataError(f"{name}: has labels from {extremes}; number the classes from 0 to {MAX_CLASSES - 1}")
             self.labels = np.concatenate([labels, labels]) if preprocessing.horizontal_flip else labels
             self.num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
 

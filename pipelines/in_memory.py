@@ -21,11 +21,13 @@ def read_pixels(
     Raises DataError for an image that cannot be used, as the loader does; skipped ones are left out.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    parts = [torch.empty(0, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)]
+    # All at once, so that too many are refused before the first is read.
+    pixels = torch.empty(count, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8)
     read = 0
     for images, _ in ImageLoader(dataset, _BATCH, backend=backend, shuffle=count < len(dataset), seed=seed):
-        parts.append(to_uint8(images[: count - read]))
-        read += len(parts[-1])
+        part = images[: count - read]
+        pixels[read : read + len(part)] = to_uint8(part)
+        read += len(part)
         if read == count:
             break
-    return torch.cat(parts)
+    return pixels[:read]

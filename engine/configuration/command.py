@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.support.errors import InputError, Interrupted, reason
+from engine.support.errors import InputError, Interrupted, OutOfMemory, out_of_memory, reason
 from engine.training.stopping import Interrupts
 
 log = logging.getLogger("gfmn")
@@ -62,6 +62,19 @@ def output_file(text: str) -> Path:
     return Path(text)
 
 
+@contextlib.contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Inside, memory that is refused becomes `OutOfMemory`, which ends with `advice`. Decorates a command's `main`."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if (refused := out_of_memory(error)) is None:
+            raise
+        raise OutOfMemory("", f"{refused}; {advice}") from None
+
+
 def shown(error: Exception) -> str:
     """An error as one line; an InputError's argument as the flag that sets it."""
     text = str(error)
@@ -87,7 +100,8 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     with Interrupts() as interrupts:
         try:
             try:
-                main(argv)
+                with memory_advice("close other programs, or use a machine that has more"):
+                    main(argv)
                 if interrupts.waiting:
                     raise KeyboardInterrupt
             finally:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from engine.comparison.averagers import AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.pooling import POOLS
-from engine.generation.priors import PRIORS
+from engine.generation.priors import PRIORS, check_nz
 from engine.support.errors import InputError
 from pipelines import DATASETS
 
@@ -28,6 +28,10 @@ MMD_BANDWIDTHS = {
     "rational-quadratic": (0.05, 0.1, 0.2),
     "imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 }
+# More than anybody trains with: what is larger is a slip, and would be allocated before anything else refused it.
+_MOST_PIXELS = 4096
+_MOST_IMAGES = 1_000_000
+_MOST_STEPS = 10**12
 
 
 def option(
@@ -54,6 +58,7 @@ def require(condition: bool, name: str, message: str) -> None:
         raise InputError(name, message)
 
 
+_MOST_UNITS = 2**60
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b", re.IGNORECASE)
 
 
@@ -61,7 +66,7 @@ def memory_bytes(text: str, name: str = "memory_budget") -> int:
     """Bytes of a size such as "12GiB" (12 · 2^30) or "800MB" (800 · 10^6); InputError if it is none."""
     match = _SIZE.fullmatch(text.strip())
     require(
-        match is not None and float(match[1]) > 0,
+        match is not None and 0 < float(match[1]) < _MOST_UNITS,
         name,
         f"{text!r} is not a size; give a number and its unit, as in 12GiB or 800MB",
     )
@@ -94,7 +99,8 @@ class DataConfig:
     loader: str = option("auto", "who decodes and delivers images", choices=("auto", "dali", "torch"), resumable=True)
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 8, "image_size", f"must be at least 8, got {self.image_size}")
+        size = self.image_size
+        require(8 <= size <= _MOST_PIXELS, "image_size", f"must be from 8 to {_MOST_PIXELS}, got {size}")
         require(self.center_crop is None or self.center_crop > 0, "center_crop", "must be positive")
 
 
@@ -124,7 +130,7 @@ class NetworksConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self.nz >= 1, "nz", f"must be at least 1, got {self.nz}")
+        check_nz(self.nz)
         require(self.layers is None or self.layers >= 1, "layers", f"must be at least 1, got {self.layers}")
 
 
@@ -199,8 +205,9 @@ class MmdConfig:
         require(takes or not self.mmd_bandwidths, "mmd_bandwidths", f"--mmd-kernel {self.mmd_kernel} has none")
         polynomial = self.mmd_kernel == "polynomial"
         require(polynomial or self.mmd_degree == 3, "mmd_degree", f"--mmd-kernel {self.mmd_kernel} has none")
-        require(self.mmd_degree >= 1, "mmd_degree", f"must be at least 1, got {self.mmd_degree}")
-        require(self.mmd_images >= 2, "mmd_images", f"must be at least 2, got {self.mmd_images}")
+        require(1 <= self.mmd_degree <= 100, "mmd_degree", f"must be from 1 to 100, got {self.mmd_degree}")
+        images = self.mmd_images
+        require(2 <= images <= _MOST_IMAGES, "mmd_images", f"must be from 2 to {_MOST_IMAGES}, got {images}")
 
     @property
     def bandwidths(self) -> tuple[float, ...]:
@@ -295,10 +302,10 @@ class TrainingConfig:
     threads: int | None = option(None, "CPU threads, all cores by default", metavar="N", resumable=True)
 
     def __post_init__(self) -> None:
-        require(
-            self.batch_size >= 2, "batch_size", f"a minibatch of {self.batch_size} has no variance; give at least 2"
-        )
-        require(self.steps >= 1, "steps", f"must be at least 1, got {self.steps}")
+        batch = self.batch_size
+        require(batch >= 2, "batch_size", f"a minibatch of {batch} has no variance; give at least 2")
+        require(batch <= _MOST_IMAGES, "batch_size", f"must be at most {_MOST_IMAGES}, got {batch}")
+        require(1 <= self.steps <= _MOST_STEPS, "steps", f"must be from 1 to {_MOST_STEPS}, got {self.steps}")
         require(self.lr > 0, "lr", f"must be positive, got {self.lr}")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, f"must be in [0, 1), got {getattr(self, name)}")
@@ -347,7 +354,8 @@ class ValidationConfig:
         every = self.evaluate_every
         require(every is None or every >= 1, "evaluate_every", f"must be at least 1, got {every}")
         samples = self.evaluate_samples
-        require(samples >= 2, "evaluate_samples", f"must be at least 2, got {samples}")
+        known = 2 <= samples <= _MOST_IMAGES
+        require(known, "evaluate_samples", f"must be from 2 to {_MOST_IMAGES}, got {samples}")
         adapts = self.lr_adapt != "none"
         require(not adapts or every is not None, "lr_adapt", "needs --evaluate-every N")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,12 +14,27 @@ from engine.training.precision import AMP_DTYPES
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, open_dataset
 
+_THREADS_PER_CORE = 4
+"""More than that only wait for each other, and many more end the process without a word."""
+
+
+def most_threads() -> int:
+    """How many CPU threads this machine takes."""
+    return _THREADS_PER_CORE * (os.cpu_count() or 1)
+
+
+def check_seed(seed: int, most: int = 2**63 - 1) -> None:
+    """InputError unless `seed` is one that every source of random numbers takes: 0 to `most`."""
+    if not 0 <= seed <= most:
+        raise InputError("seed", f"must be from 0 to {most}, got {seed}")
+
 
 def choose_device(name: str, threads: int | None = None) -> torch.device:
-    """The device "auto", "cpu" or "cuda", with `threads` on the CPU; InputError if it is not there."""
+    """The device "auto", "cpu" or "cuda", with `threads` on the CPU; InputError if it is not there, or there are too
+    many threads."""
     if threads is not None:
-        if threads < 1:
-            raise InputError("threads", f"must be at least 1, got {threads}")
+        if not 1 <= threads <= most_threads():
+            raise InputError("threads", f"must be from 1 to {most_threads()} on this machine, got {threads}")
         torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,7 +24,16 @@ from engine.generation.priors import Noise
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import RECOMPUTE
 from engine.support.errors import InputError
-from engine.training.planner import FakeMode, Footprint, available_memory, fake_copy, num_bytes, shown_bytes, track
+from engine.training.planner import (
+    FakeMode,
+    Footprint,
+    available_memory,
+    fake_copy,
+    memory_limit,
+    num_bytes,
+    shown_bytes,
+    track,
+)
 from kernels import reference
 
 # All chunks but the first of a pass need the same memory: more of them only take time to model.
@@ -32,6 +41,9 @@ _MODELLED_CHUNKS = 3
 # What a run takes of the memory that is free where no budget is given. The model is within a tenth of the allocator's
 # peak, and knows nothing of what lies outside it (CUDA's context, workspaces of libraries, the loader's images).
 _SHARE_OF_FREE = 0.85
+
+_NOTICEABLE = 256
+"""Activations of a step are rarely more than so many times its images."""
 
 TIME_MODEL = (
     "relative time: forward and backward of the whole minibatch = 1, two or more chunks + 0.5, stages + 0.5; "
@@ -163,9 +175,12 @@ class Planner:
 
 
 def choose_chunk(config: Config, device: torch.device) -> Config:
-    """`config` with a number in place of `--chunk-size auto`; InputError if it cannot fit `--memory-budget`."""
+    """`config` with a number in place of `--chunk-size auto`; InputError if it cannot fit `--memory-budget`, or all the
+    memory of a machine without a GPU."""
     automatic = config.matching.chunk_size == "auto"
     if not automatic and config.matching.memory_budget is None:
+        if device.type == "cpu":
+            _check_machine(config)
         return config
     planner = Planner(config)
     budget = budget_bytes(config, device)
@@ -179,6 +194,23 @@ def choose_chunk(config: Config, device: torch.device) -> Config:
             f"{shown_bytes(budget)}; try --chunk-size auto, or see --plan",
         )
     return config
+
+
+def _check_machine(config: Config) -> None:
+    """InputError if a step is modelled to need more than this machine has: the system would kill it without a word.
+
+    It takes seconds to model a step, so this is done only where the minibatch's images have a noticeable share.
+    """
+    training, memory = config.training, memory_limit()
+    if training.batch_size * 3 * config.data.image_size**2 * 4 < memory / _NOTICEABLE:
+        return
+    needed = Planner(config).configured(config.matching.images_per_chunk).footprint.total
+    if needed > memory:
+        raise InputError(
+            "batch_size",
+            f"a step needs {shown_bytes(needed)} (modelled), this machine has {shown_bytes(memory)}; see --plan for "
+            "what smaller chunks need, or give a smaller --batch-size",
+        )
 
 
 def budget_bytes(config: Config, device: torch.device) -> int:

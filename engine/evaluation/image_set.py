@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,12 +17,38 @@ from pipelines.errors import one_line
 _SUFFIXES = "png,jpg,jpeg"
 
 
-class ImageSet:
-    """Images of one size: a tensor uint8 [N, 3, H, W], or the PNG and JPEG files of a folder.
+class DrawnImages(Dataset[Tensor]):
+    """Images uint8 [3, side, side] that are drawn while they are read, in order: only one batch of them is in memory.
 
     Args:
-        images: the tensor, or the folder's path. Folders below it do not count.
-        name: of the tensor: the argument that errors name, or the file that it comes from. A folder has its path.
+        draw: gives the batches, uint8 [n, side, side, 3], the same ones at every call.
+        count: of images.
+        side: in pixels.
+    """
+
+    def __init__(self, draw: Callable[[], Iterator[Tensor]], count: int, side: int):
+        self.draw, self.count, self.side = draw, count, side
+        self.first = self.end = 0  # of the batch
+        self.batches: Iterator[Tensor] = iter(())
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index < self.first or self.end == 0:
+            self.batches, self.end = self.draw(), 0
+        while index >= self.end:
+            self.batch = next(self.batches)
+            self.first, self.end = self.end, self.end + len(self.batch)
+        return self.batch[index - self.first].permute(2, 0, 1)
+
+
+class ImageSet:
+    """Images of one size: a tensor uint8 [N, 3, H, W], images to be drawn, or the PNG and JPEG files of a folder.
+
+    Args:
+        images: the tensor, the drawn images, or the folder's path. Folders below it do not count.
+        name: of what is no folder: the argument that errors name, or the file that it comes from.
 
     Attributes:
         source: what torch-fidelity is given, a dataset or the folder's path.
@@ -34,10 +61,13 @@ class ImageSet:
     ValueError for a tensor that is not uint8 [N, 3, H, W].
     """
 
-    def __init__(self, images: Tensor | str | Path, name: str | Path = "images"):
+    def __init__(self, images: Tensor | DrawnImages | str | Path, name: str | Path = "images"):
         self.source: Dataset[Tensor] | str
-        self.argument = name if isinstance(images, Tensor) else Path(images)
+        self.argument = Path(images) if isinstance(images, str | Path) else name
         self.name = str(self.argument)
+        if isinstance(images, DrawnImages):
+            self.source, self.count, self.size = images, len(images), (images.side, images.side)
+            return
         if isinstance(images, Tensor):
             if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
                 raise ValueError(f"{name}: expected uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}")

@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from engine.generation.priors import check_nz
 from engine.support.errors import InputError
 
 _BASE_WIDTH = 64
@@ -172,7 +173,7 @@ def build_generator(name: str, *, image_size: int, nz: int = 100) -> Generator:
     Args:
         name: "dcgan" or "resnet".
         image_size: 32, 64 or 128.
-        nz: length of z.
+        nz: length of z, 1 to `priors.MAX_NZ`.
 
     Raises InputError for an unknown name, or a size the networks cannot make.
     """
@@ -181,8 +182,7 @@ def build_generator(name: str, *, image_size: int, nz: int = 100) -> Generator:
     if image_size not in GENERATOR_SIZES:
         sizes = ", ".join(map(str, GENERATOR_SIZES))
         raise InputError("generator", f"{name} makes images of {sizes} pixels, not {image_size}")
-    if nz < 1:
-        raise InputError("nz", f"must be at least 1, got {nz}")
+    check_nz(nz)
     return GENERATORS[name](image_size, nz).to(memory_format=torch.channels_last)
 
 

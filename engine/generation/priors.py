@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.support.errors import InputError
+
+MAX_NZ = 2**16
+"""The longest z: a generator's first layer alone has 2 GiB of weights then."""
 
 
 class Prior(Protocol):
@@ -69,15 +72,33 @@ class Uniform:
         return self.sample(count, torch.Generator().manual_seed(seed))
 
 
+def draw_batches(prior: Prior, count: int, seed: int, size: int) -> Iterator[Tensor]:
+    """The rows of `prior.draw(count, seed)`, `size` of them at a time and never all in memory.
+
+    `size` · nz is a multiple of 16: torch.randn makes 16 numbers at a time, and the last 16 of a tensor once more. So
+    the last two batches are drawn as one, which has at least 16.
+    """
+    random = torch.Generator().manual_seed(seed)
+    while count > 0:
+        rows = size if count >= 2 * size else count
+        yield from prior.sample(rows, random).split(size)
+        count -= rows
+
+
 PRIORS: dict[str, Callable[[int], Prior]] = {"gaussian": Gaussian, "uniform": Uniform}
 
 
+def check_nz(nz: int) -> None:
+    """InputError unless z may have `nz` dimensions: 1 to `MAX_NZ`."""
+    if not 1 <= nz <= MAX_NZ:
+        raise InputError("nz", f"must be from 1 to {MAX_NZ}, got {nz}")
+
+
 def make_prior(name: str, nz: int) -> Prior:
-    """The prior `name` of z with `nz` dimensions; InputError if it is unknown, or nz is less than 1."""
+    """The prior `name` of z with `nz` dimensions; InputError if it is unknown, or `check_nz` refuses nz."""
     if name not in PRIORS:
         raise InputError("prior", f"{name!r} is not known; choose one of {', '.join(PRIORS)}")
-    if nz < 1:
-        raise InputError("nz", f"must be at least 1, got {nz}")
+    check_nz(nz)
     return PRIORS[name](nz)
 
 

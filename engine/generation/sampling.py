@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.generation.networks import Generator
-from engine.generation.priors import Prior
+from engine.generation.priors import Prior, draw_batches
 from engine.support.pixels import to_uint8
+
+_BATCH, _SIDE = 256, 32
+"""Images in a batch, and their side; see `Sampler.batch_size`."""
 
 
 @dataclass(frozen=True)
@@ -33,37 +36,53 @@ class Sampler:
         self.generator.to(device)
         return self
 
-    @torch.no_grad()
-    def images(self, z: Tensor, *, batch_size: int = 256) -> Tensor:
-        """Images [N, 3, H, W] of `z` [N, nz], float32, in [-1, 1]."""
-        return torch.cat([images.float() for images in self._batches(z, batch_size)])
+    @property
+    def batch_size(self) -> int:
+        """Images that are computed at a time: 256 of 32 pixels, and as many of a larger size as need no more memory.
 
-    @torch.no_grad()
-    def pixels(self, z: Tensor, *, batch_size: int = 256) -> Tensor:
-        """As `images`, but uint8 [N, 3, H, W] on the CPU: a quarter of the memory, only a batch of it as float32."""
-        batches = [to_uint8(images).permute(0, 3, 1, 2) for images in self._batches(z, batch_size)]
-        return torch.cat(batches).contiguous()
+        With batch statistics always 256, because every image depends on the others of its batch.
+        """
+        side = self.generator.spec.image_size
+        return _BATCH if self.batch_statistics else max(_BATCH * _SIDE**2 // side**2, 16)
+
+    def images(self, z: Tensor) -> Tensor:
+        """Images [N, 3, H, W] of `z` [N, nz], float32, in [-1, 1]."""
+        return torch.cat([images.float() for images in self._batches(z.split(self.batch_size))])
 
     def draw(self, count: int, seed: int) -> Tensor:
         """`count` images of random z; `seed` decides them."""
-        return self.images(self.prior.draw(count, seed).to(self._device))
+        return self.images(self.prior.draw(count, seed))
 
     def draw_pixels(self, count: int, seed: int) -> Tensor:
-        """`count` images of random z as uint8 [count, 3, H, W], computed a batch at a time."""
-        return self.pixels(self.prior.draw(count, seed).to(self._device))
+        """The images of `draw` as uint8 [count, 3, H, W] on the CPU."""
+        side = self.generator.spec.image_size
+        pixels = torch.empty(count, 3, side, side, dtype=torch.uint8)
+        for part, batch in zip(pixels.split(self.batch_size), self.pixel_batches(count, seed), strict=True):
+            part.copy_(batch.permute(0, 3, 1, 2))
+        return pixels
+
+    def pixel_batches(self, count: int, seed: int) -> Iterator[Tensor]:
+        """The images of `draw` as uint8 [n, H, W, 3] on the CPU, a batch at a time: never more in memory."""
+        return map(to_uint8, self._batches(draw_batches(self.prior, count, seed, self.batch_size)))
 
     def draw_paths(self, count: int, steps: int, seed: int) -> Tensor:
         """`count` rows of `steps` images that lead from one random z to another, [count · steps, 3, H, W]."""
-        ends = self.prior.draw(2 * count, seed).to(self._device)
+        ends = self.prior.draw(2 * count, seed)
         return self.images(interpolate(ends[:count], ends[count:], steps))
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.generator.parameters()).device
+    def path_batches(self, count: int, steps: int, seed: int) -> Iterator[Tensor]:
+        """The images of `draw_paths` as `pixel_batches` gives them, whole rows at a time."""
+        ends, rows = self.prior.draw(2 * count, seed), max(self.batch_size // steps, 1)
+        pairs = zip(ends[:count].split(rows), ends[count:].split(rows), strict=True)
+        return map(to_uint8, self._batches(interpolate(start, end, steps) for start, end in pairs))
 
-    def _batches(self, z: Tensor, batch_size: int) -> Iterator[Tensor]:
+    def _batches(self, z: Iterable[Tensor]) -> Iterator[Tensor]:
         module = copy.deepcopy(self.generator).train(self.batch_statistics)
-        return map(module, z.split(batch_size))
+        device = next(self.generator.parameters()).device
+        for batch in z:
+            with torch.no_grad():
+                images = module(batch.to(device))
+            yield images
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from engine.generation.networks import build_generator
 from engine.generation.priors import make_prior
@@ -12,6 +16,7 @@ from engine.support.errors import InputError
 from engine.support.files import read_safetensors, save_safetensors
 
 _FORMAT = "gfmn-generator-1"
+_MOST_STEPS = 10**12
 _PRIOR = "gaussian"  # of files that name none
 
 
@@ -43,13 +48,22 @@ def load_sampler(path: Path) -> SavedSampler:
     tensors, metadata = read_safetensors(path, _FORMAT, "a generator of this engine")
     try:
         size, nz = int(metadata["image_size"]), int(metadata["nz"])
-        generator = build_generator(metadata["name"], image_size=size, nz=nz)
+        with torch.device("meta"):  # no memory for what the file only claims
+            expected = build_generator(metadata["name"], image_size=size, nz=nz).state_dict()
         prior = make_prior(metadata.get("prior", _PRIOR), nz)
         step = int(metadata["step"])
+        if not 0 <= step <= _MOST_STEPS:
+            raise ValueError(f"step {step}")
     except (InputError, KeyError, ValueError) as error:
         raise InputError(path, f"is not a generator that this version can build ({error})") from None
-    try:
-        generator.load_state_dict(tensors)
-    except RuntimeError:
-        raise InputError(path, f"its weights are not those of the generator {metadata['name']}") from None
+    if _kinds(tensors) != _kinds(expected):
+        raise InputError(path, f"its weights are not those of the generator {metadata['name']}")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise InputError(path, "holds weights that are not finite")
+    generator = build_generator(metadata["name"], image_size=size, nz=nz)
+    generator.load_state_dict(tensors)
     return SavedSampler(prior, generator, metadata.get("bn") == "batch", step)
+
+
+def _kinds(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}

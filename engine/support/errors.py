@@ -42,6 +42,43 @@ class InputError(ValueError):
         super().__init__(f"{argument}: {message}" if argument else message)
 
 
+class OutOfMemory(InputError):
+    """Memory was refused; the text says how much was asked for, and what needs less."""
+
+
+# How PyTorch, its libraries, its loaders' processes and the system say that memory was refused.
+_MEMORY = re.compile(
+    "DefaultCPUAllocator|out of memory|cannot allocate memory|bad_alloc|ALLOC_FAILED|size calculation overflowed|"
+    "could not create a memory object|insufficient shared memory|killed by signal: Killed",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) ?(bytes|\wi?B)")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line about an error that means that memory was refused, with how much was asked for; None for all others.
+
+    An error that was made of such a one counts: a library's own words, or an InputError that takes it for a mistake.
+    """
+    found: BaseException | None = error
+    while isinstance(found, RuntimeError | InputError) and not _refuses_memory(found):
+        found = found.__cause__ or found.__context__
+    if found is None or not _refuses_memory(found):
+        return None
+    device = "the GPU" if "CUDA" in str(found) else "this machine"
+    asked = _ASKED.search(str(found))
+    if asked is None:
+        return f"out of memory on {device}"
+    size = f"{int(asked[1]) / 2**20:.1f} MiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+    return f"out of memory on {device}: {size} more were asked for"
+
+
+def _refuses_memory(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError | OSError):
+        return _MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The first line of another library's error, at most `limit` characters; its type's name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

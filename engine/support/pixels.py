@@ -26,8 +26,12 @@ def to_float(pixels: Tensor) -> Tensor:
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1] as one uint8 image [3, H', W'], row by row, two pixels apart."""
-    pixels = to_uint8(images).permute(0, 3, 1, 2)
-    return make_grid(pixels, nrow=columns, padding=2, pad_value=64)
+    return pixel_grid(to_uint8(images), columns)
+
+
+def pixel_grid(pixels: Tensor, columns: int) -> Tensor:
+    """As `grid`, of images uint8 [N, H, W, 3]."""
+    return make_grid(pixels.permute(0, 3, 1, 2), nrow=columns, padding=2, pad_value=64)
 
 
 def save_png(path: Path, picture: Tensor) -> None:

@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_iter
 from engine.support.errors import InputError
 from engine.support.files import total_memory
 
+_GROUP = Path("/sys/fs/cgroup")
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -129,10 +131,17 @@ def track(build: Callable[[], Callable[[], object]], mode: FakeTensorMode, weigh
     return Footprint(sum(tensor.nbytes for tensor in tensors), between_steps, tracker.peak)
 
 
+def memory_limit() -> int:
+    """Bytes of RAM that a process may have: the control group's limit, or all that there is."""
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        return min(total_memory(), int((_GROUP / "memory.max").read_text()))
+    return total_memory()
+
+
 def available_memory() -> int:
     """Bytes of RAM that are free without swapping: Linux's MemAvailable within the control group's limit, elsewhere
     free pages or half of all."""
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    limit, used = (_GROUP / name for name in ("memory.max", "memory.current"))
     with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
         return min(_available(), int(limit.read_text()) - int(used.read_text()))
     return _available()

@@ -22,6 +22,7 @@ SIGNIFICANCE = 0.05
 FACTOR = 0.8
 PATIENCE = 3
 
+_NUMPY_SEEDS = 2**32
 Draw = Callable[[int], Tensor]
 
 
@@ -141,7 +142,7 @@ class Validation:
         """torch-fidelity's numbers. With fewer images than KID's subsets usually have, every subset is all of them."""
         subset = min(KID_SUBSET, len(samples), len(self.real))
         kid = self.fidelity.metric_kid.kid_features_to_metric(
-            samples, self.real, kid_subset_size=subset, rng_seed=seed, verbose=False
+            samples, self.real, kid_subset_size=subset, rng_seed=seed % _NUMPY_SEEDS, verbose=False
         )
         frechet = self.fidelity.metric_fid
         statistics = frechet.fid_features_to_statistics(samples)

@@ -96,7 +96,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     with Image.open(folder / "interpolation.png") as opened:
         paths = torch.frombuffer(bytearray(opened.tobytes()), dtype=torch.uint8).view(opened.height, opened.width, 3)
     sampler = load_sampler(folder / "generator.safetensors")
-    ends = sampler.pixels(sampler.prior.draw(16, 7)).int()
+    ends = sampler.draw_pixels(16, 7).int()
     for row in range(8):
         for column, end in ((0, ends[row]), (11, ends[8 + row])):
             cell = paths[2 + 34 * row : 34 * (row + 1), 2 + 34 * column : 34 * (column + 1)].permute(2, 0, 1)

@@ -10,8 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.configuration.command import run_command
+from engine.configuration.config import Config
+from engine.generation.networks import build_generator
+from engine.generation.priors import Gaussian
+from engine.generation.sampling import Sampler
+from engine.generation.saved import save_sampler
+from engine.training.run_folder import RunFolder
 
 DETERMINISTIC = ("step", "loss", "loss_mean", "loss_variance", "difference_norm")
 
@@ -47,3 +54,14 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def untrained(folder: Path, *, image_size: int = 32, nz: int = 8, **settings: object) -> Path:
+    """The folder of a run that never trained; its generator draws noise all the same."""
+    run = RunFolder(folder)
+    run.write_config(Config.build("digits", {"image_size": image_size, "nz": nz, **settings}).to_json())
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        generator = build_generator("dcgan", image_size=image_size, nz=nz)
+    save_sampler(run.generator, Sampler(Gaussian(nz), generator), 17)
+    return folder

@@ -38,8 +38,8 @@ class Moments:
     ):
         if mean.dim() != 1 or mean.shape != m2.shape:
             raise ValueError(f"mean, m2: must both be [D], got {tuple(mean.shape)} and {tuple(m2.shape)}")
-        if count < 0:
-            raise ValueError(f"count: must not be negative, got {count}")
+        if not 0 <= count < 2**63:
+            raise ValueError(f"count: must be from 0 to 2^63 − 1, got {count}")
         self.count = int(count)
         self.mean = mean.detach().to(torch.float64)
         self.m2 = m2.detach().to(torch.float64)

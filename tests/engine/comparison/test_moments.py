@@ -153,8 +153,9 @@ class TestMoments:
             (2, torch.zeros(3), torch.zeros(4), r"mean, m2: .*\(3,\).*\(4,\)"),
             (2, torch.zeros(1, 3), torch.zeros(1, 3), "mean, m2: "),
             (-1, torch.zeros(3), torch.zeros(3), "count: .*-1"),
+            (2**63, torch.zeros(3), torch.zeros(3), "count: .*9223372036854775808"),
         ],
-        ids=["lengths", "dimensions", "negative"],
+        ids=["lengths", "dimensions", "negative", "absurd"],
     )
     def test_wrong_arguments(self, count, mean, m2, message):
         with pytest.raises(ValueError, match=message):
