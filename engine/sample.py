@@ -128,6 +128,8 @@ def _check_picture(count: int, columns: int, side: int) -> None:
 
 def _check_room(out: Path, count: int, side: int) -> None:
     """InputError on `count` if the array is larger than what is free on the disk."""
+    if out.exists() and not out.is_file():  # a device or a pipe
+        return
     size = count * side * side * 3
     folder = next(filter(os.path.isdir, Path(os.path.realpath(out)).parents))
     if size > (free := shutil.disk_usage(folder).free):
