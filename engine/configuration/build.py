@@ -35,6 +35,7 @@ from engine.representation.pretraining import pretrain
 from engine.representation.protocols import Objective
 from engine.representation.zoo import brings_weights, has_imagenet_weights
 from engine.support.errors import InputError
+from engine.support.files import check_file
 from engine.training.trainer import Schedule
 from pipelines import ImageDataset, cache_folder, read_pixels
 
@@ -48,6 +49,8 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device) 
     """The frozen extractor on its device, pretrained on the dataset first if its weights say so."""
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
+    if config.matching.target is not None:  # rather missing now than after the extractor has been trained
+        check_file(config.matching.target, "no such target file; make one with engine.precompute")
     if not networks.weights:
         known = "'imagenet', " if all(map(has_imagenet_weights, networks.extractor.split("+"))) else ""
         raise InputError(

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -99,6 +100,7 @@ def shown(error: Exception) -> str:
 def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run a command's `main` and exit: 0 on success, 2 on bad input, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    warnings.formatwarning = _one_line_warning
     log.setLevel(logging.INFO)
     # Inductor says at WARNING that it found no CUDA runtime, on every machine without one.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -114,6 +116,13 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
         # The reader of our output has gone (`| head`); what is left to print has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Another library's warning without its file and its line of code."""
+    return f"warning: {' '.join(str(message).split())[:300]}\n"
 
 
 def _fail(code: int, line: str) -> int:
