@@ -33,7 +33,7 @@ from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import PRESETS, usual_steps
 from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.pixels import save_png
 from engine.training.checkpoint import Checkpoint
@@ -132,6 +132,7 @@ def build(
         reference.count,
         config.training.batch_size,
     )
+    log.info("%d steps; %s", config.training.steps, usual_steps(config.data.image_size))
     return trainer
 
 
