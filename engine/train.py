@@ -115,12 +115,13 @@ def build(
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
             trainer.restore(checkpoint)
+    if run.config.exists():
+        run.rewind(trainer.step)
     run.write_config(asked.to_json())
     run.keep_extractors(pretrained)
     if reference.nbytes <= KEPT_BYTES:
         reference.save(run.target)
     write_bad_images(run.bad_images, reference)
-    run.rewind(trainer.step)
     log.info("run folder: %s", run.path)
     log.info(
         "%s, %s on %s, %s: %d features of %d images, minibatch %d",

@@ -310,7 +310,9 @@ class ValidationConfig(Settings):
     evaluate_extractor: str | None = option(
         None, "network whose features are compared (default: Inception-v3, as for FID and KID)", metavar="NAME"
     )
-    evaluate_weights: str | None = option(None, "weights of that network: a file (default: its own)", metavar="FILE")
+    evaluate_weights: str | None = option(
+        None, "weights of that network: a file (default: its own)", metavar="FILE", resumable=True
+    )
     lr_adapt: str = option(
         "none",
         "'kid': lower --lr when samples stop getting closer to the real images, by the three-sample KID test",

@@ -176,6 +176,14 @@ def remove(*patterns: str) -> Callable[[Path], None]:
     return unlink
 
 
+def a_folder_for(name: str) -> Callable[[Path], None]:
+    def replace(out: Path) -> None:
+        (out / name).unlink()
+        (out / name).mkdir()
+
+    return replace
+
+
 def garble_metrics(out: Path) -> None:
     (out / "metrics.jsonl").write_bytes(b'\xff\x00{"step": 1\n[]\n' + (out / "metrics.jsonl").read_bytes())
 
@@ -195,6 +203,8 @@ HAPPENED = {
     "generator damaged": (damage("generator.safetensors"), 0, ""),
     "target damaged": (damage("target.safetensors"), 0, ""),
     "metrics garbled": (garble_metrics, 0, ""),
+    "a folder for metrics": (a_folder_for("metrics.jsonl"), 2, "metrics.jsonl"),
+    "a folder for the older checkpoint": (a_folder_for(OLD), 0, ""),
     "nothing": (remove(), 0, ""),
 }
 
