@@ -149,6 +149,7 @@ class MmdConfig(Settings):
         + "; ".join(f"{name} {' '.join(map(str, values))}" for name, values in MMD_BANDWIDTHS.items())
         + ")",
         above=0,
+        at_least=1e-6,  # the squares of much smaller ones are 0
         at_most=1e6,
         metavar="X",
         since="0.2",
