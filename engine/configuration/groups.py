@@ -131,7 +131,7 @@ class GfmnConfig(Settings):
     methods: ClassVar[tuple[str, ...]] = ("gfmn",)
 
     averager: str = option("ama", "what smooths the differences of moments", choices=tuple(AVERAGERS))
-    ama_lr: float = option(1e-5, "AMA's learning rate α", above=0, at_most=1e6, metavar="X")
+    ama_lr: float = option(1e-5, "AMA's learning rate α", above=0, at_most=1e30, metavar="X")
     ama_variant: str = option("paper", "AMA as in the paper, or as in the authors' code", choices=("paper", "authors"))
     ma_alpha: float | None = option(
         None, "moving average's α (0.1 for the paper's, 1 for the authors')", above=0, at_most=1, metavar="X"
@@ -164,6 +164,7 @@ class MmdConfig(Settings):
         + "; ".join(f"{name} {' '.join(map(str, values))}" for name, values in MMD_BANDWIDTHS.items())
         + ")",
         above=0,
+        at_least=1e-6,  # the squares of much smaller ones are 0
         at_most=1e6,
         metavar="X",
         since="0.2",
@@ -270,7 +271,7 @@ class TrainingConfig(Settings):
 
     batch_size: int = option(64, "images in a minibatch", at_least=2, at_most=_MOST_IMAGES, metavar="N")
     steps: int = option(1500, "training steps", at_least=1, metavar="N", resumable=True)
-    lr: float = option(5e-5, "learning rate of the generator's Adam", above=0, at_most=1e6, metavar="X")
+    lr: float = option(5e-5, "learning rate of the generator's Adam", above=0, at_most=1e30, metavar="X")
     beta1: float = option(0.5, "β1 of the generator's Adam", at_least=0, below=1, metavar="X")
     beta2: float = option(0.999, "β2 of the generator's Adam", at_least=0, below=1, metavar="X")
     generator_ema: float | None = option(

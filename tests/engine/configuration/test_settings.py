@@ -71,6 +71,7 @@ NONSENSE: list[tuple[str, str, Any]] = [
     ("networks", "nz", 10**9),
     ("mmd", "mmd_bandwidths", [1, 0]),
     ("mmd", "mmd_bandwidths", [float("nan")]),
+    ("mmd", "mmd_bandwidths", [1e-300]),
     ("mmd", "mmd_bandwidths", 1.0),
     ("mmd", "mmd_degree", 10**6),
     ("mmd", "mmd_images", 1),
