@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, pretrain the network, and save its weights."""
     arguments = _parser().parse_args(argv)
+    check_output(arguments.out, "out", example="extractor.safetensors", plain=True)
     given = given_flags(arguments)
     preset = arguments.preset or preset_for(given)
     data = Config.build(preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
@@ -127,7 +128,6 @@ _PRETRAIN_FLAGS = (
 def _check_out(out: Path, resume: bool) -> Path | None:
     """The checkpoint's file, or None if the run is complete; raise InputError if something would be overwritten."""
     checkpoint = out.with_name(out.name + ".checkpoint")
-    check_output(out, "out", example="extractor.safetensors", plain=True)
     if resume and out.exists() and not checkpoint.exists():
         return None
     if not resume:

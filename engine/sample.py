@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -127,9 +128,11 @@ def _check_picture(count: int, columns: int, side: int) -> None:
 
 def _check_room(out: Path, count: int, side: int) -> None:
     """InputError on `count` if the array is larger than what is free on the disk."""
+    if out.exists() and not out.is_file():  # a device or a pipe
+        return
     size = count * side * side * 3
-    folder = next((folder for folder in out.absolute().parents if folder.is_dir()), None)
-    if folder is not None and size > (free := shutil.disk_usage(folder).free):
+    folder = next(filter(os.path.isdir, Path(os.path.realpath(out)).parents))
+    if size > (free := shutil.disk_usage(folder).free):
         raise InputError("count", f"{count} images take {shown_bytes(size)}, and the disk has {shown_bytes(free)} free")
 
 

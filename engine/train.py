@@ -33,7 +33,7 @@ from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import PRESETS, usual_steps
 from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.pixels import save_png
 from engine.training.checkpoint import Checkpoint
@@ -117,12 +117,13 @@ def build(
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
             trainer.restore(checkpoint)
+    if run.config.exists():
+        run.rewind(trainer.step)
     run.write_config(asked.to_json())
     run.keep_extractors(pretrained)
     if reference.nbytes <= KEPT_BYTES:
         reference.save(run.target)
     write_bad_images(run.bad_images, reference)
-    run.rewind(trainer.step)
     log.info("run folder: %s", run.path)
     log.info(
         "%s, %s on %s, %s: %d features of %d images, minibatch %d",
@@ -134,6 +135,7 @@ def build(
         reference.count,
         config.training.batch_size,
     )
+    log.info("%d steps; %s", config.training.steps, usual_steps(config.data.image_size))
     return trainer
 
 

@@ -175,7 +175,7 @@ class EncodedDataset(ImageDataset):
     def fingerprint(self) -> Fingerprint:
         """Everything that decides the images, the conventions of decoding included."""
         decoding: Fingerprint = {
-            "orientation": "exif",
+            "orientation": "exif or xmp",
             "alpha": "over white",
             "skip_bad_images": self.skip_bad_images,
         }

@@ -1,4 +1,4 @@
-"""`python -m bench.pages`: fill the marked regions of docs/performance.md and docs/kernels.md from bench/results/.
+"""`python -m bench.pages`: fill the marked regions of pages in docs/ from the files of bench/results/.
 
 What stands between `<!-- rows: NAME -->` and `<!-- end -->` is written here, from the newest file of rows of its kind;
 edits by hand are lost. The prose around it is written by hand. `--check` writes nothing and fails if a page is not what
@@ -17,15 +17,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.pages import kernels, performance
+from bench.pages import kernels, performance, photographs
 from bench.pages.regions import fill, read_results
 from engine.configuration.command import Parser, run_command
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("performance.md", "kernels.md")
-TABLES = {**performance.TABLES, **kernels.TABLES}
+PAGES = ("performance.md", "kernels.md", "photographs.md")
+TABLES = {**performance.TABLES, **kernels.TABLES, **photographs.TABLES}
 
 
 def write(name: str, results: Path) -> str:

@@ -11,11 +11,12 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.support.errors import InputError, Interrupted, out_of_memory, reason
+from engine.support.errors import InputError, Interrupted, OutOfMemory, out_of_memory, reason
 from engine.training.stopping import Interrupts
 
 log = logging.getLogger("gfmn")
@@ -96,13 +97,15 @@ def output_file(text: str) -> Path:
 
 @contextlib.contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Inside, memory that is refused becomes an InputError that ends with `advice`. Decorates a command's `main`."""
+    """Inside, memory that is refused becomes `OutOfMemory`, which ends with `advice`. Decorates a command's `main`."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
+    except OutOfMemory:
+        raise
+    except Exception as error:
         if (refused := out_of_memory(error)) is None:
             raise
-        raise InputError("", f"{refused}; {advice}") from None
+        raise OutOfMemory("", f"{refused}; {advice}") from None
 
 
 @contextlib.contextmanager
@@ -138,6 +141,7 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
     What the system refuses (a full disk, permissions) is bad input, too. docs/commands.md has the table of all.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    warnings.formatwarning = _one_line_warning
     log.setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
@@ -161,6 +165,13 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
             sys.exit(_fail(*ending))
         finally:
             _give_up_closed_streams()
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Another library's warning without its file and its line of code."""
+    return f"warning: {' '.join(str(message).split())[:300]}\n"
 
 
 def _ending(error: BaseException) -> tuple[int, str] | None:

@@ -106,6 +106,11 @@ class NetworksConfig(Settings):
         choices=("running", "batch"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.generator == "dcgan" or self.upsampling != "bilinear"
+        require(known, "upsampling", f"--generator {self.generator} has its own, nearest")
+
 
 @dataclass(kw_only=True)
 class MethodConfig(Settings):
@@ -126,7 +131,7 @@ class GfmnConfig(Settings):
     methods: ClassVar[tuple[str, ...]] = ("gfmn",)
 
     averager: str = option("ama", "what smooths the differences of moments", choices=tuple(AVERAGERS))
-    ama_lr: float = option(1e-5, "AMA's learning rate α", above=0, at_most=1e6, metavar="X")
+    ama_lr: float = option(1e-5, "AMA's learning rate α", above=0, at_most=1e30, metavar="X")
     ama_variant: str = option("paper", "AMA as in the paper, or as in the authors' code", choices=("paper", "authors"))
     ma_alpha: float | None = option(
         None, "moving average's α (0.1 for the paper's, 1 for the authors')", above=0, at_most=1, metavar="X"
@@ -159,6 +164,7 @@ class MmdConfig(Settings):
         + "; ".join(f"{name} {' '.join(map(str, values))}" for name, values in MMD_BANDWIDTHS.items())
         + ")",
         above=0,
+        at_least=1e-6,  # the squares of much smaller ones are 0
         at_most=1e6,
         metavar="X",
         since="0.2",
@@ -265,7 +271,7 @@ class TrainingConfig(Settings):
 
     batch_size: int = option(64, "images in a minibatch", at_least=2, at_most=_MOST_IMAGES, metavar="N")
     steps: int = option(1500, "training steps", at_least=1, metavar="N", resumable=True)
-    lr: float = option(5e-5, "learning rate of the generator's Adam", above=0, at_most=1e6, metavar="X")
+    lr: float = option(5e-5, "learning rate of the generator's Adam", above=0, at_most=1e30, metavar="X")
     beta1: float = option(0.5, "β1 of the generator's Adam", at_least=0, below=1, metavar="X")
     beta2: float = option(0.999, "β2 of the generator's Adam", at_least=0, below=1, metavar="X")
     generator_ema: float | None = option(
@@ -305,7 +311,9 @@ class ValidationConfig(Settings):
     evaluate_extractor: str | None = option(
         None, "network whose features are compared (default: Inception-v3, as for FID and KID)", metavar="NAME"
     )
-    evaluate_weights: str | None = option(None, "weights of that network: a file (default: its own)", metavar="FILE")
+    evaluate_weights: str | None = option(
+        None, "weights of that network: a file (default: its own)", metavar="FILE", resumable=True
+    )
     lr_adapt: str = option(
         "none",
         "'kid': lower --lr when samples stop getting closer to the real images, by the three-sample KID test",

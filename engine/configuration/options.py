@@ -25,8 +25,8 @@ _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: 
 class Range:
     """The numbers that a setting may have; None is no bound."""
 
-    at_least: float | None = None
     above: float | None = None
+    at_least: float | None = None
     below: float | None = None
     at_most: float | None = None
 

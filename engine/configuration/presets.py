@@ -66,6 +66,14 @@ def preset_for(given: Mapping[str, Any]) -> str:
     return "photos" if own else "digits"
 
 
+def usual_steps(image_size: int) -> str:
+    """How long the presets whose size is nearest to `image_size` train: what a picture takes, to be told beforehand."""
+    sizes = {name: values.get("image_size", 32) for name, values in PRESETS.items()}
+    nearest = min(sizes.values(), key=lambda size: abs(size - image_size))
+    steps = (f"{values['steps']:,} ({name})" for name, values in PRESETS.items() if sizes[name] == nearest)
+    return f"at {nearest}×{nearest} the presets take {', '.join(steps)} steps; the first grids are grey"
+
+
 def preset_values(name: str, method: str) -> Mapping[str, Any]:
     """The values of the preset `name` for `method`.
 

@@ -43,26 +43,41 @@ class InputError(ValueError):
         super().__init__(f"{argument}: {message}" if argument else message)
 
 
+class OutOfMemory(InputError):
+    """Memory was refused; the text says how much was asked for, and what needs less."""
+
+
 # How PyTorch, its libraries, its loaders' processes and the system say that memory was refused.
 _MEMORY = re.compile(
     "DefaultCPUAllocator|out of memory|cannot allocate memory|bad_alloc|ALLOC_FAILED|size calculation overflowed|"
-    "insufficient shared memory|killed by signal: Killed",
+    "could not create a memory object|insufficient shared memory|killed by signal: Killed",
     re.IGNORECASE,
 )
 _ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) ?(bytes|\wi?B)")
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """One line about an error that means that memory was refused, with how much was asked for; None for all others."""
-    known = isinstance(error, RuntimeError | OSError) and _MEMORY.search(str(error))
-    if not known and not isinstance(error, MemoryError):
+    """One line about an error that means that memory was refused, with how much was asked for; None for all others.
+
+    An error that was made of such a one counts: a library's own words, or an InputError that takes it for a mistake.
+    """
+    found: BaseException | None = error
+    while isinstance(found, RuntimeError | InputError) and not _refuses_memory(found):
+        found = found.__cause__ or found.__context__
+    if found is None or not _refuses_memory(found):
         return None
-    device = "the GPU" if "CUDA" in str(error) else "this machine"
-    asked = _ASKED.search(str(error))
+    device = "the GPU" if "CUDA" in str(found) else "this machine"
+    asked = _ASKED.search(str(found))
     if asked is None:
         return f"out of memory on {device}"
-    size = f"{int(asked[1]) / 2**30:.2f} GiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
+    size = f"{int(asked[1]) / 2**20:.1f} MiB" if asked[2] == "bytes" else f"{asked[1]} {asked[2]}"
     return f"out of memory on {device}: {size} more were asked for"
+
+
+def _refuses_memory(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError | OSError):
+        return _MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -117,6 +132,7 @@ def require(module: str, feature: str) -> ModuleType:
 # What the entries of fingerprints and of pretraining's settings are called among people; others by their names.
 _CALLED = {
     "extractor_weights": "extractor's weights",
+    "evaluation_weights": "weights of the network that evaluates",
     "taps": "layers that are matched",
     "extractor_bn": "statistics of the extractor's BatchNorm",
     "normalisation": "extractor's normalisation of images",

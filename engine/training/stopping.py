@@ -121,7 +121,7 @@ class Interrupts(contextlib.AbstractContextManager["Interrupts"]):
     def _try_again(self) -> None:
         time.sleep(_AGAIN)
         self._again = True
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def _importing(frame: FrameType | None) -> bool:

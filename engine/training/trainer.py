@@ -91,8 +91,8 @@ class Trainer:
         if method.reads != "nothing":
             raise ValueError(f"method: reads {method.reads}, which this trainer does not deliver")
         self.method, self.schedule, self.run = method, schedule, run
-        self.fingerprint = dict(fingerprint)
         self.validation = validation
+        self.fingerprint = {**fingerprint, **(validation.fingerprint if validation is not None else {})}
         generator = method.sampler().generator
         self.device = next(generator.parameters()).device
         self.ema: AveragedModel | None = None

@@ -102,6 +102,11 @@ class Validation:
         self.best = float("inf")
         self.rate = KernelRate(self.real) if adapt_lr else None
 
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the network, for the run's: a resumed run is judged by the same one."""
+        return {"evaluation_weights": self.network.digest} if self.network.digest else {}
+
     def due(self, step: int, last: bool) -> bool:
         """Whether to evaluate after `step` steps."""
         return last or step % self.every == 0

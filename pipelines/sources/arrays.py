@@ -11,7 +11,7 @@ from pipelines.dataset import ArrayDataset
 from pipelines.decoding.preprocessing import RESIZE_FILTER, Preprocessing
 from pipelines.digests import printable
 from pipelines.errors import DataError, one_line
-from pipelines.sources.labels import class_numbers
+from pipelines.sources.labels import Classes, class_numbers, say_classes
 from pipelines.sources.layouts import to_nhwc
 from pipelines.sources.paths import check_memory, unusable
 
@@ -29,6 +29,8 @@ def open_array_file(name: str, path: Path, preprocessing: Preprocessing) -> Arra
         DataError: the file is damaged, or holds something else.
     """
     pictures, labels = read_pictures(path)
+    classes = None if labels is None else Classes(labels, int(labels.max()) + 1, [])
+    say_classes(printable(path), len(pictures), classes)
     return from_pictures(name, preprocessing, pictures, where=printable(path), labels=labels)
 
 

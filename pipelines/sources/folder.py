@@ -68,8 +68,13 @@ def open_folder(
         raise DataError(f"{printable(root)}: no images below this folder{_hint(others)}")
     classes = None
     if labelled:
-        advice = "give the folder of the one that is meant"
-        classes = find_classes(printable(root), names, others, lambda file: read_file(root / file), advice=advice)
+        classes = find_classes(
+            printable(root),
+            names,
+            others,
+            lambda file: read_file(root / file),
+            advice=lambda split: f"give the one that is meant, such as {printable(root / split)}",
+        )
         say_classes(printable(root), len(names), classes)
     say_what_is_left_out(root, others)
     empty = _empty_classes(root, classes, unread)

@@ -39,7 +39,7 @@ class Classes(NamedTuple):
 
 
 def find_classes(
-    where: str, pictures: list[str], others: list[str], read: Callable[[str], bytes], *, advice: str
+    where: str, pictures: list[str], others: list[str], read: Callable[[str], bytes], *, advice: Callable[[str], str]
 ) -> Classes | None:
     """The classes of pictures with these names ("/" between folders), None if they have none.
 
@@ -50,7 +50,7 @@ def find_classes(
         where: the folder or archive, for messages.
         others: names of the files that are no pictures.
         read: a name → the content; may raise `OSError`.
-        advice: how to choose a folder that is meant, for messages.
+        advice: how to choose a folder such as the one of this name, for messages.
 
     Raises:
         DataError: the folders look like splits of a data set, or `dataset.json` cannot be used.
@@ -66,7 +66,7 @@ def find_classes(
                 return _labels_of(f"{where}/{start}{LABEL_FILE}", [name[len(start) :] for name in pictures], named)
     folders = [[*name.split("/")[:-1], ""][len(above)] for name in pictures]
     classes = sorted(set(folders))
-    refuse_splits(where, classes, advice)
+    refuse_splits(where, classes, lambda split: advice("/".join([*above, split])))
     if len(classes) < 2:
         return None
     if "" in classes:
@@ -77,12 +77,17 @@ def find_classes(
     return Classes(labels, len(classes), classes, "/".join(above))
 
 
-def refuse_splits(where: str, names: Sequence[str], advice: str) -> None:
-    """Raise `DataError` if some of the names are those of different splits, as train and val: they are no classes."""
+def refuse_splits(where: str, names: Sequence[str], advice: Callable[[str], str]) -> None:
+    """Raise `DataError` if some of the names are those of different splits, as train and val: they are no classes.
+
+    Args:
+        advice: what to do, given the name of the training split or else of another one.
+    """
     found = {split: name for name in names for split, form in _SPLITS.items() if form.fullmatch(name)}
     if len(found) > 1:
         parts = " and ".join(map(printable, sorted(found.values())))
-        raise DataError(f"{where}: {parts} look like splits of a data set, not like classes; {advice}", "data")
+        remedy = advice(found.get("train", found[min(found)]))
+        raise DataError(f"{where}: {parts} look like splits of a data set, not like classes; {remedy}", "data")
 
 
 def class_numbers(labels: np.ndarray, count: int, where: str) -> np.ndarray:

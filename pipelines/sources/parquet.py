@@ -78,7 +78,7 @@ def open_parquet(
     """
     where = printable(root if len(files) > 1 else root / files[0])
     for level in zip(*(file.split("/") for file in files), strict=False):
-        refuse_splits(where, level, "put the files of the one that is meant into a folder of their own")
+        refuse_splits(where, level, lambda _: "put the files of the one that is meant into a folder of their own")
     with _opened(root / files[0]) as first:
         schema = first.schema_arrow
     features = _features(schema)

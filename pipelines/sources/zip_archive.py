@@ -79,8 +79,13 @@ def open_zip(
         raise DataError(f"{where}: the archive is encrypted; unpack it, and give the folder")
     classes = None
     if labelled:
-        advice = "unpack it, and give the folder of the one that is meant"
-        classes = find_classes(where, names, others, lambda file: read_entry(path, entries[file]), advice=advice)
+        classes = find_classes(
+            where,
+            names,
+            others,
+            lambda file: read_entry(path, entries[file]),
+            advice=lambda split: f"unpack it, and give the folder that is meant, such as {printable(split)}",
+        )
         say_classes(where, len(names), classes)
     say_what_is_left_out(path, others)
     return EncodedDataset(

@@ -121,3 +121,29 @@ def test_sound_files_are_left_alone(photo: Image.Image, content: str, mode: str)
                 found = np.asarray(decode(data + tail))
                 assert np.array_equal(found, Image.open(io.BytesIO(data)).convert("RGB")), (width, height, options)
             assert (size_if_plain(data) == (height, width)) is (mode != "CMYK")
+
+
+def test_missing_data_stop_the_pass_with_the_files_name(photo: Image.Image, tmp_path: Path, backend: str) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(photo))
+    (tmp_path / "bad.jpg").write_bytes(cut(jpeg(photo), 0.6))
+    with pytest.raises(DataError) as error:
+        list(ImageLoader(open_dataset("images", tmp_path), 2, backend=backend))
+    assert str(error.value).startswith(f"{tmp_path / 'bad.jpg'}: damaged image")
+    assert error.value.option == "skip_bad_images"
+
+
+def test_with_a_crop_what_is_left_over_is_sound(photo: Image.Image, tmp_path: Path, backend: str) -> None:
+    """DALI reads no further than the crop."""
+    shares = {f"{percent}.jpg": percent / 100 for percent in range(10, 99, 8)}
+    for name, share in shares.items():
+        (tmp_path / name).write_bytes(cut(jpeg(photo), share))
+    (tmp_path / "sound.jpg").write_bytes(jpeg(photo))
+    dataset = open_dataset("images", tmp_path, image_size=32, center_crop=90, skip_bad_images=True)
+    loader = ImageLoader(dataset, 5, backend=backend)
+    images = np.concatenate([batch.images.numpy() for batch in loader])
+    assert np.abs((images - images[-1]) * 127.5).mean(axis=(1, 2, 3)).max() <= 0.5
+    found = {Path(bad.path).name for bad in loader.bad_images}
+    assert found >= {name for name, share in shares.items() if share < 0.6}
+    if backend == "torch":
+        assert found == set(shares)

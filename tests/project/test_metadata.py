@@ -15,6 +15,7 @@ import pytest
 import yaml
 from helpers.distributions import PROJECT, ROOT, closure, requirements
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from setuptools.config.pyprojecttoml import read_configuration
 
@@ -127,10 +128,18 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
     oldest = Requirement(f"python{PROJECT['requires-python']}").specifier
     (version,) = [part.version for part in oldest]
     classifiers = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
-    assert min(classifiers, key=lambda text: int(text.partition(".")[2])) == version
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     tested = workflow["jobs"]["ci"]["strategy"]["matrix"]["python"]
-    assert tested[0] == version
-    assert set(tested) <= set(classifiers)
-    assert f"Python {version} or newer" in (ROOT / "Makefile").read_text()
-    assert f"Python {version} or newer" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert tested == classifiers
+    assert version.startswith(f"{tested[0]}.") or version == tested[0]
+    for file in ("Makefile", "CONTRIBUTING.md", "README.md"):
+        assert f"Python {version} or newer" in (ROOT / file).read_text()
+    for file in ("CONTRIBUTING.md", "README.md"):
+        assert f"{', '.join(tested[:-1])} and {tested[-1]}" in (ROOT / file).read_text()
+
+
+def test_every_pinned_version_exists_for_the_oldest_python() -> None:
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    installed = sorted(closure(requirements([*PROJECT["dependencies"], *OPTIONAL["dev"]])))
+    needed = {name: metadata.metadata(name).get("Requires-Python") or "" for name in installed}
+    assert {name: text for name, text in needed.items() if not SpecifierSet(text).contains(oldest)} == {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from engine.support.errors import InputError
 
+_LARGEST_RATE = 1e30  # float32 holds it, with some room
 DEFAULT_EPOCHS = 6
 DEFAULT_STEPS = (150, 2000)
 """Least and most training steps of a run that names neither epochs nor steps."""
@@ -52,12 +53,12 @@ class Recipe:
             raise InputError("steps", "give epochs or steps, not both")
         if self.batch_size < 2:
             raise InputError("batch_size", f"BatchNorm needs at least 2 images, got {self.batch_size}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError("lr", f"must be a positive number, got {self.lr}")
-        for name in ("momentum", "weight_decay"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 <= rate < math.inf:
-                raise InputError(name, f"must not be negative or infinite, got {rate}")
+        if self.lr is not None and not 0 < self.lr <= _LARGEST_RATE:
+            raise InputError("lr", f"must be a positive number, at most {_LARGEST_RATE:g}, got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise InputError("momentum", f"must be at least 0 and below 1, got {self.momentum}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay <= _LARGEST_RATE:
+            raise InputError("weight_decay", f"must be from 0 to {_LARGEST_RATE:g}, got {self.weight_decay}")
         if self.crop_padding < 0:
             raise InputError("crop_padding", f"must not be negative, got {self.crop_padding}")
 

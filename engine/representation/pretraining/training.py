@@ -74,7 +74,7 @@ def pretrain(
         raise InputError("image_size", f"is {image_size}, but the dataset's images have {dataset.image_size} pixels")
     settings = Recipe(**recipe)
     if settings.crop_padding > dataset.image_size:
-        raise InputError("crop_padding", f"is more than the image: {settings.crop_padding} > {dataset.image_size}")
+        raise InputError("crop_padding", f"must be at most the images' {dataset.image_size} pixels")
     task = _make_task(architecture, dataset, settings)
     source = open_images(
         dataset, settings.batch_size, seed=settings.seed, device=torch.device(device), loader=loader, progress=progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ def test_one_line_and_an_exit_code(error, code, line, capsys):
         run_command(failing(error), [])
     assert exit_.value.code == code
     assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_a_warning_of_a_library_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def main(argv):
+        print(warnings.formatwarning(UserWarning("of many\nlines"), UserWarning, "torch/file.py", 3), end="")
+
+    run_command(main, [])
+    assert capsys.readouterr().out == "warning: of many lines\n"
 
 
 def test_an_argument_is_renamed_and_others_are_left():

@@ -19,6 +19,7 @@ from engine import evaluate, precompute, pretrain, report, sample, train
 from engine.configuration import planning
 from engine.configuration.command import Parser, run_command
 from engine.configuration.inputs import choose_device, most_threads
+from engine.generation.sampling import Sampler
 from engine.representation.architectures import ARCHITECTURES
 from engine.support.errors import InputError, out_of_memory
 from engine.training import planner
@@ -55,6 +56,30 @@ def test_refused_memory_is_one_line(case: str, capsys) -> None:
     assert (code, errors.count("\n")) == (2, 1)
     assert "out of memory" in errors
     assert ("GPU" in errors) == ("GPU" in case)
+
+
+@pytest.mark.parametrize("wrapped", [RuntimeError("while executing %relu"), InputError("extractor", "cannot take it")])
+def test_memory_that_another_error_hides_is_found(wrapped: Exception, capsys) -> None:
+    def main(argv) -> None:
+        try:
+            torch.empty(2**59)
+        except RuntimeError:
+            raise wrapped from None
+
+    code, errors = command(main, [], capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "out of memory" in errors
+
+
+def test_an_array_that_claims_petabytes_is_damaged(tmp_path: Path, capsys) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 32, 32, 3)}
+    with (tmp_path / "claims.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    argv = ["--data", str(tmp_path / "claims.npy"), "--weights", "random", "--out", str(tmp_path / "run")]
+    code, errors = command(train.main, argv, capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert str(tmp_path / "claims.npy") in errors
+    assert "out of memory" not in errors
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes [2, 3] and [4] don't match"), OSError(errno.EIO, "input")])
@@ -172,6 +197,14 @@ def test_absurd_numbers_are_refused(main, flags: str, absurd: str, data: Path, t
     flag = absurd.split()[0]
     assert NAMED.get(flag, flag) in lines[0]
     assert sorted(data.rglob("*")) == before
+
+
+def test_samples_are_judged_without_being_held(data: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(data)
+    for name in ("images", "draw", "draw_pixels"):
+        monkeypatch.delattr(Sampler, name)
+    evaluate.main([*EVALUATE.split(), "--samples", "40"])
+    assert "40 images of run" in capsys.readouterr().out
 
 
 def test_as_many_threads_as_make_sense() -> None:

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from engine.generation.networks import build_generator
 from engine.support.errors import InputError
@@ -44,6 +45,28 @@ def test_parameters_shapes_range_and_layout(name, size, count):
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in generator.parameters())
 
 
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])
+def test_interpolation_takes_the_place_of_each_transposed_convolution(upsampling, size):
+    transposed = build_generator("dcgan", image_size=size)
+    generator = build_generator("dcgan", image_size=size, upsampling=upsampling)
+    assert generator(torch.randn(2, 100)).shape == (2, 3, size, size)
+    kernels = [(module, module.weight) for module in transposed.modules() if isinstance(module, nn.ConvTranspose2d)]
+    # 4×4 weights for each pair of channels become 3×3.
+    fewer = sum(weight.numel() * 7 // 16 for _, weight in kernels)
+    counts = [sum(parameter.numel() for parameter in net.parameters()) for net in (transposed, generator)]
+    assert counts[0] - counts[1] == fewer > 0
+    assert not any(isinstance(module, nn.ConvTranspose2d) for module in generator.modules())
+
+
+@pytest.mark.parametrize(("upsampling", "is_flat"), [("transposed", False), ("nearest", True), ("bilinear", True)])
+def test_only_transposed_convolutions_draw_a_checkerboard_on_a_flat_map(upsampling, is_flat):
+    """Away from the border, a flat map stays flat through interpolation and a convolution, whatever the weights."""
+    layer = build_generator("dcgan", image_size=32, upsampling=upsampling).last.double()
+    inside = layer(torch.ones(1, 64, 8, 8, dtype=torch.float64))[..., 4:-4, 4:-4]
+    assert (inside.std(dim=(2, 3)).max() < 1e-12) == is_flat
+
+
 def test_first_layer_is_the_transposed_convolution_of_a_1x1_image():
     first = build_generator("dcgan", image_size=32, nz=7).first
     z = torch.randn(3, 7)
@@ -84,6 +107,7 @@ def test_same_seed_same_images(name):
         ({"name": "dcgan", "image_size": 48}, "generator"),
         ({"name": "resnet", "image_size": 256}, "generator"),
         ({"name": "dcgan", "image_size": 32, "nz": 0}, "nz"),
+        ({"name": "dcgan", "image_size": 32, "upsampling": "bicubic"}, "upsampling"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_argument(arguments, name):

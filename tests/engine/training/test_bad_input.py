@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import command
@@ -82,6 +83,43 @@ def test_data_set_without_a_path(tmp_path: Path, capsys) -> None:
     code, errors = command(train.main, ["--dataset", "celeba", "--out", str(tmp_path / "run")], capsys)
     assert (code, errors.count("\n")) == (2, 1)
     assert "needs a path to its files (--data)" in errors
+
+
+@pytest.mark.parametrize(
+    ("images", "argv", "mentions"),
+    [
+        (3, [], ["--weights", "random", "3"]),
+        (1, ["--weights", "random"], ["--data", "--correction 0"]),
+        (1, ["--weights", "random", "--method", "mmd"], ["--data"]),
+    ],
+    ids=["pretraining", "moments", "mmd"],
+)
+def test_too_few_images_and_the_way_around(images: int, argv, mentions, tmp_path: Path, capsys) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "few.npy", pictures)
+    base = ["--data", str(tmp_path / "few.npy"), "--layers", "1", "--batch-size", "4", "--no-fused-ama"]
+    code, errors = command(train.main, [*base, *argv, "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    *_, last = errors.splitlines()
+    assert last.startswith(f"error: {mentions[0]}: ")
+    assert all(mention in last for mention in mentions)
+
+
+def test_a_target_that_is_not_there_is_found_before_pretraining(tmp_path: Path, capsys) -> None:
+    argv = ["--target", str(tmp_path / "nothing.safetensors"), "--out", str(tmp_path / "run")]
+    code, errors = command(train.main, argv, capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "nothing.safetensors" in errors
+
+
+@pytest.mark.parametrize(("extractor", "offered"), [("vgg19", True), ("vgg19+resnet18", False)])
+def test_imagenet_is_offered_where_there_are_weights(extractor: str, offered: bool, tmp_path: Path, capsys) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((4, 32, 32, 3), dtype=np.uint8))
+    argv = ["--preset", "cifar10", "--dataset", "images", "--data", str(tmp_path / "images.npy")]
+    code, errors = command(train.main, [*argv, "--extractor", extractor, "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert "--weights" in errors
+    assert ("'imagenet'" in errors) == offered
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

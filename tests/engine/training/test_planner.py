@@ -140,7 +140,7 @@ def test_sizes(text: str, size: int) -> None:
     assert memory_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["12", "GiB", "-1GiB", "0MB", "12 gigabytes", "1iB", ""])
+@pytest.mark.parametrize("text", ["12", "GiB", "-1GiB", "0MB", "12 gigabytes", "1iB", " "])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(InputError, match="is not a size; give a number and its unit") as error:
         configuration(memory_budget=text)

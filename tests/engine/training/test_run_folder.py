@@ -193,6 +193,14 @@ def remove(*patterns: str) -> Callable[[Path], None]:
     return unlink
 
 
+def a_folder_for(name: str) -> Callable[[Path], None]:
+    def replace(out: Path) -> None:
+        (out / name).unlink()
+        (out / name).mkdir()
+
+    return replace
+
+
 def garble_metrics(out: Path) -> None:
     (out / "metrics.jsonl").write_bytes(b'\xff\x00{"step": 1\n[]\n' + (out / "metrics.jsonl").read_bytes())
 
@@ -216,6 +224,8 @@ HAPPENED = {
     "a bit of the generator": (change("generator.safetensors", 0.5), 0, ""),
     "a setting changed": (another_rate, 2, "lr"),
     "metrics garbled": (garble_metrics, 0, ""),
+    "a folder for metrics": (a_folder_for("metrics.jsonl"), 2, "metrics.jsonl"),
+    "a folder for the older checkpoint": (a_folder_for(OLD), 0, ""),
     "nothing": (remove(), 0, ""),
 }
 

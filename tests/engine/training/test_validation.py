@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.runs import command
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import sample, train
@@ -133,6 +136,19 @@ def test_a_kill_before_the_best_generator_loses_nothing(flags: list[str], tmp_pa
     assert evaluations(run) == evaluations(tmp_path / "whole")
     name = "generator_best.safetensors"
     assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_network_that_evaluates_may_move_and_not_change(flags, judge: Path, tmp_path: Path, capsys) -> None:
+    run, moved, other = tmp_path / "run", tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    train.main([*flags, "--steps", "2", "--out", str(run)])
+    shutil.copy(judge, moved)
+    save_file({name: value + 1 for name, value in load_file(judge).items()}, other)
+    resume = ["--resume", "--out", str(run), "--steps", "4", "--evaluate-weights"]
+    code, errors = command(train.main, [*resume, str(other)], capsys)
+    assert code == 2
+    assert str(run) in errors.splitlines()[-1]
+    train.main([*resume, str(moved)])
+    assert list(evaluations(run)) == [2, 4]
 
 
 def test_samples_that_do_not_change_lower_the_rate(finished: Path) -> None:

@@ -1,0 +1,224 @@
+"""Settings are checked in one place, whether a file, a flag or Python gives them; the error names the field."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.runs import command
+
+from engine import train
+from engine.configuration.config import Config
+from engine.configuration.presets import PRESETS
+from engine.support.errors import InputError
+
+GONE = object()
+# (group, field, value in config.json): each is refused with one line that names the file and the field.
+NONSENSE: list[tuple[str, str, Any]] = [
+    ("gfmn", "averager", "sgd"),
+    ("gfmn", "averager", None),
+    ("gfmn", "ama_lr", True),
+    ("gfmn", "ama_lr", 0),
+    ("gfmn", "ma_alpha", 1.01),
+    ("gfmn", "correction", 2),
+    ("training", "amp", "no"),
+    ("training", "amp", 1),
+    ("training", "amp", None),
+    ("training", "amp_dtype", "bf17"),
+    ("training", "steps", 3.5),
+    ("training", "steps", 3.0),
+    ("training", "steps", "3"),
+    ("training", "steps", True),
+    ("training", "steps", 0),
+    ("training", "steps", 10**30),
+    ("training", "steps", None),
+    ("training", "lr", "1e-3"),
+    ("training", "lr", [1e-3]),
+    ("training", "lr", float("nan")),
+    ("training", "lr", float("inf")),
+    ("training", "lr", 1e300),
+    ("training", "lr", 10**400),
+    ("training", "lr", -1e-3),
+    ("training", "lr", GONE),
+    ("training", "beta2", 1),
+    ("training", "generator_ema", 0),
+    ("training", "seed", -1),
+    ("training", "seed", 2**63),
+    ("training", "batch_size", 1),
+    ("training", "batch_size", 10**9),
+    ("training", "threads", 0),
+    ("training", "device", {}),
+    ("training", "unheard_of", 1),
+    ("training", "nz", 100),
+    ("data", "dataset", "nothing"),
+    ("data", "data", 3),
+    ("data", "data", ""),
+    ("data", "data", "a\0b"),
+    ("data", "image_size", 4),
+    ("data", "image_size", 10**7),
+    ("data", "center_crop", -1),
+    ("data", "horizontal_flip", "false"),
+    ("networks", "extractor", ""),
+    ("networks", "extractor", ["vgg19"]),
+    ("networks", "weights", "pretrain"),
+    ("networks", "weights", [1]),
+    ("networks", "weights", [""]),
+    ("networks", "weights", None),
+    ("networks", "layers", 0),
+    ("networks", "nz", 10**9),
+    ("mmd", "mmd_bandwidths", [1, 0]),
+    ("mmd", "mmd_bandwidths", [float("nan")]),
+    ("mmd", "mmd_bandwidths", [1e-300]),
+    ("mmd", "mmd_bandwidths", 1.0),
+    ("mmd", "mmd_degree", 10**6),
+    ("mmd", "mmd_images", 1),
+    ("matching", "chunk_size", "many"),
+    ("matching", "chunk_size", 2.5),
+    ("matching", "chunk_size", 0),
+    ("matching", "memory_budget", "9" * 400 + "TiB"),
+    ("matching", "memory_budget", 12),
+    ("output", "log_every", 0),
+    ("output", "profile", False),
+    ("validation", "evaluate_samples", 10**12),
+    ("validation", "lr_adapt", "fid"),
+    ("method", "method", "gan"),
+    ("method", "method", ["gfmn"]),
+]
+
+
+def values() -> dict[str, Any]:
+    return json.loads(Config.build("digits", {}).to_json())
+
+
+@pytest.mark.parametrize(("group", "name", "value"), NONSENSE, ids=lambda value: repr(value)[:20])
+def test_nonsense_is_refused_by_the_field(group: str, name: str, value: Any, tmp_path: Path) -> None:
+    content, file = values(), tmp_path / "config.json"
+    if value is GONE:
+        del content[group][name]
+    else:
+        content[group][name] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        Config.load(file)
+    assert error.value.argument == file
+    assert name in error.value.message
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+    if value is GONE or name == "unheard_of":
+        return
+    if (group, name) == ("training", "nz"):
+        return  # a setting, in another group
+    for give in (
+        lambda: Config.build("digits", {name: value}),
+        lambda: Config.build("digits", {}).replaced({name: value}),
+    ):
+        with pytest.raises(InputError) as error:
+            give()
+        assert error.value.argument == name
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (b"", "config.json"),
+        (b"\xff\xfe\x00", "config.json"),
+        (b"[" * 100_000, "config.json"),
+        (b"[]", "config.json"),
+        (b"null", "config.json"),
+        (b'{"preset": "digits"}', "config.json"),
+        (b'{"preset": "digits", "training": []}', "config.json"),
+        (b'{"preset": "digits", "nothing": {}}', "nothing"),
+        (b'{"preset": ["digits"], "method": {}}', "config.json"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_no_configuration_at_all(text: bytes, named: str, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(text)
+    code, errors = command(train.main, ["--config", str(file), "--out", str(tmp_path / "run")], capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert str(file) in errors
+    assert named in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("preset", "nothing"), ("preset", 3), ("extras", {"lr": 1})])
+def test_unknown_preset_and_group(key: str, value: Any, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(values() | {key: value}))
+    with pytest.raises(InputError, match=key) as error:
+        Config.load(file)
+    assert error.value.argument == file
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_written_is_read_again(preset: str, tmp_path: Path) -> None:
+    given = {"data": "photos/\udcff é", "lr": 1, "weights": ["random"], "chunk_size": 8}
+    config, file = Config.build(preset, given), tmp_path / "config.json"
+    file.write_text(config.to_json())
+    assert asdict(Config.load(file)) == asdict(config)
+    assert type(config.training.lr) is float
+    assert config.networks.weights == ("random",)
+    assert file.read_text() == Config.load(file).to_json()
+
+
+def test_a_configuration_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """It had no methods, other groups for some settings, and other names for two."""
+    content, file = values(), tmp_path / "config.json"
+    del content["method"], content["mmd"], content["networks"]["prior"]
+    content["matching"] |= content.pop("gfmn")
+    content["matching"]["averager"] = "ma"
+    content["output"]["target"] = content["matching"].pop("target")
+    content["matching"]["checkpoint"] = "stages"
+    del content["matching"]["recompute"]
+    content["training"]["checkpoint_generator"] = content["training"].pop("recompute_generator")
+    file.write_text(json.dumps(content))
+    config = Config.load(file)
+    assert config.method.method == "gfmn"
+    assert (config.gfmn.averager, config.matching.recompute) == ("ma", "stages")
+
+
+def test_unknown_settings_from_python() -> None:
+    config = Config.build("digits", {})
+    for give in (lambda given: Config.build("digits", given), config.replaced, config.resumed_with):
+        with pytest.raises(InputError) as error:
+            give({"stps": 3})
+        assert error.value.argument == "stps"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--lr", "-1e-3"], "--lr"),
+        (["--lr", "-.5"], "--lr"),
+        (["--lr", "-inf"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--steps", "3.5"], "--steps"),
+        (["--steps", "9" * 40], "--steps"),
+        (["--step", "5"], "--steps?"),
+        (["--step=5"], "--steps?"),
+        (["-steps", "5"], "--steps?"),
+        (["--batch_size", "5"], "--batch-size?"),
+        (["--Batch-Size", "5"], "--batch-size?"),
+        (["--no-am"], "--no-amp?"),
+        (["--data", ""], "--data"),
+        (["--data="], "--data"),
+        (["--weights", "random", ""], "--weights"),
+        (["--out", ""], "--out"),
+        (["--config", ""], "--config"),
+    ],
+    ids=" ".join,
+)
+def test_flags(argv: list[str], named: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, errors = command(train.main, argv, capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert named in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flag_that_is_like_none_gets_no_suggestion(capsys) -> None:
+    assert "mean" not in command(train.main, ["--qqqq"], capsys)[1]
