@@ -215,7 +215,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     value = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from engine.configuration.groups import GROUPS, group_of
+from engine.configuration.groups import GROUPS, METHODS, group_of
 from engine.configuration.options import Range, alternatives, type_hints
 
 # What may take minutes or a gigabyte without being a mistake is not drawn, nor what compiles or starts another decoder.
 QUICK = {
-    "batch_size": (2, 3, 4, 8),
+    "batch_size": (2, 3, 4, 8, 1_000_000),
     "chunk_size": (1, 2, "auto"),
-    "image_size": (8, 16, 32, 33),
+    "image_size": (8, 16, 32, 33, 64, 4096),
     "steps": (1, 2, 3),
     "layers": (1, 2),
     "nz": (1, 4, 8),
@@ -42,9 +42,13 @@ ODD_JUNK: tuple[Any, ...] = ({}, {"a": 1}, [[]], "", "\0", "\ud800", "x" * 5000,
 
 def settings(draw: random.Random, junk: tuple[Any, ...], tame: float) -> dict[str, Any]:
     """Some settings with values of all kinds; about `tame` of them are values that they may have."""
-    names = [entry.name for group in GROUPS.values() for entry in dataclasses.fields(group)]
-    chosen = draw.sample(names, draw.choice((0, 1, 1, 2, 3, 5, 8)))
-    return {name: valid(draw, name) if draw.random() < tame else wild(draw, name, junk) for name in chosen}
+    method = draw.choice(("gfmn", "mmd"))
+    groups = [group for group in GROUPS.values() if tame < 1 or method in getattr(group, "methods", METHODS)]
+    names = [entry.name for group in groups for entry in dataclasses.fields(group) if entry.name != "method"]
+    chosen = draw.sample(names, draw.choice((0, 1, 2, 3, 5, 8)))
+    return {"method": method} | {
+        name: valid(draw, name) if draw.random() < tame else wild(draw, name, junk) for name in chosen
+    }
 
 
 def _declared(name: str) -> tuple[Any, dataclasses.Field[Any]]:
@@ -159,10 +163,11 @@ def damaged(draw: random.Random, data: bytes) -> bytes:
 
 def damage(draw: random.Random, path: Path, other: Path) -> str:
     """Do something to the file or folder at `path`, perhaps with that at `other`; returns what."""
-    kind = draw.choice(tuple(_DAMAGE))
-    if kind in ("bytes", "bytes ", "copied") and not path.is_file() or kind in ("swapped", "copied") and not other.is_file():
-        kind = "removed"
-    with_other = f" with {other.name}" if kind in ("swapped", "copied") else ""
+    kind = draw.choice((*_DAMAGE, "bytes"))
+    meets = kind in ("swapped", "copied")
+    if (kind in ("bytes", "copied") and not path.is_file()) or (meets and not other.is_file()):
+        kind, meets = "removed", False
+    with_other = f" with {other.name}" if meets else ""
     _DAMAGE[kind](draw, path, other)
     return f"{path.parent.name}/{path.name} {kind}{with_other}"
 
@@ -195,7 +200,6 @@ def _link(draw: random.Random, path: Path, other: Path) -> None:
 
 _DAMAGE: dict[str, Damage] = {
     "bytes": lambda draw, path, other: path.write_bytes(damaged(draw, path.read_bytes())),
-    "bytes ": lambda draw, path, other: path.write_bytes(damaged(draw, path.read_bytes())),
     "removed": lambda draw, path, other: _remove(path),
     "swapped": _swap,
     "copied": lambda draw, path, other: path.write_bytes(other.read_bytes()),

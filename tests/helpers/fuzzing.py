@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from engine.configuration.command import run_command
+from engine.generation.saved import load_sampler
 from engine.representation.pretraining import recipe
 from engine.support.errors import InputError
-from engine.generation.saved import load_sampler
 from engine.training.checkpoint import Checkpoint
 from engine.training.stopping import exit_on_interrupt
 
@@ -56,7 +56,6 @@ def _command(name: str, argv: Sequence[str], world: Path, output: str, ready: ob
     os.environ["GFMN_CACHE"] = str(world / "cache")
     os.chdir(world)
     recipe.DEFAULT_STEPS = (3, 3)
-    sys.stdout.flush()
     os.dup2(os.open(world.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 2)
     if output == "a closed pipe":
         reading, writing = os.pipe()
@@ -64,6 +63,8 @@ def _command(name: str, argv: Sequence[str], world: Path, output: str, ready: ob
     else:
         writing = os.open(output, os.O_WRONLY)
     os.dup2(writing, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     resource.setrlimit(resource.RLIMIT_DATA, (_BYTES, _BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     exit_on_interrupt()
@@ -106,15 +107,15 @@ class World:
 
     def _train(self) -> None:
         judge = self.path / "judge.safetensors"
-        self._must("pretrain", ["--preset", "digits", "--steps", "2", "--threads", "1", "--out", str(judge)])
+        self.must("pretrain", ["--preset", "digits", "--steps", "2", "--threads", "1", "--out", str(judge)])
         judged = ["--evaluate-every", "2", "--evaluate-samples", "4", "--evaluate-extractor", "vgg-small"]
         flags = [*self.flags, "--weights", "pretrain", *judged, "--evaluate-weights", str(judge)]
-        self._must("train", [*flags, "--steps", str(STEPS), "--keep-checkpoints", "9", "--out", "finished"])
-        self._must("train", [*flags, "--steps", "4", "--out", "half"])
+        self.must("train", [*flags, "--steps", str(STEPS), "--keep-checkpoints", "9", "--out", "finished"])
+        self.must("train", [*flags, "--steps", "4", "--out", "half"])
         config = self.path / "half/config.json"
         config.write_text(config.read_text().replace('"steps": 4', '"steps": 6'))
 
-    def _must(self, name: str, argv: Sequence[str]) -> None:
+    def must(self, name: str, argv: Sequence[str]) -> None:
         ended = self.run(name, argv)
         assert ended.status == 0, ended.said
 
@@ -177,5 +178,5 @@ def worth(run: Path) -> tuple[int, int, int]:
 
 def tensors(path: Path, prefix: str = "") -> dict[str, bytes]:
     """The values in a file whose names begin so, without that beginning."""
-    found = load_file(path)
-    return {name.removeprefix(prefix): value.numpy().tobytes() for name, value in found.items() if name.startswith(prefix)}
+    found = {name: value.numpy().tobytes() for name, value in load_file(path).items()}
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
