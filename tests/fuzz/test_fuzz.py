@@ -22,7 +22,7 @@ from helpers.fuzzing import STEPS, Ended, World, contents, tensors, worth
 
 from engine.configuration.groups import GROUPS, DataConfig
 
-ROUNDS = 12
+ROUNDS = 8
 MINUTES = 10
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 RUNS = ("half", "finished")

@@ -110,8 +110,9 @@ class World:
         self.must("pretrain", ["--preset", "digits", "--steps", "2", "--threads", "1", "--out", str(judge)])
         judged = ["--evaluate-every", "2", "--evaluate-samples", "4", "--evaluate-extractor", "vgg-small"]
         flags = [*self.flags, "--weights", "pretrain", *judged, "--evaluate-weights", str(judge)]
-        self.must("train", [*flags, "--steps", str(STEPS), "--keep-checkpoints", "9", "--out", "finished"])
-        self.must("train", [*flags, "--steps", "4", "--out", "half"])
+        self.must("train", [*flags, "--steps", "4", "--keep-checkpoints", "9", "--out", "half"])
+        shutil.copytree(self.path / "half", self.path / "finished")
+        self.must("train", ["--resume", "--steps", str(STEPS), "--out", "finished"])
         config = self.path / "half/config.json"
         config.write_text(config.read_text().replace('"steps": 4', '"steps": 6'))
 
