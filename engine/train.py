@@ -35,6 +35,7 @@ from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
 from engine.support.errors import InputError, Interrupted, WriteError, require
+from engine.support.files import check_file
 from engine.support.pixels import save_png
 from engine.training.checkpoint import Checkpoint
 from engine.training.logbook import plot_metrics
@@ -102,6 +103,9 @@ def build(
     Args:
         asked: the configuration to keep.
     """
+    target = config.matching.target
+    if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
+        check_file(target, "no such target file; make one with engine.precompute")
     dataset = open_data(config)
     # Before the networks that draw their weights: a run's seed decides them.
     torch.manual_seed(config.training.seed)

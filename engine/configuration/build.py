@@ -37,7 +37,6 @@ from engine.representation.protocols import Objective
 from engine.representation.weights import read_state_dict
 from engine.representation.zoo import brings_weights, has_imagenet_weights
 from engine.support.errors import InputError, Interrupted, WriteError
-from engine.support.files import check_file
 from engine.training.trainer import Schedule
 from pipelines import ImageDataset, cache_is_kept, cached, read_pixels, temporary_folder
 
@@ -55,8 +54,6 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device, 
     """
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
-    if config.matching.target is not None:  # rather missing now than after the extractor has been trained
-        check_file(config.matching.target, "no such target file; make one with engine.precompute")
     if not networks.weights:
         known = "'imagenet', " if all(map(has_imagenet_weights, networks.extractor.split("+"))) else ""
         raise InputError(
