@@ -115,7 +115,9 @@ def build(
     was = None if checkpoint is None else checkpoint.fingerprint
     reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was)
     method = make_method(config, generator, extractor, reference)
-    trainer = Trainer(method, make_schedule(config), run, reference.fingerprint or {}, make_validation(config, device))
+    # A checkpoint knows its settings: somebody may have changed config.json.
+    fingerprint = {**(reference.fingerprint or {}), **asked.fixed()}
+    trainer = Trainer(method, make_schedule(config), run, fingerprint, make_validation(config, device))
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
             trainer.restore(checkpoint)

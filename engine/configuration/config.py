@@ -110,6 +110,13 @@ class Config:
                 )
         return self.replaced(given)
 
+    def fixed(self) -> dict[str, str]:
+        """What no resume may change: the settings that decide a run's numbers, as text."""
+        free = names_with("resumable")
+        if self.validation.lr_adapt == "none":  # then evaluations change nothing
+            free |= field_names(ValidationConfig) - {"lr_adapt"}
+        return {f"setting_{name}": str(value) for name, value in self.flat().items() if name not in free}
+
     def groups(self) -> dict[str, Any]:
         """The groups of settings that decide something here, by name: all but those of other methods."""
         found = {name: getattr(self, name) for name in GROUPS}

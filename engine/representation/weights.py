@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.support.errors import InputError, one_line
-from engine.support.files import check_file, open_safetensors
+from engine.support.files import check_file, read_tensors
 
 _UNUSED = "num_batches_tracked"
 
@@ -28,7 +28,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except InputError as error:
         raise InputError("weights", f"{path} {error.message}") from None
     try:
-        state = _tensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = read_tensors(path)[0] if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(path, f"is not a readable file of weights ({one_line(error)})") from None
     except Exception as error:  # pickle.UnpicklingError and whatever else a foreign file provokes
@@ -36,11 +36,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(path, "is not a plain state dict: expected names and tensors only")
     return dict(state)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def copy_weights(

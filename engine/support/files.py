@@ -12,17 +12,21 @@ import os
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.support.errors import InputError, WriteError, reason
 
 log = logging.getLogger("gfmn")
+
+_CHECKSUM = "crc32"
 
 
 def what_is(path: str | Path) -> str | None:
@@ -171,9 +175,13 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` and `metadata` as one safetensors file, atomically. The same content gives the same bytes."""
+    """Write `tensors` and `metadata` as one safetensors file, atomically. The same content gives the same bytes.
+
+    The metadata get a checksum of all, which the format lacks: a changed byte would only be another number.
+    """
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, _with_sorted_metadata(safetensors.torch.save(dense, dict(metadata))))
+    checked = {**metadata, _CHECKSUM: _checksum(dense, metadata)}
+    write_atomically(path, _with_sorted_metadata(safetensors.torch.save(dense, checked)))
 
 
 def read_safetensors(
@@ -182,13 +190,33 @@ def read_safetensors(
     """Tensors and metadata of a file whose metadata say `format: kind`; InputError that names the file otherwise."""
     check_file(path)
     try:
-        with open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != kind:
-                raise InputError(path, f"is not {description}")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != kind:
+            raise InputError(path, f"is not {description}")
+        return tensors, metadata
     except (SafetensorError, OSError) as error:
         raise InputError(path, f"is truncated or damaged ({error})" + (f"; {advice}" if advice else "")) from None
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of any safetensors file; SafetensorError if it is damaged, OSError if it cannot be read."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _CHECKSUM in metadata:
+        found = metadata.pop(_CHECKSUM)
+        if found != _checksum(tensors, metadata):
+            raise SafetensorError("its checksum is that of another content")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 over the metadata, and the tensors with their names, types and shapes."""
+    value = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 @contextlib.contextmanager

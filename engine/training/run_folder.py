@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from engine.support.errors import InputError
-from engine.support.files import locked, open_safetensors, write_atomically
+from engine.support.files import locked, read_tensors, write_atomically
 from engine.training.checkpoint import Checkpoint
 
 COLUMNS = 8
@@ -112,7 +112,7 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         """Delete what a kill in the middle of a write left behind."""
         for path in self.path.rglob(".*.tmp"):
-            _discard(path)
+            path.unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         """Write `config.json`; from here on the folder holds a run."""
@@ -176,21 +176,17 @@ class RunFolder:
         """Write a checkpoint, then drop all but the newest `keep`."""
         checkpoint.save(self.checkpoint_path(checkpoint.step))
         for path in self.checkpoint_paths()[:-keep]:
-            _discard(path)
+            path.unlink(missing_ok=True)
 
     def is_complete(self, step: int) -> bool:
         """Whether the generator and the samples of the last step `step` are there."""
         return saved_step(self.generator) == step and self.final_samples.exists()
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged steps, oldest first; lines that cannot be read are left out. InputError for an unreadable file."""
-        try:
-            lines = self.metrics.read_bytes().splitlines()
-        except FileNotFoundError:
+        """The logged steps, oldest first; lines that cannot be read are left out."""
+        if not self.metrics.exists():
             return
-        except OSError as error:
-            raise InputError(self.metrics, f"cannot be read, {error.strerror or error}") from None
-        for line in lines:
+        for line in self.metrics.read_bytes().splitlines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
                 if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -202,13 +198,7 @@ class RunFolder:
         write_atomically(self.metrics, "".join(kept).encode())
         for grid in self.samples.glob("step_*.png"):
             if step_of(grid) > step:
-                _discard(grid)
-
-
-def _discard(path: Path) -> None:
-    """Remove a file that nobody needs; one that cannot be removed is no reason to fail."""
-    with contextlib.suppress(OSError):
-        path.unlink()
+                grid.unlink(missing_ok=True)
 
 
 def step_of(path: Path) -> int:
@@ -220,7 +210,6 @@ def step_of(path: Path) -> int:
 def saved_step(path: Path) -> int | None:
     """The step of a generator's or checkpoint's file; None if the file is missing or damaged."""
     try:
-        with open_safetensors(path) as file:
-            return int(file.metadata()["step"])
+        return int(read_tensors(path)[1]["step"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.support.errors import InputError, differences
-from engine.support.files import check_file, open_safetensors, save_safetensors
+from engine.support.files import check_file, read_tensors, save_safetensors
 
 _FORMAT = "gfmn-moments-1"
 
@@ -110,17 +110,16 @@ class Moments:
         path = Path(path)
         check_file(path, "no such target file; make one with engine.precompute")
         try:
-            with open_safetensors(path) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise InputError(path, "is not a target of moments; make one with engine.precompute")
-                moments = cls(
-                    int(metadata["count"]),
-                    file.get_tensor("mean"),
-                    file.get_tensor("m2"),
-                    json.loads(metadata["fingerprint"]),
-                    json.loads(metadata.get("skipped", "[]")),
-                )
+            tensors, metadata = read_tensors(path)
+            if metadata.get("format") != _FORMAT:
+                raise InputError(path, "is not a target of moments; make one with engine.precompute")
+            moments = cls(
+                int(metadata["count"]),
+                tensors["mean"],
+                tensors["m2"],
+                json.loads(metadata["fingerprint"]),
+                json.loads(metadata.get("skipped", "[]")),
+            )
         except InputError:
             raise
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:

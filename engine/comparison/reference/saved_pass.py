@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from engine.comparison.reference.protocols import ReferenceCollector
 from engine.support.errors import InputError
-from engine.support.files import open_safetensors, save_safetensors
+from engine.support.files import read_tensors, save_safetensors
 from engine.training.ranks import ALONE, Ranks
 
 _FORMAT = "gfmn-partial-2"
@@ -41,14 +41,13 @@ class SavedPass:
         if self.path is None or not self.path.exists():
             return 0, []
         try:
-            with open_safetensors(self.path) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT or json.loads(metadata["of"]) != self.of:
-                    log.info("%s: an interrupted pass over something else, which is replaced", self.path)
-                    return 0, []
-                position = int(metadata["position"])
-                skipped = [str(line) for line in json.loads(metadata["skipped"])]
-                collector.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors, metadata = read_tensors(self.path)
+            if metadata.get("format") != _FORMAT or json.loads(metadata["of"]) != self.of:
+                log.info("%s: an interrupted pass over something else, which is replaced", self.path)
+                return 0, []
+            position = int(metadata["position"])
+            skipped = [str(line) for line in json.loads(metadata["skipped"])]
+            collector.restore(tensors)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             log.info("%s: not readable, so the pass begins anew", self.path)
             return 0, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.support.errors import InputError
-from engine.support.files import save_safetensors, write_atomically
+from engine.support.files import read_safetensors, save_safetensors, write_atomically
 
 OLD, NEW = b"old" * 1000, b"new" * 2000
 
@@ -289,3 +290,22 @@ def test_tensors_as_they_come(tmp_path):
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
+
+
+def test_a_changed_byte_is_found(tmp_path):
+    """Wherever it is: in a value, a name, a shape or the metadata. safetensors itself takes it for another number."""
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}
+    save_safetensors(tmp_path / "whole", tensors, {"format": "test", "step": "300"})
+    whole, path = (tmp_path / "whole").read_bytes(), tmp_path / "changed"
+    passed = set()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with contextlib.suppress(InputError):
+            found, metadata = read_safetensors(path, "test", "a test")
+            passed.add(place)
+            assert metadata["step"] == "300"
+            assert {name: value.tolist() for name, value in found.items()} == {"a": [[0, 1, 2], [3, 4, 5]], "b": 7}
+    name = whole.index(b"crc32")  # without its name, the checksum is one more entry
+    assert passed <= set(range(name, name + len("crc32")))

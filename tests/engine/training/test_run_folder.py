@@ -167,6 +167,23 @@ def damage(*names: str) -> Callable[[Path], None]:
     return cut
 
 
+def change(name: str, place: float) -> Callable[[Path], None]:
+    """One bit of a file, that far behind its start."""
+
+    def flip(out: Path) -> None:
+        data = bytearray((out / name).read_bytes())
+        data[int(place * len(data))] ^= 1
+        (out / name).write_bytes(data)
+
+    return flip
+
+
+def another_rate(out: Path) -> None:
+    text = (out / "config.json").read_text()
+    assert '"lr": 0.001' in text
+    (out / "config.json").write_text(text.replace('"lr": 0.001', '"lr": 0.002'))
+
+
 def remove(*patterns: str) -> Callable[[Path], None]:
     def unlink(out: Path) -> None:
         for pattern in patterns:
@@ -202,6 +219,10 @@ HAPPENED = {
     "generator removed": (remove("generator.safetensors"), 0, ""),
     "generator damaged": (damage("generator.safetensors"), 0, ""),
     "target damaged": (damage("target.safetensors"), 0, ""),
+    "a bit of the newest checkpoint": (change(NEW, 0.5), 2, "step 2"),
+    "a bit of the target": (change("target.safetensors", 0.5), 0, ""),
+    "a bit of the generator": (change("generator.safetensors", 0.5), 0, ""),
+    "a setting changed": (another_rate, 2, "lr"),
     "metrics garbled": (garble_metrics, 0, ""),
     "a folder for metrics": (a_folder_for("metrics.jsonl"), 2, "metrics.jsonl"),
     "a folder for the older checkpoint": (a_folder_for(OLD), 0, ""),
