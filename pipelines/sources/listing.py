@@ -122,7 +122,7 @@ def describe_files(names: list[str]) -> str:
         example = next(name for name in names if PurePosixPath(name).suffix.lower() == kind)
         shown.append(f"{count:,} {printable(kind) or 'without a suffix'} (such as {printable(Path(example).name)})")
     rest = ", …" if len(kinds) > _NAMED else ""
-    rest += "; HEIC needs pip install pillow-heif" if {".heic", ".heif"} & kinds.keys() else ""
+    rest += "; HEIC needs pip install 'gfmn-engine[heic]'" if {".heic", ".heif"} & kinds.keys() else ""
     return f"{len(names):,} file{'s' if len(names) > 1 else ''}: {', '.join(shown)}{rest}"
 
 

@@ -216,7 +216,7 @@ def _plain(photo: Image.Image) -> Iterator[File]:
         yield File(kind, f"few.{suffix}", encoded(few, form), as_stored)
     yield File(kind, "two.png", encoded(photo.convert("1"), "PNG"), as_stored)
     kind = "other files that Pillow reads"
-    for suffix, form in (("png", "PNG"), ("bmp", "BMP"), ("ppm", "PPM"), ("webp", "WEBP"), *AVIF):
+    for suffix, form in (("png", "PNG"), ("bmp", "BMP"), ("ppm", "PPM"), ("webp", "WEBP"), ("heic", "HEIF"), *AVIF):
         yield File(kind, f"colour.{suffix}", encoded(photo, form), as_stored)
     yield File(kind, "lossless.webp", encoded(photo, "WEBP", lossless=True), as_stored)
     yield File(kind, "packed.tiff", encoded(photo, "TIFF", compression="tiff_lzw"), as_stored)

@@ -53,9 +53,9 @@ def test_photographs_train_with_the_defaults(tmp_path: Path) -> None:
     arguments = ["--data", str(photographs), "--out", str(run), "--steps", "1", *flags]
     train.main(arguments)
     generator = load_sampler(run / "generator.safetensors").generator
-    assert (generator.spec.image_size, generator.spec.upsampling) == (64, "nearest")
+    assert (generator.spec.image_size, generator.spec.upsampling) == (32, "nearest")
     assert not any(isinstance(module, torch.nn.ConvTranspose2d) for module in generator.modules())
     train.main(["--resume", "--out", str(run), "--steps", "2"])
     out = tmp_path / "samples.npy"
     sample.main(["--run", str(run), "--count", "3", "--out", str(out)])
-    assert np.load(out).shape == (3, 64, 64, 3)
+    assert np.load(out).shape == (3, 32, 32, 3)

@@ -34,7 +34,7 @@ from engine.generation.saved import save_sampler
 from pathlib import Path
 
 class Tiny(networks.Generator):
-    def __init__(self, image_size, nz):
+    def __init__(self, image_size, nz, upsampling="transposed"):
         super().__init__()
         self.spec = networks.GeneratorSpec("dcgan", image_size, nz)
         self.linear = torch.nn.Linear(nz, 12)

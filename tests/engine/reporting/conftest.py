@@ -19,7 +19,8 @@ def finished(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     images = next(iter(ImageLoader(open_dataset("digits"), 60, backend="torch"))).images
     np.save(folder / "digits.npy", to_uint8(images).numpy())
-    flags = """--weights random --batch-size 4 --steps 6 --layers 2 --nz 8 --kernels reference --loader torch
+    flags = """--extractor vgg-small
+        --weights random --batch-size 4 --steps 6 --layers 2 --nz 8 --kernels reference --loader torch
         --log-every 1 --sample-every 2 --checkpoint-every 6 --threads 1"""
     train.main([*flags.split(), "--data", str(folder / "digits.npy"), "--out", str(folder / "run")])
     return folder / "run"

@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert str(tmp_path / "none") in error_of(["--run", str(tmp_path / "none")], capsys)
     assert "error: --seed: " in error_of([*of_run, "--seed=-1"], capsys)
     assert "error: --neighbours-of: " in error_of([*of_run, "--neighbours-of", "1"], capsys)
-    assert "error: --out: " in error_of([*of_run, "--out", str(tmp_path)], capsys)
+    assert "--out: " in error_of([*of_run, "--out", str(tmp_path)], capsys)
     assert "--run" in error_of([], capsys)
     assert "error: --weights: " in error_of([*of_run, "--weights", "some.file"], capsys)
     assert "error: --feature-extractor: " in error_of([*of_run, "--feature-extractor", "nonsense"], capsys)

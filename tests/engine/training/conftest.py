@@ -24,8 +24,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def flags(pictures: Path) -> list[str]:
     """A run of six quick steps."""
-    text = f"""--preset digits --data {pictures} --weights random --batch-size 4 --steps 6 --layers 2 --nz 8
-        --kernels reference --loader torch --log-every 1 --sample-every 3 --checkpoint-every 2 --threads 1"""
+    text = f"""--data {pictures} --extractor vgg-small
+        --weights random --batch-size 4 --steps 6 --layers 2 --nz 8 --kernels reference
+        --loader torch --log-every 1 --sample-every 3 --checkpoint-every 2 --threads 1"""
     return text.split()
 
 

@@ -97,7 +97,17 @@ def test_data_set_without_a_path(tmp_path: Path, capsys) -> None:
 def test_too_few_images_and_the_way_around(images: int, argv, mentions, tmp_path: Path, capsys) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "few.npy", pictures)
-    base = ["--data", str(tmp_path / "few.npy"), "--layers", "1", "--batch-size", "4", "--no-fused-ama"]
+    base = [
+        "--extractor",
+        "vgg-small",
+        "--data",
+        str(tmp_path / "few.npy"),
+        "--layers",
+        "1",
+        "--batch-size",
+        "4",
+        "--no-fused-ama",
+    ]
     code, errors = command(train.main, [*base, *argv, "--out", str(tmp_path / "run")], capsys)
     assert code == 2
     *_, last = errors.splitlines()

@@ -48,7 +48,7 @@ def photos(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretraining(flags: list[str], photos: Path) -> list[str]:
     """The flags of a run of six steps whose extractor is pretrained on the files."""
-    return [*flags, "--data", str(photos), "--weights", "pretrain"]
+    return [*flags, "--data", str(photos), "--weights", "pretrain", "--extractor", "vgg-small"]
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def test_progress_resets_the_count() -> None:
     ("more", "said"),
     [
         (["--evaluate-every", "0"], "--evaluate-every: must be at least 1"),
-        (["--evaluate-every", "2", "--evaluate-samples", "1"], "--evaluate-samples: must be from 2"),
+        (["--evaluate-every", "2", "--evaluate-samples", "1"], "--evaluate-samples: must be at least 2"),
         (["--lr-adapt", "kid"], "--lr-adapt: needs --evaluate-every"),
         (["--evaluate-every", "2", "--evaluate-extractor", "vgg99"], "--evaluate-extractor: "),
         (["--evaluate-every", "2", "--evaluate-extractor", "vgg-small"], "--evaluate-weights: "),
