@@ -176,7 +176,8 @@ class RunFolder:
         """Write a checkpoint, then drop all but the newest `keep`."""
         checkpoint.save(self.checkpoint_path(checkpoint.step))
         for path in self.checkpoint_paths()[:-keep]:
-            path.unlink(missing_ok=True)
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
 
     def is_complete(self, step: int) -> bool:
         """Whether the generator and the samples of the last step `step` are there."""
