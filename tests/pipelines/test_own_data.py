@@ -180,7 +180,7 @@ def test_what_is_no_picture_is_counted_once_and_junk_never(
 ) -> None:
     png = files["a/00.png"]
     junk = ["__MACOSX/a/._00.png", "a/._00.png", "Thumbs.db", "a/@eaDir/00.png", ".git/x.png", "b/desktop.ini"]
-    rest = ["readme.txt", "a/phone.heic", "a/other.heic"]
+    rest = ["readme.txt", "a/clip.mov", "a/other.mov"]
     path = make(tmp_path, files | {name: png for name in junk + rest})
     with caplog.at_level(logging.INFO, logger="gfmn"):
         datasets = [open_dataset("images", path) for _ in range(2)]
@@ -188,7 +188,7 @@ def test_what_is_no_picture_is_counted_once_and_junk_never(
     assert datasets[0].num_classes == 3
     (line,) = [record.message for record in caplog.records if "left out" in record.message]
     assert "3 files" in line
-    assert "2 .heic" in line
+    assert "2 .mov" in line
     assert not any(word in line for word in ("Thumbs", "._", "eaDir", ".ini"))
 
 
