@@ -9,7 +9,7 @@ from bench.rows import table
 def photographs(results: Results) -> str:
     headings = ("flags", "pictures", "pixels", "matched features", "steps", "whole command, minutes")
     keys = ("flags", "pictures", "image_size", "extractor", "steps")
-    lines = [[*(row[key] for key in keys), f"{row['seconds'] / 60:.1f}"] for row in results.rows]
+    lines = [[*(row[key] or "none" for key in keys), f"{row['seconds'] / 60:.1f}"] for row in results.rows]
     return f"{table(headings, lines)}\n\n{results.conditions('nvidia-dali-cuda130')}"
 
 
