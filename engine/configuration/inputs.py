@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from pathlib import Path
@@ -15,6 +16,8 @@ from engine.support.files import what_is
 from engine.training.precision import AMP_DTYPES
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, open_dataset
+
+log = logging.getLogger("gfmn")
 
 _THREADS_PER_CORE = 4
 """More than that only wait for each other, and many more end the process without a word."""
@@ -40,6 +43,12 @@ def choose_device(name: str, threads: int | None = None) -> torch.device:
         torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (file := next(iter(sorted(Path("/dev").glob("nvidia[0-9]*"))), None)) is not None:
+            log.warning(
+                "warning: %s is there, but PyTorch for CUDA %s cannot use it (is the driver too old?); the CPU is used",
+                file,
+                torch.version.cuda,
+            )
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device", "cuda is not available here (no GPU, or no driver); use --device cpu")
     return torch.device(name)
