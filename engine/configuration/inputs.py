@@ -34,9 +34,12 @@ def check_seed(seed: int, most: int = 2**63 - 1) -> None:
         raise InputError("seed", f"must be from 0 to {most}, got {seed}")
 
 
-def choose_device(name: str, threads: int | None = None) -> torch.device:
-    """The device "auto", "cpu" or "cuda", with `threads` on the CPU; InputError if it is not there, or there are too
-    many threads."""
+def choose_device(name: str, threads: int | None = None, float32: str = "tf32") -> torch.device:
+    """The device "auto", "cpu" or "cuda", with `threads` on a CPU, and float32 convolutions as `float32` says on CUDA.
+
+    InputError if it is not there, or there are too many threads.
+    """
+    torch.backends.cudnn.allow_tf32 = float32 == "tf32"
     if threads is not None:
         if not 1 <= threads <= most_threads():
             raise InputError("threads", f"must be from 1 to {most_threads()} on this machine, got {threads}")

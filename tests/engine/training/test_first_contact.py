@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from engine import train
 from engine.configuration.inputs import choose_device
 from engine.methods.matching import Matching
+from engine.representation.extractor import feature_fingerprint
 from engine.representation.pretraining import pretrain, tasks
 from engine.training.precision import repeatable
 from pipelines import open_dataset
@@ -59,6 +61,22 @@ def flags_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tupl
     arguments = ["--data", str(pictures), "--extractor", "vgg-small", "--weights", "random", "--steps", "2"]
     train.main([*arguments, "--batch-size", "4", "--no-fused-ama", "--device", "cpu", "--out", str(tmp_path / "run")])
     return seen
+
+
+@pytest.mark.parametrize(
+    ("device", "float32", "amp_dtype", "precision"),
+    [
+        ("cpu", "tf32", None, "float32"),
+        ("cuda", "tf32", None, "tf32"),
+        ("cuda", "ieee", None, "float32"),
+        ("cuda", "tf32", torch.bfloat16, "bfloat16"),
+    ],
+)
+def test_a_target_says_what_float32_is_on_the_device(device: str, float32: str, amp_dtype, precision: str) -> None:
+    extractor = SimpleNamespace(device=torch.device(device), dtype=torch.float32, fingerprint={})
+    with CUDNN.flags(enabled=True):
+        choose_device("cpu", float32=float32)
+        assert feature_fingerprint(extractor, amp_dtype) == {"precision": precision}
 
 
 @pytest.mark.parametrize("there", [True, False])
