@@ -31,7 +31,7 @@ from engine.training.run_folder import COLUMNS, RunFolder
 
 ROOT = Path(__file__).parents[1]
 # Name of the picture → flags; the first run takes the defaults.
-RUNS = {"photographs": [], "photographs-64": ["--image-size", "64", "--steps", "600"]}
+RUNS = {"photographs": [], "photographs-64": ["--image-size", "64", "--steps", "800"]}
 COUNT = 2000
 SMALLEST, SAVED = 96, 96
 """Pixels: the side of the smallest square that is cut out, and of the files."""

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 class _Verbose(argparse.Action):
@@ -197,7 +197,7 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
 def _fail(status: int, line: str) -> int:
     if line:
         with contextlib.suppress(OSError):
-            print(line, file=sys.stderr)
+            print(*line.splitlines(), file=sys.stderr)  # a path may have several
     return status
 
 

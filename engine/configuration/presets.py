@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dataset": "images",
         "extractor": "efficientnet-lite0",
         "upsampling": "nearest",
-        "steps": 1200,
+        "steps": 2000,
         "lr": 1e-3,
         "ama_lr": 1e-3,
         "ama_variant": "authors",

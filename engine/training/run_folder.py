@@ -112,7 +112,7 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         """Delete what a kill in the middle of a write left behind."""
         for path in self.path.rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
+            _discard(path)
 
     def write_config(self, text: str) -> None:
         """Write `config.json`; from here on the folder holds a run."""
@@ -176,18 +176,21 @@ class RunFolder:
         """Write a checkpoint, then drop all but the newest `keep`."""
         checkpoint.save(self.checkpoint_path(checkpoint.step))
         for path in self.checkpoint_paths()[:-keep]:
-            if not path.is_dir():
-                path.unlink(missing_ok=True)
+            _discard(path)
 
     def is_complete(self, step: int) -> bool:
         """Whether the generator and the samples of the last step `step` are there."""
         return saved_step(self.generator) == step and self.final_samples.exists()
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged steps, oldest first; lines that cannot be read are left out."""
-        if not self.metrics.exists():
+        """The logged steps, oldest first; lines that cannot be read are left out. InputError for an unreadable file."""
+        try:
+            lines = self.metrics.read_bytes().splitlines()
+        except FileNotFoundError:
             return
-        for line in self.metrics.read_bytes().splitlines():
+        except OSError as error:
+            raise InputError(self.metrics, f"cannot be read, {error.strerror or error}") from None
+        for line in lines:
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
                 if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -199,7 +202,13 @@ class RunFolder:
         write_atomically(self.metrics, "".join(kept).encode())
         for grid in self.samples.glob("step_*.png"):
             if step_of(grid) > step:
-                grid.unlink(missing_ok=True)
+                _discard(grid)
+
+
+def _discard(path: Path) -> None:
+    """Remove a file that nobody needs; one that cannot be removed is no reason to fail."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def step_of(path: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.configuration.command import arguments_as, run_command
+from engine.configuration.command import Parser, arguments_as, run_command
 from engine.support.errors import InputError, Interrupted
 from pipelines import DataError
 
@@ -27,14 +27,23 @@ def failing(error: Exception):
         (InputError("", "no image\ncould be used"), 2, "error: no image could be used"),
         (DataError("center_crop must be positive"), 2, "error: center_crop must be positive"),
         (Interrupted("interrupted at step 3"), 130, "interrupted at step 3"),
+        (PermissionError(13, "Permission denied", "a\nb"), 2, "error: a b: Permission denied"),
     ],
-    ids=["argument", "file", "neither", "data", "interrupted"],
+    ids=["argument", "file", "neither", "data", "interrupted", "system"],
 )
 def test_one_line_and_an_exit_code(error, code, line, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_command(failing(error), [])
     assert exit_.value.code == code
     assert capsys.readouterr() == ("", line + "\n")
+
+
+@pytest.mark.parametrize("word", ["a\nb", "--a\nb", "--verbos\n"])
+def test_a_word_of_several_lines_is_refused_in_one(word, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        Parser(prog="test").parse_args([word])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_warning_of_a_library_is_one_line(capsys, monkeypatch):
