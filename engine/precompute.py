@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
-    device = ranks.device(choose_device(config.training.device, config.training.threads))
+    device = ranks.device(choose_device(config.training.device, config.training.threads, config.training.float32))
     dtype, kind = amp_dtype(config), reference_kind(config)
 
     def prepare():

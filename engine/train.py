@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("training runs in one process; start it without torchrun")
     asked = configure(arguments)
-    device = choose_device(asked.training.device, asked.training.threads)
+    device = choose_device(asked.training.device, asked.training.threads, asked.training.float32)
     if arguments.plan:
         print_plans(asked, device)
         return
@@ -232,7 +232,8 @@ def _resume_command(run: RunFolder) -> str:
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        products = "TF32" if torch.backends.cudnn.allow_tf32 else "IEEE"
+        return f"{torch.cuda.get_device_name(device)} ({products} products of float32)"
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 

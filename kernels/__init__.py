@@ -28,6 +28,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import subprocess
 from types import ModuleType
 from typing import cast
 
@@ -64,7 +65,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cuda":
-        return None
+        return _why_triton_fails(device) if torch.cuda.is_available() else None
     if device.type == "cpu" and importlib.import_module("triton").knobs.runtime.interpret:
         interpreted = importlib.import_module("kernels.triton").INTERPRETED
         return None if interpreted else "TRITON_INTERPRET=1 was set after Triton had been imported"
@@ -72,8 +73,19 @@ def _why_not_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
+def _why_triton_fails(device: torch.device) -> str | None:
+    """Tried once a device: Triton builds its launcher with a C compiler, which slim containers lack."""
+    x, moments = torch.zeros(16, 4, 4, 4, device=device), torch.zeros(2, 64, device=device)
+    try:
+        importlib.import_module("kernels.triton").relu_moments(x, *moments, 0)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return " ".join(str(error).split())[:200]
+    return None
+
+
+@functools.cache
 def _why_not_compiled(device_type: str, dtype: torch.dtype) -> str | None:
-    return compiled.works(dtype) if device_type == "cpu" else None
+    return compiled.works(dtype) if device_type == "cpu" else f"it is for CPUs, not {device_type}"
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

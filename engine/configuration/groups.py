@@ -284,6 +284,14 @@ class TrainingConfig(Settings):
     )
     amp: bool = option(False, "mixed precision")
     amp_dtype: str = option("bf16", "the low precision of --amp", choices=("bf16", "fp16"))
+    float32: str = option(
+        "tf32",
+        "products of float32 convolutions on a GPU: 'tf32' rounds them to 11 bits and is faster, 'ieee' is what a CPU "
+        "computes; a target is of one of the two",
+        choices=("tf32", "ieee"),
+        resumable=True,
+        since="0.2",
+    )
     seed: int = option(0, "of everything random", at_least=0, at_most=2**63 - 1, metavar="N")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), resumable=True)
     threads: int | None = option(None, "CPU threads, all cores by default", at_least=1, metavar="N", resumable=True)

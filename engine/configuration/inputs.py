@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from pathlib import Path
@@ -15,6 +16,8 @@ from engine.support.files import what_is
 from engine.training.precision import AMP_DTYPES
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, open_dataset
+
+log = logging.getLogger("gfmn")
 
 _THREADS_PER_CORE = 4
 """More than that only wait for each other, and many more end the process without a word."""
@@ -31,15 +34,24 @@ def check_seed(seed: int, most: int = 2**63 - 1) -> None:
         raise InputError("seed", f"must be from 0 to {most}, got {seed}")
 
 
-def choose_device(name: str, threads: int | None = None) -> torch.device:
-    """The device "auto", "cpu" or "cuda", with `threads` on the CPU; InputError if it is not there, or there are too
-    many threads."""
+def choose_device(name: str, threads: int | None = None, float32: str = "tf32") -> torch.device:
+    """The device "auto", "cpu" or "cuda", with `threads` on a CPU, and float32 convolutions as `float32` says on CUDA.
+
+    InputError if it is not there, or there are too many threads.
+    """
+    torch.backends.cudnn.allow_tf32 = float32 == "tf32"
     if threads is not None:
         if not 1 <= threads <= most_threads():
             raise InputError("threads", f"must be from 1 to {most_threads()} on this machine, got {threads}")
         torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (file := next(iter(sorted(Path("/dev").glob("nvidia[0-9]*"))), None)) is not None:
+            log.warning(
+                "warning: %s is there, but PyTorch for CUDA %s cannot use it (is the driver too old?); the CPU is used",
+                file,
+                torch.version.cuda,
+            )
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device", "cuda is not available here (no GPU, or no driver); use --device cpu")
     return torch.device(name)

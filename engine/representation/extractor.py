@@ -191,4 +191,6 @@ def _unwrapped(network: nn.Module) -> tuple[fx.GraphModule, Callable[[nn.Module]
 def feature_fingerprint(extractor: Extractor, amp_dtype: torch.dtype | None) -> dict[str, str]:
     """What of extractor and precision decides the features; a reference must have been computed with the same."""
     precision = str(amp_dtype or extractor.dtype).removeprefix("torch.")
+    if precision == "float32" and extractor.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        precision = "tf32"  # what cuDNN makes of float32 unless it is told otherwise
     return {**extractor.fingerprint, "precision": precision}

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def repeatable() -> AbstractContextManager[None]:
+    """Inside, cuDNN computes the same bits every time; what it chooses by measuring, or sums by atomics, is left out.
+
+    `cudnn.flags` sets what it isn't told: without `enabled` it would switch cuDNN off.
+    """
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """`peak_memory` counts from here on where it can: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engine.generation.networks import Generator
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
@@ -24,10 +22,11 @@ from engine.support.errors import InputError, Interrupted, WriteError, differenc
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from engine.training.logbook import Logbook
-from engine.training.precision import peak_memory
+from engine.training.precision import peak_memory, repeatable, reset_peak_memory
 from engine.training.profiling import WARMUP, StepProfiler
 from engine.training.run_folder import COLUMNS, RunFolder, saved_step
 from engine.training.stopping import StopRequest
+from engine.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from engine.training.validation import Evaluation, Validation
@@ -95,10 +94,8 @@ class Trainer:
         self.fingerprint = {**fingerprint, **(validation.fingerprint if validation is not None else {})}
         generator = method.sampler().generator
         self.device = next(generator.parameters()).device
-        self.ema: AveragedModel | None = None
-        if schedule.generator_ema is not None:
-            average = get_ema_multi_avg_fn(schedule.generator_ema)
-            self.ema = AveragedModel(generator, multi_avg_fn=average, use_buffers=True)
+        decay = schedule.generator_ema
+        self.ema = None if decay is None else WeightAverage(generator, decay)
         self.noise = Noise(schedule.seed, self.device)
         self.fixed_z = method.sampler().prior.draw(GRID, schedule.seed + 1).to(self.device)
         self.step = 0
@@ -108,7 +105,7 @@ class Trainer:
         """One step; returns the method's scalars on the device, and never waits for it."""
         scalars = self.method.step(None, self.noise)
         if self.ema is not None:
-            self.ema.update_parameters(self.method.sampler().generator)
+            self.ema.update(self.method.sampler().generator)
         self.step += 1
         bad = torch.where(scalars["loss"].isfinite(), _NEVER, self.step)
         self.first_bad_step = torch.minimum(self.first_bad_step, bad)
@@ -128,7 +125,8 @@ class Trainer:
         clock, clock_step = time.perf_counter(), self.step
         profiler = StepProfiler(profiled, self.run.profile)
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total)
-        with StopRequest() as stop, self._saved_before_failing(), logbook, profiler:
+        reset_peak_memory(self.device)
+        with StopRequest() as stop, self._saved_before_failing(), logbook, profiler, repeatable():
             while self.step < total and not stop.requested:
                 scalars = self.train_step()
                 logbook.advance()
@@ -178,8 +176,7 @@ class Trainer:
         sampler = self.method.sampler()
         if self.ema is None:
             return sampler
-        assert isinstance(self.ema.module, Generator)
-        return dataclasses.replace(sampler, generator=self.ema.module)
+        return dataclasses.replace(sampler, generator=self.ema.generator)
 
     def save(self) -> None:
         """Write a checkpoint, then the generator, unless something in them is not finite."""

@@ -74,6 +74,9 @@ def file_pipeline(source: Callable[[], tuple[Any, ...]], size: int, center_crop:
     """
     encoded, mirrored, sizes, x, y = fn.external_source(source=source, num_outputs=5, batch=True, no_copy=True)
     options: Any = {"device": decoder, "output_type": types.DALIImageType.RGB, "adjust_orientation": False}
+    if decoder == "mixed":
+        # As the CPU upsamples colour, and by CUDA alone: the hardware decoder takes a share that depends on the batch.
+        options |= {"jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0}
     resize: Any = {"size": sizes, "interp_type": types.DALIInterpType.INTERP_LINEAR, "antialias": True}
     if center_crop is None:
         pictures = fn.decoders.image(encoded, **options)

@@ -145,6 +145,32 @@ class TestSelect:
     def test_by_name(self, name: str) -> None:
         assert kernels.select(name, torch.device(device_of(name)), torch.float32) is backend(name)
 
+    def test_compiled_is_for_cpus(self) -> None:
+        with pytest.raises(ValueError, match=r"^kernels: the compiled backend cannot run here: .*CPUs") as error:
+            kernels.select("compiled", self.cuda, torch.float32)
+        assert "\n" not in str(error.value)
+
+    def test_triton_is_tried_before_it_is_chosen(self, monkeypatch) -> None:
+        """Without a C compiler (slim containers) Triton fails at its first launch."""
+
+        def launch(*arguments: object) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+        tried = kernels._why_triton_fails.__wrapped__
+        device = torch.device(device_of("triton"))
+        assert tried(device) is None
+        monkeypatch.setattr(backend("triton"), "relu_moments", launch)
+        assert tried(device) == "Failed to find C compiler. Please specify via CC environment variable."
+
+    def test_auto_without_triton_on_a_gpu_says_so_once(self, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+        kernels._warn_once.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(kernels, "_why_triton_fails", lambda device: "no C compiler")
+        assert [kernels.select("auto", self.cuda, torch.float32) for _ in range(2)] == [reference, reference]
+        assert caplog.text.count("no C compiler") == 1
+        with pytest.raises(ValueError, match="no C compiler"):
+            kernels.select("triton", self.cuda, torch.float32)
+
     def test_an_unknown_name(self) -> None:
         with pytest.raises(ValueError, match=r"^kernels: 'fast' is not one of auto, reference, compiled, triton$"):
             kernels.select("fast", self.cpu, torch.float32)

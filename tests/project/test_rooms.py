@@ -18,13 +18,14 @@ FRONT_DOORS = {"train", "precompute", "pretrain", "sample", "evaluate", "report"
 # What every room may know.
 COMMON = {"support", "kernels", "pipelines"}
 # Modules of training that know nobody: every long loop has to stop, to tell how far it is, and to share its work.
-LEAVES = {"training.ranks", "training.stopping", "training.progress"}
+LEAVES = {"training.ranks", "training.stopping", "training.progress", "training.precision"}
 # Room → the other rooms that it may import. The longest name that fits a module is its room.
 ARROWS: dict[str, set[str]] = {
     "support": set(),
     "training.ranks": set(),
     "training.stopping": set(),
     "training.progress": set(),
+    "training.precision": set(),
     "representation": set(),
     # It trains a network, so it knows how training stops and saves, and what decodes an autoencoder's codes.
     "representation.pretraining": {"representation", "generation", "training.checkpoint", *LEAVES},

@@ -21,6 +21,7 @@ from engine.representation.pretraining.tasks import Task, make_task
 from engine.support.errors import InputError, Interrupted, differences, one_line
 from engine.support.files import read_safetensors, save_safetensors
 from engine.training.checkpoint import flatten_optimizer, restore_optimizer
+from engine.training.precision import repeatable
 from engine.training.progress import Progress
 from engine.training.stopping import StopRequest
 from pipelines import ImageDataset
@@ -180,7 +181,7 @@ class Pretraining:
         self._saved = time.monotonic()
         what = f"pretraining {metadata['architecture']}"
         progress_of = Progress(what, self.steps, done=self.step, unit="steps", show=progress)
-        with progress_of as bar, StopRequest() as stop, torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        with progress_of as bar, StopRequest() as stop, repeatable():
             while self.step < self.steps:
                 epoch, first = divmod(self.step, self.source.steps_per_epoch)
                 last = min((epoch + 1) * self.source.steps_per_epoch, self.steps)

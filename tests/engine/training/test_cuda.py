@@ -34,7 +34,7 @@ def test_gradients(name, chunk, recompute, tiny_extractor, on_gpu, draw_images):
     oracle = MomentMatching(in_float64(tiny_extractor), target, make_averager(), kernels="reference")
     objective = MomentMatching(on_gpu, target, make_averager(), chunk_size=chunk, recompute=recompute)
     assert objective.kernels.__name__ == "kernels.triton"
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for _ in range(3):
             images = draw_images(MINIBATCH, torch.float32)
             loss, gradient = run_step(oracle, images)
