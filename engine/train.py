@@ -55,7 +55,7 @@ def parser() -> Parser:
         prog="python -m engine.train",
         description="Train a generator by comparing features of generated and real images: by default the mean and "
         "variance of perceptual features (GFMN). With no arguments: real handwritten digits, minutes on a laptop. "
-        "With --data PATH: your own pictures, in ten. "
+        "With --data PATH: your own pictures. "
         f"A preset takes the place of the defaults below; digits sets {digits}.",
     )
     add = parser.add_argument
