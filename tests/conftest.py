@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +18,13 @@ from engine.representation.extractor import Extractor
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores between pytest-xdist's processes: threads that wait for one another cost most of a test."""
+    """Signals as a terminal leaves them, and cores shared between pytest-xdist's processes.
+
+    What starts the tests in the background may have signals ignored; threads that wait for one another cost most of a
+    test.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)

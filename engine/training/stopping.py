@@ -22,17 +22,24 @@ _AGAIN = 0.05
 
 @contextlib.contextmanager
 def _handled(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Inside, `handler` handles these signals of the main thread. One that is ignored (nohup's) stays ignored."""
+    """Inside, `handler` handles these signals of the main thread. A SIGHUP that is ignored (nohup's) stays ignored.
+
+    Not so SIGINT: shells have it ignored in what a script starts in the background, and a kill -INT means this process.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in numbers:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            if signal.getsignal(number) is not None and not _is_nohup(number):
                 before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def _is_nohup(number: signal.Signals) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
 class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
@@ -74,8 +81,7 @@ def exit_on_interrupt() -> None:
 
     For a command before its `main`: importing its libraries takes seconds, and there is nothing to lose.
     """
-    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
-        signal.signal(signal.SIGINT, _exit)
+    signal.signal(signal.SIGINT, _exit)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

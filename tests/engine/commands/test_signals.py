@@ -17,7 +17,7 @@ from helpers.runs import command
 from engine import precompute, pretrain, train
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.pretraining.training import Pretraining
-from engine.support.errors import require
+from engine.support.errors import Interrupted, require
 from engine.training.stopping import StopRequest
 from engine.training.trainer import Trainer
 from pipelines.loading.loader import dali_is_importable
@@ -40,14 +40,6 @@ CAME = [
     ("pretrain", signal.SIGUSR1),
     ("precompute", signal.SIGTERM),
 ]
-
-
-@pytest.fixture(autouse=True)
-def usual() -> None:
-    """A shell that starts tests in the background may have Ctrl-C ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def second_call(place: tuple[type, str], number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
@@ -86,7 +78,21 @@ def test_work_is_kept(name: str, number: signal.Signals, tmp_path: Path, monkeyp
         assert len(calls) == 2, "of four steps two were left"
 
 
-def test_an_ignored_signal_stays_ignored(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_sigint_that_a_shell_had_ignored_stops_training(tmp_path: Path, monkeypatch) -> None:
+    """As a script leaves it to what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        second_call((Trainer, "train_step"), signal.SIGINT, monkeypatch)
+        with pytest.raises(Interrupted) as stopped:
+            train.main([*TRAINING.split(), "--out", str(tmp_path / "run")])
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.status == 130
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_an_ignored_sighup_stays_ignored(tmp_path: Path, monkeypatch, capsys) -> None:
     """As nohup leaves SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
