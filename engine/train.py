@@ -111,7 +111,7 @@ def build(
     torch.manual_seed(config.training.seed)
     generator = make_generator(config).to(device)
     pretrained = pretrained_files(config, dataset, device, run.extractor)
-    extractor = make_extractor(config, dataset, device, run.extractor)
+    extractor = make_extractor(config, dataset, device, pretrained)
     was = None if checkpoint is None else checkpoint.fingerprint
     reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was)
     method = make_method(config, generator, extractor, reference)

@@ -46,11 +46,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("gfmn")
 
 
-def make_extractor(config: Config, dataset: ImageDataset, device: torch.device, kept: Path | None = None) -> Extractor:
+def make_extractor(
+    config: Config, dataset: ImageDataset, device: torch.device, pretrained: Mapping[str, Path] | None = None
+) -> Extractor:
     """The frozen extractor on its device, pretrained on the dataset first if its weights say so.
 
     Args:
-        kept: where a run keeps its pretrained networks (`RunFolder.extractor`), which come before the cache.
+        pretrained: what `pretrained_files` gave, where it was asked before.
     """
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
@@ -65,7 +67,7 @@ def make_extractor(config: Config, dataset: ImageDataset, device: torch.device, 
         torch.manual_seed(config.training.seed)
         weights = None
     elif networks.weights == ("pretrain",):
-        files = pretrained_files(config, dataset, device, kept)
+        files = pretrained_files(config, dataset, device) if pretrained is None else pretrained
         weights = [files.get(name, "imagenet") for name in networks.extractor.split("+")]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
@@ -92,6 +94,9 @@ def pretrained_files(
 ) -> dict[str, Path]:
     """Weights of the networks that are pretrained on the dataset, by architecture: from `kept`, from the cache, or
     made now and cached. Empty if the configuration says otherwise.
+
+    Args:
+        kept: where a run keeps its own (`RunFolder.extractor`).
     """
     if config.networks.weights != ("pretrain",):
         return {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 
-from engine.configuration.build import make_extractor
+from engine.configuration.build import make_extractor, pretrained_files
 from engine.configuration.config import Config
 from engine.configuration.inputs import open_data
 from engine.reporting.charts import number
@@ -69,7 +69,8 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
             changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
         if space is None:
             # Batch statistics would let the features of an image depend on the others beside it.
-            extractor = make_extractor(config.replaced({"extractor_bn": "running"}), dataset, device, run.extractor)
+            pretrained = pretrained_files(config, dataset, device, run.extractor)
+            extractor = make_extractor(config.replaced({"extractor_bn": "running"}), dataset, device, pretrained)
             weights = extractor.fingerprint["extractor_weights"]
             if trained.get("extractor_weights", weights) != weights:
                 changed.append("the extractor’s weights are not those of the training")
