@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.configuration.command import Parser, memory_advice, output_file, run_command
-from engine.configuration.inputs import check_seed, load_run_sampler
+from engine.configuration.inputs import check_seed, choose_device, load_run_sampler
 from engine.support.errors import InputError
 from engine.support.files import atomic_file
 from engine.support.pixels import pixel_grid, save_png
@@ -51,6 +51,7 @@ def parser() -> Parser:
     add("--count", type=int, default=64, metavar="N", help="images (default: 64)")
     add("--out", type=output_file, required=True, metavar="FILE", help="grid.png or samples.npy")
     add("--seed", type=int, default=0, metavar="N", help="of z (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to draw (default: auto)")
     add("--best", action="store_true", help="the generator that --evaluate-every found best")
     add("--interpolate", action="store_true", help=f"rows of {_STEPS} images, each from one random z to another")
     return parser
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     out: Path = arguments.out
     count = arguments.count
     _check(arguments, out)
+    device = choose_device(arguments.device)
     sampler = load_run_sampler(arguments.run, best=arguments.best)
+    sampler.to(device)
     side = sampler.generator.spec.image_size
     columns = _STEPS if arguments.interpolate else math.ceil(math.sqrt(count))
     if out.suffix == ".png":

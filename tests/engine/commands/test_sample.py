@@ -136,6 +136,19 @@ def test_absurd_numbers_are_refused(flags: str, named: str, run: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_where_it_draws(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """As everywhere: the GPU if there is one, and one line if it is asked for and is not there."""
+    moved = []
+    monkeypatch.setattr(Sampler, "to", lambda sampler, device: moved.append(device))
+    sample.main(["--run", str(run), "--count", "1", "--out", str(tmp_path / "auto.npy")])
+    assert moved == [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "cuda.npy"
+    code, errors = command(sample.main, ["--run", str(run), "--device", "cuda", "--out", str(out)], capsys)
+    assert (code, errors.count("\n"), out.exists()) == (2, 1, False)
+    assert "--device" in errors
+
+
 def test_a_disk_without_room_is_noticed_first(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
