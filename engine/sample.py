@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.configuration.command import Parser, memory_advice, output_file, run_command
 from engine.configuration.inputs import check_seed, choose_device, load_run_sampler
@@ -27,6 +25,7 @@ from engine.support.errors import InputError
 from engine.support.files import atomic_file
 from engine.support.pixels import pixel_grid, save_png
 from engine.training.planner import shown_bytes
+from engine.training.progress import Progress
 from pipelines.decoding.preprocessing import MAX_PIXELS
 
 log = logging.getLogger("gfmn")
@@ -35,8 +34,6 @@ _STEPS = 8
 """Images in a row of `--interpolate`."""
 _MOST = 10**12
 """More images than any disk holds."""
-_LINE_EVERY = 30
-"""Seconds between lines of progress where there is no terminal."""
 
 
 def parser() -> Parser:
@@ -87,16 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _first(count: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """The first `count` images of `batches`; on standard error how many there are by now."""
-    done, next_line = 0, time.monotonic() + _LINE_EVERY
-    with tqdm(total=count, desc="drawing", unit=" images", disable=None, dynamic_ncols=True) as bar:
+    with Progress("drawing", count, unit="images") as progress:
         for batch in batches:
-            part = batch[: count - done]
+            part = batch[: count - progress.done]
             yield part
-            done += len(part)
-            bar.update(len(part))
-            if bar.disable and time.monotonic() >= next_line:
-                next_line = time.monotonic() + _LINE_EVERY
-                log.info("drawing: %d of %d images", done, count)
+            progress.advance(len(part))
 
 
 def _save_array(out: Path, batches: Iterable[Tensor], count: int, side: int) -> None:

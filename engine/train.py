@@ -34,6 +34,7 @@ from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
+from engine.configuration.train_command import resume_command
 from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.files import check_file
 from engine.support.pixels import save_png
@@ -193,7 +194,7 @@ def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
         return False
     if not run.loss_plot.exists():
         _plot(run)
-    log.info("%s is finished, all %d steps; to train longer: %s --steps N", run.path, steps, _resume_command(run))
+    log.info("%s is finished, all %d steps; to train longer: %s --steps N", run.path, steps, resume_command(run.path))
     return True
 
 
@@ -206,9 +207,9 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
         else:
             trainer.save_generator()
     except Interrupted as interruption:
-        raise Interrupted(f"{interruption}; resume with: {_resume_command(run)}", interruption.status) from None
+        raise Interrupted(f"{interruption}; resume with: {resume_command(run.path)}", interruption.status) from None
     except WriteError as error:
-        again = f"once it can be written, resume with: {_resume_command(run)}"
+        again = f"once it can be written, resume with: {resume_command(run.path)}"
         raise WriteError(error.argument, f"{error.message}; {again}") from None
     plotted = _plot(run)
     save_png(run.final_samples, trainer.picture())
@@ -224,10 +225,6 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
 def _plot(run: RunFolder) -> bool:
     metrics = list(run.read_metrics())
     return bool(metrics) and plot_metrics(run.loss_plot, metrics)
-
-
-def _resume_command(run: RunFolder) -> str:
-    return shlex.join(["python", "-m", "engine.train", "--resume", "--out", str(run.path)])
 
 
 def _device_name(device: torch.device) -> str:

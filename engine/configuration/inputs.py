@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from pathlib import Path
 
 import torch
 
 from engine.configuration.config import Config
+from engine.configuration.train_command import resume_command
 from engine.generation.saved import SavedSampler, load_sampler
 from engine.support.errors import InputError
 from engine.support.files import what_is
@@ -86,8 +86,7 @@ def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:
     if what_is(run.generator) is None:
         if what_is(run.config) is None:
             raise InputError("run", f"{run.path} is not the folder of a run: it has no {run.config.name}")
-        command = shlex.join(["python", "-m", "engine.train", "--resume", "--out", str(run.path)])
-        raise InputError("run", f"{run.path} has no generator yet; train it: {command}")
+        raise InputError("run", f"{run.path} has no generator yet; train it: {resume_command(run.path)}")
     if best and what_is(run.best_generator) is None:
         raise InputError("best", f"{run.path} was not evaluated during training (--evaluate-every)")
     return load_sampler(run.best_generator if best else run.generator)

@@ -1,11 +1,17 @@
-"""The command line that repeats a run."""
+"""The command lines that repeat a run, and that resume one."""
 
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from engine.configuration.config import Config
 from engine.configuration.groups import owners
+
+
+def resume_command(run: Path) -> str:
+    """The command that resumes the run in the folder `run`."""
+    return shlex.join(["python", "-m", "engine.train", "--resume", "--out", str(run)])
 
 
 def train_command(config: Config) -> str:
