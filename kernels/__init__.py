@@ -200,6 +200,7 @@ def dataset_moments(
     mean: Tensor,
     m2: Tensor,
     count: int,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "relu",
     images: int = 0,
@@ -207,8 +208,8 @@ def dataset_moments(
     """`relu_moments` for batches of a whole dataset: activations of any dtype, all sums in float64.
 
     Args:
-        x, residual, activation, count: as in `relu_moments`.
+        x, count, bias, residual, activation: as in `relu_moments`.
         mean, m2: [F] float64.
         images: that are expected in all, which decides what is worth compiling, and changes no more than rounding.
     """
-    select("auto", x.device, x.dtype).dataset_moments(x, mean, m2, count, residual, activation, images)
+    select("auto", x.device, x.dtype).dataset_moments(x, mean, m2, count, bias, residual, activation, images)

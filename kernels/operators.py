@@ -28,8 +28,8 @@ _SCHEMAS = {
     ),
     "relu_moments_backward": "(Tensor(a!) grad, Tensor y, Tensor a, Tensor b, str activation='relu') -> ()",
     "dataset_moments": (
-        "(Tensor(a!) x, Tensor(b!) mean, Tensor(c!) m2, SymInt count, Tensor? residual=None, str activation='relu', "
-        "SymInt images=0) -> ()"
+        "(Tensor(a!) x, Tensor(b!) mean, Tensor(c!) m2, SymInt count, Tensor? bias=None, Tensor? residual=None, "
+        "str activation='relu', SymInt images=0) -> ()"
     ),
     "averager_step": (
         "(Tensor mean, Tensor m2, SymInt count, Tensor target_mean, Tensor target_variance, Tensor(a!) v, Tensor(b!) m,"
@@ -108,13 +108,14 @@ def _check_dataset_moments(
     mean: Tensor,
     m2: Tensor,
     count: int,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "relu",
     images: int = 0,
 ) -> None:
     if mean.dtype != torch.float64:
         raise ValueError(f"mean: expected float64, got {mean.dtype}")
-    _check_relu_moments(x, mean, m2, count, None, residual, activation)
+    _check_relu_moments(x, mean, m2, count, bias, residual, activation)
 
 
 def _check_averager_step(

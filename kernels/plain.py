@@ -10,8 +10,10 @@ from kernels.layout import feature_rows
 _BLOCK = 2**22  # features × images converted to float64 at once (32 MiB)
 
 
-def activate_(x: Tensor, residual: Tensor | None, activation: str) -> None:
-    """`x ← activation(x + residual)` in place; "relu", "relu6" or "none"."""
+def activate_(x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> None:
+    """`x ← activation(x + bias + residual)` in place; x [N, C, H, W], bias [C]; "relu", "relu6" or "none"."""
+    if bias is not None:
+        x += bias.view(-1, 1, 1)
     if residual is not None:
         x += residual
     if activation != "none":
@@ -23,12 +25,13 @@ def dataset_moments(
     mean: Tensor,
     m2: Tensor,
     count: int,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "relu",
     images: int = 0,
 ) -> None:
     """See `kernels.dataset_moments`: two passes over blocks of images, which are converted to float64."""
-    activate_(x, residual, activation)
+    activate_(x, bias, residual, activation)
     if count == 0:
         mean.zero_()
         m2.zero_()

@@ -57,7 +57,7 @@ class TapInput:
 
     def activate_(self) -> Tensor:
         """`x ← activation(x + residual)` in place, the features y; returns x."""
-        activate_(self.x, self.residual, self.activation)
+        activate_(self.x, None, self.residual, self.activation)
         return self.x
 
 

@@ -135,6 +135,7 @@ def dataset_moments(
     mean: Tensor,
     m2: Tensor,
     count: int,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "relu",
     images: int = 0,
@@ -146,11 +147,11 @@ def dataset_moments(
     """
     streamed = images >= STREAMED_IMAGES and mean.numel() >= STREAMED_FEATURES and x.device.type == "cpu"
     if not streamed:
-        relu_moments(x, mean, m2, count, None, residual, activation)
+        relu_moments(x, mean, m2, count, bias, residual, activation)
         return
-    if residual is not None:
+    if bias is not None or residual is not None:
         # First on its own: twice as many streams are no faster, and take Inductor minutes to compile.
-        plain.activate_(x, residual, activation)
+        plain.activate_(x, bias, residual, activation)
         activation = "none"
     whole = len(x) // STREAMS * STREAMS if count else 0  # the kernel needs a running mean to centre on
     if whole:

@@ -21,9 +21,7 @@ def relu_moments(
     activation: str = "relu",
 ) -> None:
     """See `kernels.relu_moments`."""
-    if bias is not None:
-        x += bias.view(1, -1, 1, 1)
-    plain.activate_(x, residual, activation)
+    plain.activate_(x, bias, residual, activation)
     rows = feature_rows(x).to(mean.dtype)
     arriving = rows.shape[0]
     arriving_m2, arriving_mean = torch.var_mean(rows, dim=0, correction=0)

@@ -28,7 +28,7 @@ def arguments(operation: str, device: str = "cpu") -> tuple[list[Any], dict[str,
     if operation == "relu_moments_backward":
         return [own["grad"], own["x"], own["a"], own["b"], "relu"], {}
     if operation == "dataset_moments":
-        return [own["x"], own["mean"].double(), own["m2"].double(), 2, own["residual"], "relu", 50], {}
+        return [own["x"], own["mean"].double(), own["m2"].double(), 2, own["bias"], own["residual"], "relu", 50], {}
     run = {name: value.to(device) for name, value in AveragerRun(features=75).inputs.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
     names = ("target_mean0", "target_variance0", "v", "m", "u")
@@ -105,6 +105,7 @@ BAD_ARGUMENTS = {
     "b": ("relu_moments_backward", {3: torch.zeros(3)}),
     "mean, narrow": ("dataset_moments", {1: torch.zeros(75)}),
     "m2, narrow": ("dataset_moments", {2: torch.zeros(75)}),
+    "bias, of a dataset": ("dataset_moments", {4: torch.zeros(5)}),
     "mean ": ("averager_step", {0: torch.zeros(75, dtype=torch.float16)}),
     "target_mean": ("averager_step", {3: torch.zeros(76)}),
     "count ": ("averager_step", {2: 1}),
