@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -52,6 +53,30 @@ class Generator(nn.Module):
     @abstractmethod
     def stages(self) -> list[nn.Sequential]:
         """The generator as modules that run one after the other, none of which holds many activations."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
+        self.count_batch()
+        return functools.reduce(lambda x, stage: stage(x), self.stages(), z)
+
+    def count_batch(self) -> None:
+        """One batch more for BatchNorm's counters, in training, all of them at once."""
+        if self.training:
+            norms = (module for module in self.modules() if isinstance(module, BatchNorm2d))
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm of a generator, whose batches `Generator.count_batch` counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W], in training by the batch's statistics, which the running ones follow; otherwise by those."""
+        if not self.training:
+            return super().forward(x)
+        y, _, _ = torch.native_batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, True, self.momentum or 0.0, self.eps
+        )
+        return y
 
 
 class FirstLayer(nn.Module):
@@ -107,7 +132,7 @@ class DCGANGenerator(Generator):
         stages = (image_size // _FIRST_SIDE).bit_length() - 1
         widths = [min(_BASE_WIDTH << (stages - 1 - stage), _MAX_WIDTH) for stage in range(stages)]
         self.first = FirstLayer(nz, widths[0], bias=False)
-        layers: list[nn.Module] = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        layers: list[nn.Module] = [BatchNorm2d(widths[0]), nn.ReLU()]
         for width, following in itertools.pairwise(widths):
             layers += _normalised(upsample(width, following, bias=False), following)
         for _ in range(2):
@@ -122,10 +147,6 @@ class DCGANGenerator(Generator):
         groups = [[self.first, *layers[:2]], *(layers[n : n + 3] for n in range(2, len(layers), 3))]
         return [nn.Sequential(*group) for group in (*groups, [self.last, nn.Tanh()])]
 
-    def forward(self, z: Tensor) -> Tensor:
-        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
-        return self.last(self.layers(self.first(z))).tanh()
-
 
 class UpsamplingBlock(nn.Module):
     """Residual block that doubles the side (Gulrajani et al. 2017): BatchNorm, ReLU, nearest upsampling, 3×3,
@@ -138,9 +159,9 @@ class UpsamplingBlock(nn.Module):
         super().__init__()
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.shortcut = nn.Conv2d(channels, width, 1)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +186,7 @@ class ResNetGenerator(Generator):
         self.blocks = nn.Sequential(
             *(UpsamplingBlock(width, following) for width, following in itertools.pairwise(widths))
         )
-        self.bn = nn.BatchNorm2d(widths[-1])
+        self.bn = BatchNorm2d(widths[-1])
         self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.apply(_initialise_xavier)
 
@@ -176,10 +197,6 @@ class ResNetGenerator(Generator):
             *map(nn.Sequential, self.blocks),
             nn.Sequential(self.bn, nn.ReLU(), self.last, nn.Tanh()),
         ]
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
-        return self.last(self.bn(self.blocks(self.first(z))).relu()).tanh()
 
 
 GENERATORS: dict[str, Callable[[int, int, str], Generator]] = {
@@ -219,6 +236,7 @@ def run_generator(generator: Generator, z: Tensor, *, recompute: bool = False) -
     """
     if not recompute or not torch.is_grad_enabled():
         return generator(z)
+    generator.count_batch()
     x = z
     for stage in generator.stages():
         x = torch.utils.checkpoint.checkpoint(
@@ -247,7 +265,7 @@ def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
 
 
 def _normalised(layer: nn.Module, width: int) -> list[nn.Module]:
-    return [layer, nn.BatchNorm2d(width), nn.ReLU()]
+    return [layer, BatchNorm2d(width), nn.ReLU()]
 
 
 def _initialise_normal(module: nn.Module) -> None:
