@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -56,8 +55,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
-        self.count_batch()
-        return functools.reduce(lambda x, stage: stage(x), self.stages(), z)
+        return run_generator(self, z)
 
     def count_batch(self) -> None:
         """One batch more for BatchNorm's counters, in training, all of them at once."""
@@ -228,20 +226,30 @@ def build_generator(name: str, *, image_size: int, nz: int = 100, upsampling: st
     return GENERATORS[name](image_size, nz, upsampling).to(memory_format=torch.channels_last)
 
 
-def run_generator(generator: Generator, z: Tensor, *, recompute: bool = False) -> Tensor:
+def run_generator(
+    generator: Generator, z: Tensor, *, recompute: bool = False, weights: Mapping[int, Tensor] | None = None
+) -> Tensor:
     """Images of `z`; with `recompute`, backward keeps the inputs of `stages()` alone and computes each again.
 
     Gradients, and BatchNorm's running statistics, are those of the plain call: the second computation uses the batch's
     statistics but doesn't count it again.
+
+    Args:
+        weights: by the `id` of a parameter, what is used in its place.
     """
-    if not recompute or not torch.is_grad_enabled():
-        return generator(z)
     generator.count_batch()
     x = z
     for stage in generator.stages():
-        x = torch.utils.checkpoint.checkpoint(
-            stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
-        )
+        call: Callable[[Tensor], Tensor] = stage
+        if weights:
+            own = {name: weights[id(own)] for name, own in stage.named_parameters() if id(own) in weights}
+            call = partial(torch.func.functional_call, stage, own)
+        if recompute and torch.is_grad_enabled():
+            x = torch.utils.checkpoint.checkpoint(
+                call, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
+            )
+        else:
+            x = call(x)
     return x
 
 
