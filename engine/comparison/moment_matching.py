@@ -66,12 +66,11 @@ class MomentCriterion:
         # Backward needs the coefficients alone, which `step` made afresh.
         self.buffers, self.means, self.m2s = (), (), ()
         self.gradients = [Affine(a, b) for a, b in zip(order.slices(direction.a), order.slices(direction.b))]
-        of_means, of_variances, *_ = direction.sums.unbind()
-        loss, norm_squared = direction.sums.view(2, 2).sum(dim=1).unbind()
+        of_means, of_variances, _, _, loss, norm_squared = direction.sums.unbind()
         self.scalars = {
             "loss_mean": of_means,
             "loss_variance": of_variances,
-            "difference_norm_squared": norm_squared.double(),
+            "difference_norm_squared": norm_squared,
         }
         return loss.to(objective.accumulation_dtype)
 

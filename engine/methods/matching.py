@@ -56,6 +56,7 @@ class Matching:
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas, fused=True)
         self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.optimizer}
         self.device = next(generator.parameters()).device
+        self.one = torch.ones((), device=self.device)
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
         # Loss scaling is only needed where gradients underflow: float16.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
@@ -70,7 +71,7 @@ class Matching:
             images = self.low.images(z, recompute=recompute)
         loss = self.objective(images)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward(self.one)
         if self.low is not None:
             self.low.collect_gradients()
         self.scaler.step(self.optimizer)

@@ -56,9 +56,7 @@ def moments_kernel(
 
 
 @Kernel
-def backward_kernel(
-    grad: Tensor, y: Tensor, a: Tensor, b: Tensor, shortcut: Tensor | None, activation: str
-) -> None:
+def backward_kernel(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, shortcut: Tensor | None, activation: str) -> None:
     """grad ← (grad + shortcut + a + b·y) · activation'(y), [N, F]."""
     gradient = grad.to(a.dtype)
     if shortcut is not None:
