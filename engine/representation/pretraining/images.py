@@ -28,6 +28,14 @@ Images = tuple[Tensor, Tensor]
 """float32 [n, 3, H, W] in [-1, 1], channels_last, on the device; and which pictures they show, int64 [n] on the CPU."""
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU `tensor` on `device`. Nothing waits for a GPU: only from pinned memory is a copy to it not a blocking one.
+
+    PyTorch keeps the pinned memory until the copy is over, and uses it again.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """A random crop of the image padded with black, perhaps mirrored; applied to every training image.
@@ -43,14 +51,16 @@ class Augmentation:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augment `images` [n, 3, H, W]; the random numbers come from `generator`, a CPU generator."""
         count, _, height, width = images.shape
-        pad = self.padding
-        top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        mirrored = torch.rand((count, 1), generator=generator) < (0.5 if self.flip else 0.0)
-        rows = top + torch.arange(height)
-        columns = left + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
-        rows, columns = rows.to(images.device), columns.to(images.device)
+        pad, device = self.padding, images.device
+        offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+        mirrored = torch.rand((1, count, 1), generator=generator) < (0.5 if self.flip else 0.0)
+        # One copy of three numbers an image; what follows from them is computed on the device.
+        top, left, mirrored = sent(torch.cat([offsets, mirrored]), device)
+        across = torch.arange(width, device=device)
+        rows = top + torch.arange(height, device=device)
+        columns = left + torch.where(mirrored.bool(), across.flip(0), across)
         padded = F.pad(images, (pad, pad, pad, pad), value=_BLACK).permute(0, 2, 3, 1)
-        every = torch.arange(count, device=images.device)[:, None, None]
+        every = torch.arange(count, device=device)[:, None, None]
         # One gather in the order (N, H, W, C): crop and flip at once, and channels_last without a copy.
         return padded[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -130,7 +140,7 @@ class _InMemory:
             yield self._images(chosen)
 
     def _images(self, chosen: Tensor) -> Images:
-        pictures = self.images[chosen.to(self.images.device)].permute(0, 3, 1, 2)
+        pictures = self.images[sent(chosen, self.images.device)].permute(0, 3, 1, 2)
         return to_float(pictures), self.shown[chosen]
 
 
@@ -169,8 +179,9 @@ class _Streamed:
         self.loader.epoch = number
         for batch in self.loader.batches(first):
             pictures = self.dataset.pictures(batch.indices.numpy())[0]
-            inside = torch.from_numpy(~self.is_outside[pictures])
-            yield batch.images[inside.to(batch.images.device)], torch.from_numpy(pictures)[inside]
+            # Places, not a mask: how many images a mask on a GPU keeps, only the GPU knows.
+            inside = torch.from_numpy(np.flatnonzero(~self.is_outside[pictures]))
+            yield batch.images[sent(inside, batch.images.device)], torch.from_numpy(pictures)[inside]
 
     def held_out(self) -> Iterator[Images]:
         self.outside.epoch = 0
