@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -143,6 +144,16 @@ def dali_is_importable() -> bool:
     except (ImportError, OSError):  # OSError: one of its libraries cannot be loaded
         return False
     return True
+
+
+def release_pools() -> None:
+    """Give back what DALI's memory pools keep for later pipelines, on the device and pinned; nothing without DALI.
+
+    Pipelines that run keep what they use.
+    """
+    backend = sys.modules.get("nvidia.dali.backend")
+    if backend is not None:
+        backend.ReleaseUnusedMemory()
 
 
 def _resolve_backend(backend: str) -> str:
