@@ -6,6 +6,7 @@ for images, indices in ImageLoader(dataset, 64, device="cuda", shuffle=True, see
 """
 
 from pipelines.dataset import ImageDataset
+from pipelines.device import sent
 from pipelines.digests import cache_folder, cache_is_kept, cached, named_cache_folder, temporary_folder
 from pipelines.errors import BadImage, DataError
 from pipelines.in_memory import read_pixels
@@ -26,5 +27,6 @@ __all__ = [
     "open_dataset",
     "read_pixels",
     "release_pools",
+    "sent",
     "temporary_folder",
 ]

@@ -35,7 +35,8 @@ class ImageLoader:
         batch_size: images per batch; the last batch of an epoch may be shorter, and is never empty.
         device: where the images go. On CUDA the DALI backend decodes there too.
         backend: "dali", "torch", or "auto": DALI where it can be imported, else torch with one warning. For arrays in
-            memory both give the same bits, and torch, which slices one tensor, is the faster one.
+            memory both give the same bits on a CPU (on a GPU DALI may round product and sum at once), and torch, which
+            slices one tensor, is the faster one.
         shuffle: a new permutation in every epoch, decided by `seed` and the epoch's number alone.
         shard, num_shards: this loader yields part `shard` of `num_shards` nearly equal parts of the same order.
         workers: decoding threads (DALI: one per CPU) or processes (torch: 2). The images do not depend on it.

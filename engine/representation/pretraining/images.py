@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.support.errors import InputError
 from engine.support.pixels import to_float, to_uint8
 from engine.training.progress import Progress
-from pipelines import ImageDataset, ImageLoader
+from pipelines import ImageDataset, ImageLoader, sent
 from pipelines.dataset import ArrayDataset
 
 _HELD_OUT = 10
@@ -26,14 +26,6 @@ _BLACK = -1.0
 
 Images = tuple[Tensor, Tensor]
 """float32 [n, 3, H, W] in [-1, 1], channels_last, on the device; and which pictures they show, int64 [n] on the CPU."""
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU `tensor` on `device`. Nothing waits for a GPU: only from pinned memory is a copy to it not a blocking one.
-
-    PyTorch keeps the pinned memory until the copy is over, and uses it again.
-    """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.representation.architectures import find_architecture
-from engine.representation.pretraining.images import Augmentation, TrainingImages, open_images, sent
+from engine.representation.pretraining.images import Augmentation, TrainingImages, open_images
 from engine.representation.pretraining.recipe import Recipe, one_cycle
 from engine.representation.pretraining.result import PretrainResult
 from engine.representation.pretraining.tasks import Task, make_task
@@ -24,7 +24,7 @@ from engine.training.checkpoint import flatten_optimizer, restore_optimizer
 from engine.training.precision import repeatable
 from engine.training.progress import Progress
 from engine.training.stopping import StopRequest
-from pipelines import ImageDataset
+from pipelines import ImageDataset, sent
 
 log = logging.getLogger("gfmn")
 

@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from engine.representation.architectures import find_architecture
 from engine.representation.pretraining import images as sources
-from engine.representation.pretraining.images import sent
 from engine.representation.pretraining.recipe import Recipe
 from engine.representation.pretraining.tasks import make_task
 from engine.representation.pretraining.training import Pretraining
-from pipelines import open_dataset
+from pipelines import open_dataset, sent
 
 CUDA = torch.device("cuda")
 READS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
