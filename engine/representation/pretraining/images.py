@@ -20,7 +20,8 @@ from pipelines.dataset import ArrayDataset
 _HELD_OUT = 10
 """One image in this many is held out."""
 IN_MEMORY_BYTES = 4 * 2**30
-"""Data sets of up to this many bytes live on the device as one uint8 tensor."""
+"""Data sets of up to this many bytes are one uint8 tensor: on the device, or, of a GPU that has not four times as much
+free, in the CPU's memory, from where every batch is sent."""
 _READING_BATCH = 256
 _BLACK = -1.0
 
@@ -96,7 +97,8 @@ def open_images(
     if isinstance(dataset, ArrayDataset) or dataset.num_pictures * dataset.image_size**2 * 3 <= IN_MEMORY_BYTES:
         images, shown = _read(dataset, loader, progress)
         _check_count(dataset, len(images))
-        return _InMemory(images.to(device), shown, batch_size, seed=seed)
+        fits = device.type != "cuda" or 4 * images.nbytes <= torch.cuda.mem_get_info(device)[0]
+        return _InMemory(images.to(device) if fits else images, shown, batch_size, seed=seed, device=device)
     return _Streamed(dataset, batch_size, seed=seed, device=device, loader=loader)
 
 
@@ -110,10 +112,10 @@ def _check_count(dataset: ImageDataset, count: int) -> None:
 
 
 class _InMemory:
-    """All images as one uint8 tensor on the device, [N, H, W, 3], and the numbers of the pictures, int64 [N]."""
+    """All images as one uint8 tensor [N, H, W, 3], on `device` or on the CPU, and their numbers, int64 [N]."""
 
-    def __init__(self, images: Tensor, shown: Tensor, batch_size: int, *, seed: int):
-        self.images, self.shown, self.batch_size, self.seed = images, shown, batch_size, seed
+    def __init__(self, images: Tensor, shown: Tensor, batch_size: int, *, seed: int, device: torch.device):
+        self.images, self.shown, self.batch_size, self.seed, self.device = images, shown, batch_size, seed, device
         # The same images are held out whatever the seed, so that runs compare.
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
         self.outside, self.inside = order.tensor_split([len(images) // _HELD_OUT])
@@ -132,8 +134,10 @@ class _InMemory:
             yield self._images(chosen)
 
     def _images(self, chosen: Tensor) -> Images:
-        pictures = self.images[sent(chosen, self.images.device)].permute(0, 3, 1, 2)
-        return to_float(pictures), self.shown[chosen]
+        pictures = self.images[sent(chosen, self.images.device)]
+        if pictures.device.type != self.device.type:
+            pictures = sent(pictures, self.device)
+        return to_float(pictures.permute(0, 3, 1, 2)), self.shown[chosen]
 
 
 def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from engine.representation.pretraining.tasks import make_task
 from engine.representation.pretraining.training import Pretraining
 from pipelines import open_dataset, sent
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 READS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero")
 """Operators that give the CPU what only the device knows."""
 
@@ -80,8 +80,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         yield waits
 
 
+@pytest.mark.parametrize("place", [CUDA, CPU], ids=["pictures on the device", "pictures on the CPU"])
 @pytest.mark.parametrize("task", ["classify", "rotate", "autoencode"])
-def test_a_step_waits_for_nothing(task: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_for_nothing(task: str, place: torch.device, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=pictures, labels=np.arange(40) % 2)
     dataset = open_dataset("images", tmp_path / "data.npz", image_size=32)
@@ -89,7 +90,7 @@ def test_a_step_waits_for_nothing(task: str, tmp_path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Tensor, "backward", lambda loss: None)
     with fake_gpu(monkeypatch) as waits:
         source = sources._InMemory(
-            torch.empty(40, 32, 32, 3, dtype=torch.uint8, device=CUDA), torch.arange(40), 8, seed=0
+            torch.empty(40, 32, 32, 3, dtype=torch.uint8, device=place), torch.arange(40), 8, seed=0, device=CUDA
         )
         with CUDA:
             made = make_task(task, find_architecture("vgg-small", 32), dataset)
@@ -98,7 +99,20 @@ def test_a_step_waits_for_nothing(task: str, tmp_path, monkeypatch: pytest.Monke
             pretraining._take_step(images, shown)
     assert pretraining.step == source.steps_per_epoch
     assert waits.found == []
-    assert waits.copies == 3 * pretraining.step  # which images, how they are augmented, their labels
+    # Which images (or the images themselves), how they are augmented, and their labels.
+    assert waits.copies == 3 * pretraining.step
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_pictures_stay_in_the_cpus_memory_where_a_gpu_has_little(fits: bool, tmp_path, monkeypatch) -> None:
+    np.save(tmp_path / "data.npy", np.zeros((40, 16, 16, 3), np.uint8))
+    dataset = open_dataset("images", tmp_path / "data.npy", image_size=16)
+    moved: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * 16 * 16 * 3 * 4 - (not fits), 10**12))
+    monkeypatch.setattr(Tensor, "to", lambda tensor, device: (moved.append(device), tensor)[1])
+    source = sources.open_images(dataset, 8, seed=0, device=CUDA)
+    assert moved == ([CUDA] if fits else [])
+    assert source.images.shape == (40, 16, 16, 3)
 
 
 @pytest.mark.parametrize("blocking", [False, True], ids=["pinned", "pageable"])
@@ -139,7 +153,9 @@ def test_the_optimizer_is_one_kernel_on_a_gpu_alone(task: str, tmp_path, monkeyp
     dataset = open_dataset("images", tmp_path / "data.npz", image_size=32)
 
     def optimizer(device: torch.device) -> torch.optim.Optimizer:
-        source = sources._InMemory(torch.empty(40, 32, 32, 3, dtype=torch.uint8), torch.arange(40), 8, seed=0)
+        source = sources._InMemory(
+            torch.empty(40, 32, 32, 3, dtype=torch.uint8), torch.arange(40), 8, seed=0, device=device
+        )
         with device:
             made = make_task(task, find_architecture("vgg-small", 32), dataset)
         return Pretraining(made, source, None, Recipe(steps=1, batch_size=8), device=device).optimizer
