@@ -17,6 +17,7 @@ from engine.comparison.pooling import POOLS, sizes
 from engine.comparison.reference.bank import FeatureBank
 from engine.comparison.reference.target import fake_target
 from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import amp_dtype, choose_device
@@ -140,12 +141,16 @@ def _outside_steps(config: Config, generator: Generator) -> int:
     # Of another network for Inception's numbers, torchvision's has the same layers; both see images of 299 pixels.
     name = config.validation.evaluate_extractor
     size = _INCEPTION_SIZE if name is None else config.data.image_size
-    judge = fake_copy(make_network(name or "torchvision:inception_v3", size).module, mode)
+    with arguments_as(name="evaluate_extractor"):
+        judge = fake_copy(make_network(name or "torchvision:inception_v3", size).module, mode)
 
     def judging() -> Callable[[], object]:
         return torch.no_grad()(lambda: judge(torch.empty(_JUDGED_AT_ONCE, 3, size, size)))
 
-    judged = track(judging, mode, [judge], gpu_block)
+    try:
+        judged = track(judging, mode, [judge], gpu_block)
+    except (RuntimeError, AssertionError, ValueError):  # it cannot take these images, which `make_validation` says
+        return needed
     return max(needed, judged.weights + judged.peak)
 
 

@@ -114,9 +114,18 @@ def test_drawing_takes_a_copy_of_the_generator_and_its_activations() -> None:
 
 
 def test_the_network_that_evaluates_counts() -> None:
-    config = configuration(evaluate_every=10, evaluate_extractor="vgg-small")
+    config = configuration(evaluate_every=10, evaluate_extractor="vgg19")
     generator = Planner(config).generator
     small = planning._outside_steps(config, generator)
+    alone = planning._outside_steps(configuration(), generator)
+    assert alone < small
+    # What cannot judge these images is refused by name, or later by whoever makes the evaluation.
+    assert (
+        planning._outside_steps(config.replaced({"evaluate_extractor": "torchvision:inception_v3"}), generator) == alone
+    )
+    with pytest.raises(InputError) as error:
+        planning._outside_steps(config.replaced({"evaluate_extractor": "nothing"}), generator)
+    assert error.value.argument == "evaluate_extractor"
     inception = planning._outside_steps(configuration(evaluate_every=10), generator)
     # Its 21.8 million weights or more, and the images of 299 pixels with the first layers' maps of 64 × 147 × 147.
     least = 4 * (21_800_000 + 128 * (3 * 299**2 + 2 * 64 * 147**2))
