@@ -32,7 +32,7 @@ from engine.configuration.command import Parser, arguments_as, memory_advice, ru
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, choose_device, open_data
-from engine.configuration.planning import choose_chunk, print_plans
+from engine.configuration.planning import choose_chunk, planned_device, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
 from engine.configuration.train_command import resume_command
 from engine.support.errors import InputError, Interrupted, WriteError, require
@@ -40,6 +40,7 @@ from engine.support.files import check_file
 from engine.support.pixels import save_png
 from engine.training.checkpoint import Checkpoint
 from engine.training.logbook import plot_metrics
+from engine.training.planner import release_memory
 from engine.training.run_folder import RunFolder, saved_step
 from engine.training.trainer import Trainer
 
@@ -96,14 +97,8 @@ def own_folder(out: str | None, preset: str) -> Iterator[RunFolder]:
         yield run
 
 
-def build(
-    config: Config, asked: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None
-) -> Trainer:
-    """Make everything that a run needs, and start its folder or restore it from `checkpoint`.
-
-    Args:
-        asked: the configuration to keep.
-    """
+def build(config: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None) -> Trainer:
+    """Make everything that a run of `config` needs, and start its folder or restore it from `checkpoint`."""
     target = config.matching.target
     if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
         check_file(target, "no such target file; make one with engine.precompute")
@@ -117,18 +112,19 @@ def build(
     reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was)
     method = make_method(config, generator, extractor, reference)
     # A checkpoint knows its settings: somebody may have changed config.json.
-    fingerprint = {**(reference.fingerprint or {}), **asked.fixed()}
+    fingerprint = {**(reference.fingerprint or {}), **config.fixed()}
     trainer = Trainer(method, make_schedule(config), run, fingerprint, make_validation(config, device))
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
             trainer.restore(checkpoint)
     if run.config.exists():
         run.rewind(trainer.step)
-    run.write_config(asked.to_json())
+    run.write_config(config.to_json())
     run.keep_extractors(pretrained)
     if reference.nbytes <= KEPT_BYTES:
         reference.save(run.target)
     write_bad_images(run.bad_images, reference)
+    release_memory(device)
     log.info("run folder: %s", run.path)
     log.info(
         "%s, %s on %s, %s: %d features of %d images, minibatch %d",
@@ -162,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("training runs in one process; start it without torchrun")
     asked = configure(arguments)
-    device = choose_device(asked.training.device, asked.training.threads, asked.training.float32)
     if arguments.plan:
-        print_plans(asked, device)
+        print_plans(asked, planned_device(asked))
         return
+    device = choose_device(asked.training.device, asked.training.threads, asked.training.float32)
     if asked.validation.evaluate_every is not None:
         require("torch_fidelity", "evaluation")  # rather missing now than after the extractor has been trained
     with own_folder(arguments.out, asked.preset) as run:
@@ -200,7 +196,8 @@ def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
 
 def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None) -> None:
     begun = time.perf_counter()
-    trainer = build(choose_chunk(asked, device), asked, run, device, checkpoint)
+    # What is kept is what "auto" chose: a resumed run takes the same chunk, and so goes on in the same bits.
+    trainer = build(choose_chunk(asked, device), run, device, checkpoint)
     try:
         if trainer.step < asked.training.steps:
             trainer.fit()

@@ -6,10 +6,11 @@ for images, indices in ImageLoader(dataset, 64, device="cuda", shuffle=True, see
 """
 
 from pipelines.dataset import ImageDataset
+from pipelines.device import sent
 from pipelines.digests import cache_folder, cache_is_kept, cached, named_cache_folder, temporary_folder
 from pipelines.errors import BadImage, DataError
 from pipelines.in_memory import read_pixels
-from pipelines.loading.loader import Batch, ImageLoader
+from pipelines.loading.loader import Batch, ImageLoader, release_pools
 from pipelines.registry import DATASETS, open_dataset
 
 __all__ = [
@@ -25,5 +26,7 @@ __all__ = [
     "named_cache_folder",
     "open_dataset",
     "read_pixels",
+    "release_pools",
+    "sent",
     "temporary_folder",
 ]

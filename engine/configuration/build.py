@@ -15,7 +15,7 @@ import torch
 
 from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
 from engine.comparison.distances import MMD, kernels
-from engine.comparison.distances.moments import Moments, check_fingerprint
+from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import OnFeatures
 from engine.comparison.reference.bank import BankKind, FeatureBank
@@ -26,6 +26,7 @@ from engine.comparison.reference.target import MomentsKind
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype, open_data
+from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
 from engine.generation.priors import make_prior
 from engine.methods.matching import Matching
@@ -208,11 +209,13 @@ def make_reference(
             log.warning("warning: %s; it is computed again", error)
         else:
             same = {name: value for name, value in expected.items() if name != "data_decoder"}
-            check_fingerprint(same, found.fingerprint or {}, kept.parent)
+            check_target(config, same, found.fingerprint or {}, kept.parent, extractor.device, resumed=True)
             return found
-    check_fingerprint(expected, was or {}, "target" if kept is None else kept.parent)
-    if config.matching.target is not None:
-        return kind.load(config.matching.target, expected)
+    check_target(config, expected, was or {}, "target" if kept is None else kept.parent, extractor.device, resumed=True)
+    if (given := config.matching.target) is not None:
+        found = kind.load(given)
+        check_target(config, expected, found.fingerprint or {}, Path(given), extractor.device)
+        return found
     return cached_reference(
         kind,
         extractor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +17,24 @@ from engine.comparison.pooling import POOLS, sizes
 from engine.comparison.reference.bank import FeatureBank
 from engine.comparison.reference.target import fake_target
 from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
-from engine.configuration.inputs import amp_dtype
+from engine.configuration.inputs import amp_dtype, choose_device
 from engine.generation.networks import Generator
-from engine.generation.priors import Noise
+from engine.generation.priors import Noise, make_prior
+from engine.generation.sampling import Sampler
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import RECOMPUTE
+from engine.representation.zoo import make_network
 from engine.support.errors import InputError
 from engine.training.planner import (
+    GPU_LIBRARIES,
     FakeMode,
     Footprint,
     available_memory,
     fake_copy,
+    gpu_block,
     memory_limit,
     num_bytes,
     shown_bytes,
@@ -36,10 +42,12 @@ from engine.training.planner import (
 )
 from kernels import reference
 
+log = logging.getLogger("gfmn")
+
 # All chunks but the first of a pass need the same memory: more of them only take time to model.
 _MODELLED_CHUNKS = 3
 # What a run takes of the memory that is free where no budget is given. The model is within a tenth of the allocator's
-# peak, and knows nothing of what lies outside it (CUDA's context, workspaces of libraries, the loader's images).
+# peak, and knows nothing of its fragmentation, nor of what other programs begin to take.
 _SHARE_OF_FREE = 0.85
 
 _NOTICEABLE = 256
@@ -49,6 +57,13 @@ TIME_MODEL = (
     "relative time: forward and backward of the whole minibatch = 1, two or more chunks + 0.5, stages + 0.5; "
     "the generator's second forward is not counted"
 )
+_INCEPTION_SIZE, _JUDGED_AT_ONCE = 299, 128
+"""Side of the images that Inception sees; images of `EvaluationNetwork.features` at a time."""
+_LAUNCHES = {False: 512, True: 64}
+"""Images of a chunk that a GPU computes for as long as launching the chunk's kernels takes, without and with a CUDA
+graph: estimated, 6 to 10 ms of launches against 1.2 to 1.6 ms of kernels for 64 images of the paper's pair."""
+
+CPU = torch.device("cpu")
 
 
 def _fake_reference(config: Config, extractor: Extractor) -> Any:
@@ -60,18 +75,21 @@ def _fake_reference(config: Config, extractor: Extractor) -> Any:
     return fake_target(extractor.num_features)
 
 
-def predict(config: Config, generator: Generator, extractor: Extractor) -> Footprint:
+def predict(config: Config, generator: Generator, extractor: Extractor, device: torch.device = CPU) -> Footprint:
     """The footprint of training as `config` says, on tensors of no memory, in about a second.
 
-    It models the fused kernels, or with `--kernels reference` the plain ones and what they allocate. On CUDA the
-    allocator rounds every block up, which adds a few percent. Under `--device cuda` PyTorch may choose other kernels
-    than on a CPU, with other layouts and workspaces: neither is modelled.
+    It models the fused kernels, or with `--kernels reference` the plain ones and what they allocate. For a GPU it
+    rounds as the allocator does, and adds libraries' workspaces and, beside the pool of a step that is captured in a
+    CUDA graph, what samples and evaluations need (`Footprint.beside`). PyTorch may choose other kernels there than on
+    a CPU, with other layouts: that is not modelled.
 
     Args:
         config: `chunk_size` must be a number or None.
         generator, extractor: on the CPU, of the right shapes; they are only looked at.
+        device: where training is to run.
     """
-    mode = FakeMode()
+    mode, on_gpu = FakeMode(), device.type == "cuda"
+    block = gpu_block if on_gpu else int
     dtype = amp_dtype(config)
     backend = _plain_kernels() if config.matching.backend == "reference" else reference
     options: dict[str, Any] = {"kernels": backend, "max_chunks": _MODELLED_CHUNKS}
@@ -88,11 +106,52 @@ def predict(config: Config, generator: Generator, extractor: Extractor) -> Footp
         method = make_method(config, fake_generator, fake_extractor, known, **options)
         return functools.partial(method.step, None, Noise(config.training.seed))
 
-    footprint = track(build, mode, [fake_generator, fake_extractor])
+    footprint = track(build, mode, [fake_generator, fake_extractor], block)
     # The moving average of the generator is one copy of it; the low-precision copy of the extractor was there before.
-    extra = num_bytes(generator) if config.training.generator_ema is not None else 0
-    extra += 0 if dtype is None else num_bytes(fake_extractor)
-    return Footprint(num_bytes(generator, extractor), footprint.between_steps + extra, footprint.peak + extra)
+    extra = num_bytes(generator, block=block) if config.training.generator_ema is not None else 0
+    extra += 0 if dtype is None else num_bytes(fake_extractor, block=block)
+    weights = num_bytes(generator, extractor, block=block)
+    between, peak = footprint.between_steps + extra, footprint.peak + extra
+    if not on_gpu:
+        return Footprint(weights, between, peak)
+    apart = _outside_steps(config, generator)
+    if not is_captured(config):  # then what a step has freed serves
+        apart = max(between + apart - peak, 0)
+    return Footprint(weights, between, peak, apart + sum(GPU_LIBRARIES.values()))
+
+
+def is_captured(config: Config) -> bool:
+    """Whether a step on a GPU is replayed from a CUDA graph, as far as settings tell."""
+    return config.flat().get("cuda_graph") is not False and config.matching.backend in ("auto", "triton")
+
+
+def _outside_steps(config: Config, generator: Generator) -> int:
+    """Bytes that drawing samples, or evaluating them, takes of a GPU while no step runs, whichever is more."""
+    mode, networks = FakeMode(), config.networks
+    sampler = Sampler(make_prior(networks.prior, networks.nz), generator, networks.sample_bn == "batch")
+    copied = fake_copy(generator, mode).train(sampler.batch_statistics)
+
+    def sampling() -> Callable[[], object]:
+        return torch.no_grad()(lambda: copied(torch.empty(sampler.batch_size, networks.nz)))
+
+    drawn = track(sampling, mode, [copied], gpu_block)
+    needed = drawn.weights + drawn.peak
+    if config.validation.evaluate_every is None:
+        return needed
+    # Of another network for Inception's numbers, torchvision's has the same layers; both see images of 299 pixels.
+    name = config.validation.evaluate_extractor
+    size = _INCEPTION_SIZE if name is None else config.data.image_size
+    with arguments_as(name="evaluate_extractor"):
+        judge = fake_copy(make_network(name or "torchvision:inception_v3", size).module, mode)
+
+    def judging() -> Callable[[], object]:
+        return torch.no_grad()(lambda: judge(torch.empty(_JUDGED_AT_ONCE, 3, size, size)))
+
+    try:
+        judged = track(judging, mode, [judge], gpu_block)
+    except (RuntimeError, AssertionError, ValueError):  # it cannot take these images, which `make_validation` says
+        return needed
+    return max(needed, judged.weights + judged.peak)
 
 
 def _plain_kernels() -> Any:
@@ -108,6 +167,8 @@ class Plan:
     Attributes:
         chunk_size, recompute, recompute_generator: as in the configuration.
         footprint: modelled.
+        batch_size: images in a minibatch.
+        launches: a chunk takes at least as long as one of so many images.
         relative_time: modelled, of a step (see `TIME_MODEL`).
     """
 
@@ -115,21 +176,30 @@ class Plan:
     recompute: str
     recompute_generator: bool
     footprint: Footprint
+    batch_size: int
+    launches: int = 0
 
     @property
     def relative_time(self) -> float:
         """See `TIME_MODEL`."""
-        return 1 + 0.5 * (self.chunk_size is not None) + 0.5 * (self.recompute == "stages")
+        chunks = -(-self.batch_size // (self.chunk_size or self.batch_size))
+        launched = max(self.batch_size, chunks * self.launches) / max(self.batch_size, self.launches)
+        return launched * (1 + 0.5 * (self.chunk_size is not None) + 0.5 * (self.recompute == "stages"))
 
 
 class Planner:
     """Predictions for one configuration, each made once.
 
     The networks are built with random weights on the CPU: what is in them does not matter.
+
+    Args:
+        config: what to plan.
+        device: where it is to run.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, device: torch.device = CPU):
+        self.config, self.device = config, device
+        self.launches = _LAUNCHES[is_captured(config)] if device.type == "cuda" else 0
         self.generator = make_generator(config)
         self.extractor = bare_extractor(config)
         self.plan = functools.cache(self._plan)
@@ -138,8 +208,16 @@ class Planner:
         config = self.config.replaced(
             {"chunk_size": chunk_size, "recompute": recompute, "recompute_generator": recompute_generator}
         )
-        footprint = predict(config, self.generator, self.extractor)
-        return Plan(chunk_size, recompute, recompute_generator, footprint)
+        footprint = predict(config, self.generator, self.extractor, self.device)
+        batch = config.training.batch_size
+        return Plan(chunk_size, recompute, recompute_generator, footprint, batch, self.launches)
+
+    @property
+    def time_model(self) -> str:
+        """What `Plan.relative_time` is, for people."""
+        if not self.launches:
+            return TIME_MODEL
+        return f"{TIME_MODEL}; a chunk takes at least as long as one of {self.launches} images, to launch its kernels"
 
     def configured(self, chunk_size: int | None) -> Plan:
         """The configuration's own, but for the chunk."""
@@ -176,16 +254,28 @@ class Planner:
 
 def choose_chunk(config: Config, device: torch.device) -> Config:
     """`config` with a number in place of `--chunk-size auto`; InputError if it cannot fit `--memory-budget`, or all the
-    memory of a machine without a GPU."""
+    memory of a machine without a GPU.
+
+    To be asked before anything is on a GPU: what comes there before training is either part of the model (the networks,
+    the target) or given back (`release_memory`).
+    """
     automatic = config.matching.chunk_size == "auto"
     if not automatic and config.matching.memory_budget is None:
         if device.type == "cpu":
             _check_machine(config)
         return config
-    planner = Planner(config)
+    planner = Planner(config, device)
     budget = budget_bytes(config, device)
     if automatic:
-        return config.replaced({"chunk_size": planner.largest_chunk(budget).chunk_size})
+        plan = planner.largest_chunk(budget)
+        if plan.chunk_size is not None and plan.chunk_size < planner.launches:
+            log.info(
+                "--chunk-size auto: %d images fit, and a GPU waits for the launches of chunks below %d (modelled); "
+                "--plan lists what fits more",
+                plan.chunk_size,
+                planner.launches,
+            )
+        return config.replaced({"chunk_size": plan.chunk_size})
     needed = planner.configured(cast("int | None", config.matching.chunk_size)).footprint.total
     if needed > budget:
         raise InputError(
@@ -221,19 +311,38 @@ def budget_bytes(config: Config, device: torch.device) -> int:
     return int(_SHARE_OF_FREE * free)
 
 
+def planned_device(config: Config) -> torch.device:
+    """The device to plan for: that of the run, or a GPU that is not here if `--device cuda` asks for one.
+
+    InputError if nothing tells how much memory that one has.
+    """
+    training = config.training
+    if training.device != "cuda" or torch.cuda.is_available():
+        return choose_device(training.device, training.threads, training.float32)
+    if config.matching.memory_budget is None:
+        raise InputError("memory_budget", "there is no GPU here to ask; give what it has, such as 80GiB")
+    return torch.device("cuda")
+
+
 def print_plans(config: Config, device: torch.device) -> None:
     """The table of `--plan`, on standard output."""
-    planner = Planner(config)
+    planner = Planner(config, device)
     budget = budget_bytes(config, device)
     batch = config.training.batch_size
     networks = config.networks
     low = amp_dtype(config)
     weights = num_bytes(planner.generator, planner.extractor)
+    included = f"weights included ({shown_bytes(weights)})"
+    if device.type == "cuda":
+        libraries = sum(GPU_LIBRARIES.values())
+        included += (
+            f", and what must be free beside it for libraries ({shown_bytes(libraries)}), samples and evaluations"
+        )
     print(
         f"{networks.extractor} at {config.data.image_size}×{config.data.image_size}, {networks.generator} generator, "
         f"minibatch {batch}, {'float32' if low is None else str(low).removeprefix('torch.')}. Everything is modelled, "
-        f"nothing measured.\npeak: bytes in a step, weights included ({shown_bytes(weights)}); "
-        f"{TIME_MODEL}.\nbudget: {shown_bytes(budget)}"
+        f"nothing measured.\npeak: bytes in a step, {included}; "
+        f"{planner.time_model}.\nbudget: {shown_bytes(budget)}"
         + ("" if config.matching.memory_budget else f" ({_SHARE_OF_FREE:.0%} of what is free)")
     )
     print(f"{'chunk':>7}  {'recompute':<10}  {'generator':<12}  {'peak (modelled)':>15}  {'time (modelled)':>15}  fits")

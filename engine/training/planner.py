@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -24,8 +25,20 @@ from torch.utils._pytree import tree_iter
 
 from engine.support.errors import InputError
 from engine.support.files import total_memory
+from pipelines import release_pools
 
 _GROUP = Path("/sys/fs/cgroup")
+
+GPU_LIBRARIES = {
+    # cuBLAS's documented size for Hopper (4 MiB before): one for the stream of the step, one for that of its capture.
+    "cuBLAS's workspaces": 2 * 32 * 2**20,
+    # Nothing is documented: what the step's convolutions ask for, and code that is loaded at their first use. Assumed.
+    "cuDNN's workspaces and code": 256 * 2**20,
+    # Of each pool of PyTorch's allocator, the eager one and the graph's, the segments that are partly used:
+    # one of 2 MiB (kSmallBuffer) and one of 20 MiB.
+    "partly used segments": 2 * (2 + 20) * 2**20,
+}
+"""Bytes of a GPU that training needs besides its tensors: modelled, not measured."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +52,28 @@ class Footprint:
             gradients.
         peak: the most that is there at the same time during a step besides the weights: `between_steps`, images,
             activations, moments, coefficients, gradients, and what operators return to each other.
+        beside: on a GPU, what must be free besides: for libraries, and for what cannot use the step's memory.
     """
 
     weights: int
     between_steps: int
     peak: int
+    beside: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes with the weights."""
-        return self.weights + self.peak
+        """Bytes of all together."""
+        return self.weights + self.peak + self.beside
+
+
+def gpu_block(size: int) -> int:
+    """Bytes that PyTorch's allocator takes of a GPU for a tensor of `size` bytes.
+
+    A multiple of 512 bytes, and from 10 MiB on of 2 MiB (c10/core/AllocatorConfig.h: kMinBlockSize, kMinLargeAlloc,
+    kRoundLarge).
+    """
+    unit = 2 * 2**20 if size >= 10 * 2**20 else 512
+    return -(-size // unit) * unit
 
 
 class FakeMode(FakeTensorMode):
@@ -64,14 +89,18 @@ class StorageTracker(TorchDispatchMode):
     Views share their storage and in-place operators make none. What an operator allocates for itself and frees before
     it returns is not seen: neither a library's workspaces, nor PyTorch's own kernels from the inside.
 
+    Args:
+        ignored: their storages don't count.
+        block: bytes that a storage of so many bytes takes.
+
     Attributes:
         now, peak: bytes.
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = ()):
-        """Storages of `ignored` don't count."""
+    def __init__(self, ignored: Iterable[Tensor] = (), block: Callable[[int], int] = int):
         super().__init__()
         self.now = self.peak = 0
+        self.block = block
         self.known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +116,7 @@ class StorageTracker(TorchDispatchMode):
         if storage in self.known:
             return
         self.known.add(storage)
-        size = storage.nbytes()
+        size = self.block(storage.nbytes())
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._gone, size)
@@ -109,26 +138,43 @@ def fake_copy(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
     return copy.deepcopy(module, memo)
 
 
-def num_bytes(*modules: nn.Module) -> int:
-    """Of all parameters and buffers."""
-    return sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
+def num_bytes(*modules: nn.Module, block: Callable[[int], int] = int) -> int:
+    """Of all parameters and buffers, each of which takes `block` of its bytes."""
+    return sum(block(tensor.nbytes) for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
-def track(build: Callable[[], Callable[[], object]], mode: FakeTensorMode, weights: Sequence[nn.Module]) -> Footprint:
+def track(
+    build: Callable[[], Callable[[], object]],
+    mode: FakeTensorMode,
+    weights: Sequence[nn.Module],
+    block: Callable[[int], int] = int,
+) -> Footprint:
     """The footprint of the step that `build()` returns, from its second call: then all optimizer state exists.
 
     Args:
         build: runs under `mode`; makes everything that a step needs besides `weights`, on fake tensors.
         weights: modules with fake tensors, which don't count.
+        block: bytes that a tensor of so many bytes takes.
     """
     tensors = [tensor for module in weights for tensor in (*module.parameters(), *module.buffers())]
-    tracker = StorageTracker(tensors)
+    tracker = StorageTracker(tensors, block)
     with mode, tracker:
         step = build()
         step()
         tracker.peak = between_steps = tracker.now
         step()
-    return Footprint(sum(tensor.nbytes for tensor in tensors), between_steps, tracker.peak)
+    return Footprint(num_bytes(*weights, block=block), between_steps, tracker.peak)
+
+
+def release_memory(device: torch.device) -> None:
+    """Before training: give back to a GPU what PyTorch and DALI keep of pretraining and of the statistics pass.
+
+    PyTorch would use its own again, but not for a CUDA graph, whose pool is apart; DALI's pools are no part of either.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        release_pools()
 
 
 def memory_limit() -> int:

@@ -121,13 +121,14 @@ class FileDecoder:
         try:
             self._chunks = self._read_ahead(batches)
             parts: list[tuple[torch.Tensor, np.ndarray]] = []
-            for chunk, output in self._decoded():
-                say_first_frame(self._animations)
-                parts.append(self._assemble(chunk, output))
-                if chunk.ends_batch:
-                    images, indices = zip(*parts, strict=True)
-                    yield (images[0] if len(images) == 1 else torch.cat(images)), np.concatenate(indices)
-                    parts = []
+            with OutputCollector(self.device) as collect:
+                for chunk, output in self._decoded(collect):
+                    say_first_frame(self._animations)
+                    parts.append(self._assemble(chunk, output))
+                    if chunk.ends_batch:
+                        images, indices = zip(*parts, strict=True)
+                        yield (images[0] if len(images) == 1 else torch.cat(images)), np.concatenate(indices)
+                        parts = []
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -160,12 +161,11 @@ class FileDecoder:
                 samples.append(BadImage(self.dataset.files.where(picture), one_line(error)))
         return samples
 
-    def _decoded(self) -> Iterator[tuple[Chunk, torch.Tensor | None]]:
+    def _decoded(self, collect: OutputCollector) -> Iterator[tuple[Chunk, torch.Tensor | None]]:
         """Every chunk with the images that DALI made of its plain pictures (None if it has none)."""
         size, crop = self.dataset.image_size, self.dataset.preprocessing.center_crop
         decoder = "mixed" if self.device.type == "cuda" else "cpu"
         arguments = pipeline_arguments(self.device, CHUNK_IMAGES, self.workers)
-        collect = OutputCollector(self.device)
         pipeline = None
         self._upcoming = next(self._chunks, None)
         while self._upcoming is not None or self._fed:

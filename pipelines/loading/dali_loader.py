@@ -98,16 +98,16 @@ def _arrays(
     else:
         arguments = pipeline_arguments(device, 1, workers)
         pipeline = sequence_pipeline(lambda: next(feed)[0][np.newaxis], on_gpu, **arguments)
-    collect = OutputCollector(device)
     remaining = iter(batches)
-    for block in blocks:
-        (output,) = pipeline.run()
-        images = collect(output).view(len(block), 3, *dataset.images.shape[1:3])
-        start = 0
-        while start < len(block):
-            indices = next(remaining)
-            yield images[start : start + len(indices)], indices
-            start += len(indices)
+    with OutputCollector(device) as collect:
+        for block in blocks:
+            (output,) = pipeline.run()
+            images = collect(output).view(len(block), 3, *dataset.images.shape[1:3])
+            start = 0
+            while start < len(block):
+                indices = next(remaining)
+                yield images[start : start + len(indices)], indices
+                start += len(indices)
 
 
 def _array_block(dataset: ArrayDataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,12 +120,23 @@ class OutputCollector:
     """Turns DALI's outputs into tensors that stay valid for as long as the caller keeps them.
 
     On a CPU the tensor shares (and owns) DALI's memory. On CUDA it is copied on the current stream, and DALI's buffer
-    is held until that copy is known to be over, so nothing waits for the device.
+    is held until that copy is known to be over, which is no wait after `PREFETCH` more outputs. Used in a `with` block:
+    at its end all copies are over, before the next pipeline gets the buffers.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._held: deque[tuple[torch.cuda.Event, Any]] = deque()
+
+    def __enter__(self) -> OutputCollector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release(0)
+
+    def _release(self, keep: int) -> None:
+        while len(self._held) > keep:
+            self._held.popleft()[0].synchronize()
 
     def __call__(self, output: Any) -> torch.Tensor:
         """TensorList of n images → float32 [n, 3, H, W] on the device."""
@@ -136,6 +147,5 @@ class OutputCollector:
         event = torch.cuda.Event()
         event.record()
         self._held.append((event, output))
-        while len(self._held) > PREFETCH:
-            self._held.popleft()[0].synchronize()
+        self._release(PREFETCH)
         return images

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
 from pipelines.decoding.pil import load, say_first_frame
+from pipelines.device import sent
 from pipelines.errors import BadImage
 from pipelines.pixels import to_float_
 
@@ -45,7 +46,7 @@ def normalise(pictures: torch.Tensor, mirrored: np.ndarray) -> torch.Tensor:
     if mirrored.all():
         images = images.flip(3)
     elif mirrored.any():
-        chosen = torch.from_numpy(np.flatnonzero(mirrored)).to(images.device)
+        chosen = sent(torch.from_numpy(np.flatnonzero(mirrored)), images.device)
         images[chosen] = images[chosen].flip(3)
     return to_float_(images)
 
@@ -59,7 +60,7 @@ def _slices(
         if is_range(pictures):
             images = pictures_on_device[pictures[0] : pictures[-1] + 1]
         else:
-            images = pictures_on_device[torch.from_numpy(pictures).to(device)]
+            images = pictures_on_device[sent(torch.from_numpy(pictures), device)]
         yield normalise(images, mirrored), indices
 
 
@@ -129,4 +130,4 @@ def _decoded(
         bad_images.update(bad)
         kept = indices[~np.isin(indices % dataset.num_pictures, list(bad))] if bad else indices
         _, mirrored = dataset.pictures(kept)
-        yield normalise(torch.from_numpy(pictures).to(device), mirrored), kept
+        yield normalise(sent(torch.from_numpy(pictures), device), mirrored), kept

@@ -14,13 +14,14 @@ from torch import Tensor
 from engine.support.errors import InputError
 from engine.support.pixels import to_float, to_uint8
 from engine.training.progress import Progress
-from pipelines import ImageDataset, ImageLoader
+from pipelines import ImageDataset, ImageLoader, sent
 from pipelines.dataset import ArrayDataset
 
 _HELD_OUT = 10
 """One image in this many is held out."""
 IN_MEMORY_BYTES = 4 * 2**30
-"""Data sets of up to this many bytes live on the device as one uint8 tensor."""
+"""Data sets of up to this many bytes are one uint8 tensor: on the device, or, of a GPU that has not four times as much
+free, in the CPU's memory, from where every batch is sent."""
 _READING_BATCH = 256
 _BLACK = -1.0
 
@@ -43,14 +44,16 @@ class Augmentation:
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augment `images` [n, 3, H, W]; the random numbers come from `generator`, a CPU generator."""
         count, _, height, width = images.shape
-        pad = self.padding
-        top, left = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        mirrored = torch.rand((count, 1), generator=generator) < (0.5 if self.flip else 0.0)
-        rows = top + torch.arange(height)
-        columns = left + torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width))
-        rows, columns = rows.to(images.device), columns.to(images.device)
+        pad, device = self.padding, images.device
+        offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+        mirrored = torch.rand((1, count, 1), generator=generator) < (0.5 if self.flip else 0.0)
+        # One copy of three numbers an image; what follows from them is computed on the device.
+        top, left, mirrored = sent(torch.cat([offsets, mirrored]), device)
+        across = torch.arange(width, device=device)
+        rows = top + torch.arange(height, device=device)
+        columns = left + torch.where(mirrored.bool(), across.flip(0), across)
         padded = F.pad(images, (pad, pad, pad, pad), value=_BLACK).permute(0, 2, 3, 1)
-        every = torch.arange(count, device=images.device)[:, None, None]
+        every = torch.arange(count, device=device)[:, None, None]
         # One gather in the order (N, H, W, C): crop and flip at once, and channels_last without a copy.
         return padded[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -94,7 +97,8 @@ def open_images(
     if isinstance(dataset, ArrayDataset) or dataset.num_pictures * dataset.image_size**2 * 3 <= IN_MEMORY_BYTES:
         images, shown = _read(dataset, loader, progress)
         _check_count(dataset, len(images))
-        return _InMemory(images.to(device), shown, batch_size, seed=seed)
+        fits = device.type != "cuda" or 4 * images.nbytes <= torch.cuda.mem_get_info(device)[0]
+        return _InMemory(images.to(device) if fits else images, shown, batch_size, seed=seed, device=device)
     return _Streamed(dataset, batch_size, seed=seed, device=device, loader=loader)
 
 
@@ -108,10 +112,10 @@ def _check_count(dataset: ImageDataset, count: int) -> None:
 
 
 class _InMemory:
-    """All images as one uint8 tensor on the device, [N, H, W, 3], and the numbers of the pictures, int64 [N]."""
+    """All images as one uint8 tensor [N, H, W, 3], on `device` or on the CPU, and their numbers, int64 [N]."""
 
-    def __init__(self, images: Tensor, shown: Tensor, batch_size: int, *, seed: int):
-        self.images, self.shown, self.batch_size, self.seed = images, shown, batch_size, seed
+    def __init__(self, images: Tensor, shown: Tensor, batch_size: int, *, seed: int, device: torch.device):
+        self.images, self.shown, self.batch_size, self.seed, self.device = images, shown, batch_size, seed, device
         # The same images are held out whatever the seed, so that runs compare.
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
         self.outside, self.inside = order.tensor_split([len(images) // _HELD_OUT])
@@ -130,8 +134,10 @@ class _InMemory:
             yield self._images(chosen)
 
     def _images(self, chosen: Tensor) -> Images:
-        pictures = self.images[chosen.to(self.images.device)].permute(0, 3, 1, 2)
-        return to_float(pictures), self.shown[chosen]
+        pictures = self.images[sent(chosen, self.images.device)]
+        if pictures.device.type != self.device.type:
+            pictures = sent(pictures, self.device)
+        return to_float(pictures.permute(0, 3, 1, 2)), self.shown[chosen]
 
 
 def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, Tensor]:
@@ -169,8 +175,9 @@ class _Streamed:
         self.loader.epoch = number
         for batch in self.loader.batches(first):
             pictures = self.dataset.pictures(batch.indices.numpy())[0]
-            inside = torch.from_numpy(~self.is_outside[pictures])
-            yield batch.images[inside.to(batch.images.device)], torch.from_numpy(pictures)[inside]
+            # Places, not a mask: how many images a mask on a GPU keeps, only the GPU knows.
+            inside = torch.from_numpy(np.flatnonzero(~self.is_outside[pictures]))
+            yield batch.images[sent(inside, batch.images.device)], torch.from_numpy(pictures)[inside]
 
     def held_out(self) -> Iterator[Images]:
         self.outside.epoch = 0

@@ -96,8 +96,9 @@ class Rotate(_Scores):
         """One quarter of the batch for each turn: the batches are random already."""
         quarters = images.tensor_split(4)
         turned = torch.cat([quarter.rot90(turns, (2, 3)) for turns, quarter in enumerate(quarters)])
-        counts = torch.tensor([len(quarter) for quarter in quarters])
-        classes = torch.arange(4).repeat_interleave(counts).to(images.device)
+        classes = torch.cat(
+            [torch.full((len(quarter),), turns, device=images.device) for turns, quarter in enumerate(quarters)]
+        )
         return turned.contiguous(memory_format=torch.channels_last), classes
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:

@@ -235,7 +235,7 @@ def test_auto_trains_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.Monk
     flags = """--weights random --batch-size 4 --layers 2 --kernels reference --loader torch --steps 1 --device cpu
         --threads 1 --recompute stages --recompute-generator --chunk-size auto --memory-budget 4GiB"""
     train.main([*flags.split(), "--out", str(run)])
-    assert json.loads((run / "config.json").read_text())["matching"]["chunk_size"] == "auto"
+    assert json.loads((run / "config.json").read_text())["matching"]["chunk_size"] is None
     train.main(f"--resume --out {run} --steps 2 --chunk-size 2 --memory-budget 2GiB --recompute none".split())
     matching = Config.load(run / "config.json").matching
     assert (matching.chunk_size, matching.memory_budget, matching.recompute) == (2, "2GiB", "none")
