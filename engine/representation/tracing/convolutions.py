@@ -1,5 +1,7 @@
 """Frozen convolutions on a CPU: oneDNN's, which apply the activation while they store the result.
 
+Maps of a few pixels are left to `engine.representation.tracing.small_maps`, which is faster there.
+
 Collecting a tap's moments then only reads it. Nothing is kept for backward: the gradient with respect to the input of a
 frozen convolution needs its weights alone, so the input itself (a pooling's output, say) can be freed.
 """
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 
+from engine.representation.tracing import small_maps
 from engine.representation.tracing.tap import TapSite, is_visit
 
 # oneDNN's names and numbers for our activations.
@@ -92,6 +95,8 @@ class FrozenConv2d(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         """The same without a record for backward."""
         conv = self.conv
+        if small_maps.pays(conv, x.shape):
+            return small_maps.convolve(conv, x, self.epilogue)
         return torch.ops.mkldnn._convolution_pointwise(
             x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *self.epilogue, ""
         )
@@ -99,6 +104,8 @@ class FrozenConv2d(nn.Module):
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """∂L/∂x [`shape`] of the convolution alone, from ∂L/∂(its result)."""
         conv = self.conv
+        if small_maps.pays(conv, shape):
+            return small_maps.input_gradient(conv, grad, shape)
         # Of x only the shape is needed, but a tensor without memory of its own would be filled.
         x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
         return torch.ops.aten.convolution_backward(
