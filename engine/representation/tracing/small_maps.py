@@ -118,7 +118,7 @@ def _seen(size: int, kernel: int, stride: int, padding: int) -> tuple[tuple[slic
 
 @functools.cache
 def _seeing(size: int, kernel: int, stride: int, padding: int) -> tuple[tuple[slice, list[int]], ...]:
-    """For every input coordinate of one axis, the output coordinates made of it, and the tap that each meets it with."""
+    """For every input coordinate of one axis, the output coordinates made of it, and by which tap each."""
     found = []
     for p in range(size):
         taps = {q: p - (q * stride - padding) for q in range((size + 2 * padding - kernel) // stride + 1)}
