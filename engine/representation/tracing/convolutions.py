@@ -1,8 +1,8 @@
 """Frozen convolutions, of whose input backward needs the shape alone.
 
 On a CPU they are oneDNN's, which apply the activation while they store the result: collecting a tap's moments then only
-reads it. Elsewhere they leave their bias to the tap, whose kernel reads and writes every activation anyway; cuDNN's
-would add it in a kernel of its own.
+reads it. Maps of a few pixels are left to `small_maps`, which is faster there. Elsewhere convolutions leave their bias
+to the tap, whose kernel reads and writes every activation anyway; cuDNN's would add it in a kernel of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 
+from engine.representation.tracing import small_maps
 from engine.representation.tracing.tap import TapSite, is_visit
 
 # oneDNN's names and numbers for our activations.
@@ -149,6 +150,8 @@ class FusedConv2d(FrozenConv2d):
     def run(self, x: Tensor) -> Tensor:
         """The activation of the convolution, [N, C, H, W] to [N, C', H', W']."""
         conv = self.conv
+        if small_maps.pays(conv, x.shape):
+            return small_maps.convolve(conv, x, self.epilogue)
         return torch.ops.mkldnn._convolution_pointwise(
             x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *self.epilogue, ""
         )
@@ -156,6 +159,8 @@ class FusedConv2d(FrozenConv2d):
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """∂L/∂x [`shape`] from ∂L/∂(the convolution's own result)."""
         conv = self.conv
+        if small_maps.pays(conv, shape):
+            return small_maps.input_gradient(conv, grad, shape)
         # Of x only the shape is needed, but a tensor without memory of its own would be filled.
         x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
         return torch.ops.aten.convolution_backward(
