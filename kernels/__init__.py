@@ -134,8 +134,11 @@ def relu_moments(
     select("auto", x.device, x.dtype).relu_moments(x, mean, m2, count, bias, residual, activation)
 
 
-def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
-    """In place, `grad ← (grad + a + b·y) · activation'(y)`: the gradient with respect to the input of `relu_moments`.
+def relu_moments_backward(
+    grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu", shortcut: Tensor | None = None
+) -> None:
+    """In place, `grad ← (grad + shortcut + a + b·y) · activation'(y)`: the gradient with respect to the input of
+    `relu_moments`.
 
     The derivative is y > 0 for "relu", 0 < y < 6 for "relu6" and 1 for "none" (docs/method.md, identity 1).
 
@@ -144,8 +147,9 @@ def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activat
         y: what `relu_moments` left in x; only read.
         a, b: [F], from `averager_step`, in the memory order of y.
         activation: as in `relu_moments`.
+        shortcut: the gradient that came around the next layers, laid out as y; only read.
     """
-    select("auto", y.device, y.dtype).relu_moments_backward(grad, y, a, b, activation)
+    select("auto", y.device, y.dtype).relu_moments_backward(grad, y, a, b, activation, shortcut)
 
 
 def averager_step(

@@ -26,7 +26,9 @@ _SCHEMAS = {
         "(Tensor(a!) x, Tensor(b!) mean, Tensor(c!) m2, SymInt count, Tensor? bias=None, Tensor? residual=None, "
         "str activation='relu') -> ()"
     ),
-    "relu_moments_backward": "(Tensor(a!) grad, Tensor y, Tensor a, Tensor b, str activation='relu') -> ()",
+    "relu_moments_backward": (
+        "(Tensor(a!) grad, Tensor y, Tensor a, Tensor b, str activation='relu', Tensor? shortcut=None) -> ()"
+    ),
     "dataset_moments": (
         "(Tensor(a!) x, Tensor(b!) mean, Tensor(c!) m2, SymInt count, Tensor? bias=None, Tensor? residual=None, "
         "str activation='relu', SymInt images=0) -> ()"
@@ -96,9 +98,13 @@ def _check_relu_moments(
         _check_alike("residual", residual, x)
 
 
-def _check_relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
+def _check_relu_moments_backward(
+    grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu", shortcut: Tensor | None = None
+) -> None:
     shape = _check_activations("grad", grad, activation)
     _check_alike("y", y, grad)
+    if shortcut is not None:
+        _check_alike("shortcut", shortcut, grad)
     _check_buffer("a", a, shape, accumulation_dtype(y.dtype), y.device)
     _check_buffer("b", b, shape, a.dtype, y.device)
 

@@ -56,9 +56,12 @@ def moments_kernel(
 
 
 @Kernel
-def backward_kernel(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str) -> None:
-    """grad ← (grad + a + b·y) · activation'(y), [N, F]."""
-    gradient = grad.to(a.dtype) + a + b * y.to(a.dtype)
+def backward_kernel(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, shortcut: Tensor | None, activation: str) -> None:
+    """grad ← (grad + shortcut + a + b·y) · activation'(y), [N, F]."""
+    gradient = grad.to(a.dtype)
+    if shortcut is not None:
+        gradient = gradient + shortcut
+    gradient = gradient + a + b * y.to(a.dtype)
     if activation == "relu":
         gradient = torch.where(y > 0, gradient, 0)
     elif activation == "relu6":
@@ -118,12 +121,15 @@ def relu_moments(
 
 @operator("compiled")
 @torch.no_grad()
-def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
+def relu_moments_backward(
+    grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu", shortcut: Tensor | None = None
+) -> None:
     """See `kernels.relu_moments_backward`."""
-    rows, key = feature_rows(grad), (y.dtype, activation)
+    rows, key = feature_rows(grad), (y.dtype, activation, shortcut is None)
     parts = _slices(rows)
-    for part, values in zip(parts, _slices(feature_rows(y)), strict=True):
-        backward_kernel(part.numel(), key, part, values, a, b, activation)
+    shortcuts = (None,) * len(parts) if shortcut is None else _slices(feature_rows(shortcut))
+    for part, values, around in zip(parts, _slices(feature_rows(y)), shortcuts, strict=True):
+        backward_kernel(part.numel(), key, part, values, a, b, around, activation)
     if rows.shape[0] == 1:
         rows.copy_(parts[0][:1])
 

@@ -38,11 +38,16 @@ def relu_moments(
 
 
 @operator("reference")
-def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
+def relu_moments_backward(
+    grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu", shortcut: Tensor | None = None
+) -> None:
     """See `kernels.relu_moments_backward`."""
     rows = feature_rows(y)
     value = rows.to(accumulation_dtype(y.dtype))
-    gradient = feature_rows(grad).to(value.dtype) + a + b * value
+    gradient = feature_rows(grad).to(value.dtype)
+    if shortcut is not None:
+        gradient = gradient + feature_rows(shortcut)
+    gradient = gradient + a + b * value
     # `where`, not a product with the mask: a product would turn 0 · inf into NaN in units that are off.
     if activation == "relu":
         gradient = torch.where(rows > 0, gradient, 0)

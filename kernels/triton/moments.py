@@ -193,6 +193,7 @@ def merge_splits_kernel(
 def relu_moments_backward_kernel(
     grad_ptr,  # [rows, features], memory order: ∂L/∂y from later layers on entry, ∂L/∂x on return
     y_ptr,  # [rows, features], laid out as grad
+    shortcut_ptr,  # [rows, features], laid out as grad, or None
     a_ptr,  # [features] float32 (float64 for float64 y)
     b_ptr,  # [features], as a
     rows,
@@ -202,7 +203,7 @@ def relu_moments_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """grad ← (grad + a + b·y) · activation'(y)."""
+    """grad ← (grad + shortcut + a + b·y) · activation'(y)."""
     feature = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = feature < features
     a = tl.load(a_ptr + feature, mask=inside, other=0.0)
@@ -214,7 +215,10 @@ def relu_moments_backward_kernel(
         mask = (row < last)[:, None] & inside[None, :]
         offset = row.to(tl.int64)[:, None] * features + feature[None, :]
         y = _load(y_ptr + offset, mask, a.dtype)
-        gradient = _load(grad_ptr + offset, mask, a.dtype) + a[None, :] + b[None, :] * y
+        gradient = _load(grad_ptr + offset, mask, a.dtype)
+        if shortcut_ptr is not None:
+            gradient += _load(shortcut_ptr + offset, mask, a.dtype)
+        gradient += a[None, :] + b[None, :] * y
         if ACTIVATION == "relu":
             gradient = tl.where(y > 0.0, gradient, 0.0)
         elif ACTIVATION == "relu6":
@@ -260,14 +264,17 @@ def relu_moments(
 
 
 @operator("triton")
-def relu_moments_backward(grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu") -> None:
+def relu_moments_backward(
+    grad: Tensor, y: Tensor, a: Tensor, b: Tensor, activation: str = "relu", shortcut: Tensor | None = None
+) -> None:
     """See `kernels.relu_moments_backward`."""
     values = feature_rows(y)
     rows, features = values.shape
+    around = None if shortcut is None else feature_rows(shortcut)
     plan = launching.tiling(rows, features, launching.processors(y.device), a.dtype == torch.float64)
     launching.launch(
         relu_moments_backward_kernel, y.device, (triton.cdiv(features, plan.block_f), plan.splits),
-        feature_rows(grad), values, a, b, rows, features, plan.rows_per_split,
+        feature_rows(grad), values, around, a, b, rows, features, plan.rows_per_split,
         ACTIVATION=activation, BLOCK_N=plan.block_n, BLOCK_F=plan.block_f, num_warps=NUM_WARPS,
     )  # fmt: skip
 

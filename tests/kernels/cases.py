@@ -90,13 +90,16 @@ class Activations:
         return torch.randn(*shape, dtype=torch.float64)
 
     def run(self, kernels: ModuleType, *, in_float64: bool = False) -> dict[str, Tensor]:
-        """y, mean and m2 after `relu_moments`, and grad after `relu_moments_backward`, from copies of the inputs."""
+        """y, mean and m2 after `relu_moments`, and grad after `relu_moments_backward`, from copies of the inputs.
+
+        The residual is also the gradient that comes over a shortcut.
+        """
         on: dict[str, Any] = {"dtype": torch.float64} if in_float64 else {"device": self.device}
         own = {name: value.to(**on).clone(memory_format=torch.preserve_format) for name, value in self.inputs.items()}
         bias, residual = own["bias"] if self.bias else None, own["residual"] if self.residual else None
         kernels.relu_moments(own["x"], own["mean"], own["m2"], self.count, bias, residual, self.activation)
         y = own["x"].clone(memory_format=torch.preserve_format)
-        kernels.relu_moments_backward(own["grad"], y, own["a"], own["b"], self.activation)
+        kernels.relu_moments_backward(own["grad"], y, own["a"], own["b"], self.activation, residual)
         assert torch.equal(y.nan_to_num(), own["x"].nan_to_num()), "the backward pass only reads y"
         return {"y": y, "mean": own["mean"], "m2": own["m2"], "grad": own["grad"]}
 

@@ -26,7 +26,7 @@ def arguments(operation: str, device: str = "cpu") -> tuple[list[Any], dict[str,
     if operation == "relu_moments":
         return [own["x"], own["mean"], own["m2"], 2, own["bias"], own["residual"], "relu6"], {}
     if operation == "relu_moments_backward":
-        return [own["grad"], own["x"], own["a"], own["b"], "relu"], {}
+        return [own["grad"], own["x"], own["a"], own["b"], "relu", own["residual"]], {}
     if operation == "dataset_moments":
         return [own["x"], own["mean"].double(), own["m2"].double(), 2, own["bias"], own["residual"], "relu", 50], {}
     run = {name: value.to(device) for name, value in AveragerRun(features=75).inputs.items()}
@@ -100,6 +100,7 @@ BAD_ARGUMENTS = {
     "residual, dtype": ("relu_moments", {5: torch.zeros(4, 3, 5, 5, dtype=torch.float16)}),
     "grad": ("relu_moments_backward", {0: torch.zeros(4, 3, 5)}),
     "y": ("relu_moments_backward", {1: torch.zeros(3, 3, 5, 5)}),
+    "shortcut": ("relu_moments_backward", {5: torch.zeros(4, 3, 5, 5)}),
     "y, layout": ("relu_moments_backward", {1: torch.zeros(4, 3, 5, 5)}),
     "a": ("relu_moments_backward", {2: torch.zeros(75, dtype=torch.float64)}),
     "b": ("relu_moments_backward", {3: torch.zeros(3)}),

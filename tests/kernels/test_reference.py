@@ -44,14 +44,16 @@ def test_moments_of_a_union_are_those_of_all_its_images() -> None:
     assert relative_error(m2, expected["m2"]) <= 1e-13
 
 
+@pytest.mark.parametrize("shortcut", [False, True], ids=["", "shortcut"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_backward_is_autograd_of_an_affine_gradient(activation: str) -> None:
-    case = Activations((5, 3, 2, 2), torch.float64, activation=activation, scale=4)
+def test_backward_is_autograd_of_an_affine_gradient(activation: str, shortcut: bool) -> None:
+    case = Activations((5, 3, 2, 2), torch.float64, activation=activation, scale=4, residual=shortcut)
     x = case.inputs["x"].clone().requires_grad_()
     y = activate(case, x)
     rows = feature_rows(y)
     # d/dy of these terms is grad, a and b·y.
-    loss = (case.inputs["grad"] * y).sum() + (case.inputs["a"] * rows + case.inputs["b"] * rows.square() / 2).sum()
+    arriving = case.inputs["grad"] + case.inputs["residual"] if shortcut else case.inputs["grad"]
+    loss = (arriving * y).sum() + (case.inputs["a"] * rows + case.inputs["b"] * rows.square() / 2).sum()
     (expected,) = torch.autograd.grad(loss, x)
     assert relative_error(case.run(reference)["grad"], expected) <= 1e-14
 
