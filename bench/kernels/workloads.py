@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -60,6 +62,30 @@ def triton_backend() -> ModuleType:
 
 
 @dataclass(frozen=True)
+class Pointer:
+    """What a compiled kernel depends on of a tensor: its dtype, and how its address is aligned.
+
+    Attributes:
+        address: bytes from the beginning of the tensor's memory, which PyTorch aligns to more than any access needs.
+    """
+
+    dtype: torch.dtype
+    address: int
+
+    @classmethod
+    def to(cls, tensor: Tensor) -> Pointer:
+        return cls(tensor.dtype, tensor.storage_offset() * tensor.element_size())
+
+    def data_ptr(self) -> int:
+        """As Triton asks for it."""
+        return self.address
+
+    def element_size(self) -> int:
+        """Bytes of one value."""
+        return self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Call:
     """One launch of a Triton kernel."""
 
@@ -74,20 +100,33 @@ class Call:
 
 
 class Recorder:
-    """Context in which the Triton backend's launches are recorded instead of done."""
+    """Context in which the Triton backend's launches are recorded instead of done.
+
+    Args:
+        processors: multiprocessors of the device; None for what the tensors' device has.
+
+    Attributes:
+        calls: the launches, without the tensors' memory.
+    """
+
+    def __init__(self, processors: int | None = None):
+        self.processors = processors
+        self.calls: list[Call] = []
 
     def __enter__(self) -> Recorder:
-        self.calls: list[Call] = []
-        self._launching = triton_backend().launching
-        self._launch = self._launching.launch
-        self._launching.launch = self._record
+        launching = triton_backend().launching
+        self._stack = ExitStack()
+        self._stack.enter_context(patch.object(launching, "launch", self._record))
+        if self.processors is not None:
+            self._stack.enter_context(patch.object(launching, "processors", lambda device: self.processors))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._launching.launch = self._launch
+        self._stack.close()
 
     def _record(self, kernel: Any, device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any):
-        self.calls.append(Call(kernel, grid, arguments, constants))
+        seen = (Pointer.to(value) if isinstance(value, Tensor) else value for value in arguments)
+        self.calls.append(Call(kernel, grid, tuple(seen), constants))
 
 
 def plain_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
