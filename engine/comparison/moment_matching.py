@@ -45,7 +45,9 @@ class MomentCriterion:
 
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
         """See `engine.representation.protocols.Collector`."""
-        self.kernels.relu_moments(x.x, self.means[tap], self.m2s[tap], self.counts[tap], None, x.residual, x.activation)
+        self.kernels.relu_moments(
+            x.x, self.means[tap], self.m2s[tap], self.counts[tap], x.bias, x.residual, x.activation
+        )
         self.counts[tap] += len(x.x)
 
     def finish(self, ranks: Ranks) -> Tensor:

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from engine.representation.tracing.convolutions import can_fuse, fuse
+from engine.representation.tracing.convolutions import can_fuse, fuse, leave_biases
 from engine.representation.tracing.stages import cut
 from engine.representation.tracing.tap import TapSite, Visitor
+from engine.representation.tracing.tape import Tape
 from engine.support.errors import InputError
 
 _ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6, "none": lambda x: x}
@@ -102,16 +103,15 @@ class Extractor(nn.Module):
             network(images, visit)
 
     def prepared(self) -> Extractor:
-        """The extractor as it runs fastest on its device, with the same weights; `self` where nothing is faster."""
-        if not can_fuse(next(self.parameters())):
-            return self
+        """The extractor as it runs fastest on its device, with the same weights (see `tracing.convolutions`)."""
+        rewrite = fuse if can_fuse(next(self.parameters())) else leave_biases
         twin = Extractor(self.name, self.image_size, batch_statistics=self.batch_statistics)
         twin.taps, twin.fingerprint = self.taps, self.fingerprint
         sites = list(self.sites)
         for network in self.networks:
             graph, normalised = _unwrapped(network)
-            fused, changed = fuse(graph, sites)
-            twin.networks.append(normalised(fused))
+            rewritten, changed = rewrite(graph, sites)
+            twin.networks.append(normalised(rewritten))
             for index, site in changed.items():
                 sites[index] = site
         twin.sites = tuple(sites)
@@ -125,6 +125,17 @@ class Extractor(nn.Module):
             graph, normalised = _unwrapped(network)
             first, *others = cut(graph, sizes)
             found.append([normalised(first), *others])
+        return found
+
+    def tapes(self, *, stages: bool = False) -> list[list[Tape]]:
+        """Every network as tapes that run one after the other: one of the whole, or one of each of its stages."""
+        sizes = [tap.num_features for tap in self.taps]
+        found: list[list[Tape]] = []
+        for network in self.networks:
+            graph, _ = _unwrapped(network)
+            first, *others = cut(graph, sizes) if stages else [graph]
+            normalisation = network.normalisation if isinstance(network, Normalised) else None
+            found.append([Tape(first, self.sites, normalisation), *(Tape(other, self.sites) for other in others)])
         return found
 
     @torch.no_grad()
@@ -148,7 +159,9 @@ class Extractor(nn.Module):
         taps: list[Tensor] = []
 
         def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
-            y = _ACTIVATIONS[self.sites[index].activation](x if residual is None else x + residual)
+            site = self.sites[index]
+            x = x if site.bias is None else x + site.bias.view(1, -1, 1, 1)
+            y = _ACTIVATIONS[site.activation](x if residual is None else x + residual)
             taps.append(y.flatten(1))
             return y
 

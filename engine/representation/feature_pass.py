@@ -5,6 +5,7 @@ What to do with the features is a criterion's business (`engine.representation.p
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 import kernels as kernel_backends
+from engine.representation.branches import Branches
 from engine.representation.extractor import Extractor
 from engine.representation.protocols import ALONE, Affine, Collector, Criterion, PerImage, Ranks, TapInput
-from engine.representation.tracing.tap import TapSite, Visitor, mask_
+from engine.representation.tracing.tap import mask_
+from engine.representation.tracing.tape import Tape, Taps
 from engine.support.errors import InputError
-from kernels.layout import is_channels_last
 
 RECOMPUTE = ("none", "stages")
 
@@ -55,10 +57,10 @@ class Chunk:
 class FeaturePass:
     """Runs an extractor over a minibatch in chunks, forward once and backward once per chunk.
 
-    With one chunk the graph of the forward pass is kept for backward. With several, the first pass keeps nothing and
-    backward computes each chunk again, so that extractor memory is that of one chunk (docs/method.md, identity 3).
-    With `recompute="stages"` even a chunk's own graph is never whole: the forward pass keeps the inputs of a few stages
-    of layers, and backward computes one stage after the other again, from the last to the first.
+    With one chunk the forward pass records what backward needs. With several, the first pass keeps nothing and backward
+    computes each chunk again, so that extractor memory is that of one chunk (docs/method.md, identity 3). With
+    `recompute="stages"` even a chunk's own record is never whole: the forward pass keeps the inputs of a few stages of
+    layers, and backward computes one stage after the other again, from the last to the first.
 
     Args:
         extractor: any; a copy in `dtype` is made if its own dtype is another.
@@ -71,6 +73,7 @@ class FeaturePass:
     Attributes:
         extractor: the given one, or its copy.
         prepared: the extractor as it runs, with sites of its own (see `Extractor.prepared`).
+        tapes: of its networks, stage by stage.
         kernels: the backend.
     """
 
@@ -94,7 +97,8 @@ class FeaturePass:
         self.chunk_size, self.max_chunks = chunk_size, max_chunks
         self.extractor = extractor if self.dtype == extractor.dtype else copy.deepcopy(extractor).to(self.dtype)
         self.prepared = self.extractor.prepared()
-        self.stages = self.prepared.stages() if recompute == "stages" else None
+        self.tapes = self.prepared.tapes(stages=recompute == "stages")
+        self.recompute, self.branches = recompute, Branches(extractor.device)
         self.kernels = _backend(kernels, extractor.device, self.dtype) if isinstance(kernels, str) else kernels
 
     def loss(self, images: Tensor, criterion: Criterion, ranks: Ranks = ALONE) -> Tensor:
@@ -104,9 +108,8 @@ class FeaturePass:
 
     def collect(self, images: Tensor, collector: Collector) -> None:
         """The first half alone: `collector.collect` at every tap of every chunk; nothing is kept."""
-        with torch.no_grad():
-            for part in self.chunks(len(images)):
-                self._run(images[part], Chunk(part, collector))
+        for part in self.chunks(len(images)):
+            self._run(images[part], Chunk(part, collector), keep=False)
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Slices of a minibatch of `count` images, `chunk_size` at a time."""
@@ -114,79 +117,88 @@ class FeaturePass:
         starts = range(0, count, size)
         return (slice(start, min(start + size, count)) for start in starts[: self.max_chunks])
 
-    def _run(self, images: Tensor, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
-        """Run one chunk. Returns the leaf whose gradient is wanted, and one token per tap to start backward from."""
-        tokens: list[Tensor] = []
-        leaf = self._leaf(images).requires_grad_(torch.is_grad_enabled())
-        with torch.autocast(leaf.device.type, enabled=False):
-            self.prepared(leaf, self._visitor(chunk, tokens))
-        return leaf, tokens
+    def keep(self, images: Tensor, chunk: Chunk) -> list[Any]:
+        """Run one chunk and return what `gradient` needs of every network: its record, or the inputs of its stages."""
+        return self._run(images, chunk, keep=True)
 
-    def _sweep(self, images: Tensor, chunk: Chunk) -> list[list[Tensor]]:
-        """Run one chunk stage by stage without a graph. Returns the input of every stage of every network."""
-        assert self.stages is not None
-        inputs: list[list[Tensor]] = []
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            visit, leaf = self._visitor(chunk, []), self._leaf(images)
-            for stages in self.stages:
-                x, kept = leaf, []
-                for stage in stages:
-                    kept.append(x)
-                    x = stage(x, visit)
-                inputs.append(kept)
-        return inputs
-
-    def _gradient_of_sweep(self, inputs: list[list[Tensor]], chunk: Chunk) -> Tensor:
-        """∂L/∂chunk from what `_sweep` returned, which is used up: every stage is computed again, and then backward."""
-        assert self.stages is not None
-        chunk.collector = _ACTIVATE
-        gradients: list[Tensor] = []
-        for stages, kept in zip(reversed(self.stages), reversed(inputs), strict=True):
-            gradient: Tensor | None = None
-            for stage in reversed(stages):
-                tokens: list[Tensor] = []
-                leaf = kept.pop().detach().requires_grad_()
-                with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):
-                    y = stage(leaf, self._visitor(chunk, tokens))
-                gradient = _gradient(leaf, tokens, None if gradient is None else (y, gradient))
-                del leaf, y, tokens
-            assert gradient is not None
-            gradients.append(gradient)
-        return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(dim=0)
-
-    def keep(self, images: Tensor, chunk: Chunk) -> Any:
-        """Run one chunk and return what `gradient` needs: its graph, or with stages their inputs."""
-        if self.stages is not None:
-            return self._sweep(images, chunk)
-        with torch.enable_grad():
-            return self._run(images, chunk)
-
-    def gradient(self, kept: Any, chunk: Chunk) -> Tensor:
+    def gradient(self, kept: list[Any], chunk: Chunk) -> Tensor:
         """∂L/∂chunk from what `keep` returned, which is used up; `chunk.gradient` must be known."""
-        return _gradient(*kept) if self.stages is None else self._gradient_of_sweep(kept, chunk)
+        whole = self.recompute == "none"
+        if not whole:
+            chunk.collector = _ACTIVATE
+        taps, go_back = _Taps(self, chunk), _gradient_of_record if whole else _gradient_of_stages
+        back = [functools.partial(go_back, tapes, own, taps) for tapes, own in zip(self.tapes, kept, strict=True)]
+        kept.clear()
+        with self._frozen():
+            found = reversed(self.branches.run(back, last_first=True))
+            return functools.reduce(Tensor.add, (gradient for gradient in found if gradient is not None))
 
-    def _leaf(self, images: Tensor) -> Tensor:
-        return images.detach().to(self.dtype, memory_format=torch.channels_last)
+    def _run(self, images: Tensor, chunk: Chunk, *, keep: bool) -> list[Any]:
+        taps, leaf = _Taps(self, chunk), images.detach().to(self.dtype, memory_format=torch.channels_last)
+        go = _run if not keep else _record if self.recompute == "none" else _inputs_of_stages
+        with self._frozen():
+            return self.branches.run([functools.partial(go, tapes, leaf, taps) for tapes in self.tapes])
 
-    def _visitor(self, chunk: Chunk, tokens: list[Tensor]) -> Visitor:
-        sites = self.prepared.sites
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Neither autograd nor autocast: tapes know what backward needs, and the dtype is the extractor's."""
+        with torch.no_grad(), torch.autocast(self.extractor.device.type, enabled=False):
+            yield
 
-        def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
-            site = sites[index]
-            if not is_channels_last(x):
-                x = x.contiguous(memory_format=torch.channels_last)
-            elif not site.owns_input:
-                x = x.clone(memory_format=torch.channels_last)
-            if residual is not None:
-                residual = residual.contiguous(memory_format=torch.channels_last)
-            if not torch.is_grad_enabled():
-                chunk.collector.collect(index, TapInput(x, residual, site.to_apply), chunk.images)
-                return x
-            y, token = _Tap.apply(x, residual, site, chunk, self.kernels)
-            tokens.append(token)
-            return y
 
-        return visit
+def _run(tapes: list[Tape], images: Tensor, taps: Taps) -> None:
+    for tape in tapes:
+        images = tape.run(images, taps)
+
+
+def _record(tapes: list[Tape], images: Tensor, taps: Taps) -> list[Any]:
+    (tape,) = tapes
+    return tape.record(images, taps)[1]
+
+
+def _gradient_of_record(tapes: list[Tape], kept: list[Any], taps: Taps) -> Tensor | None:
+    (tape,) = tapes
+    return tape.gradient(kept, taps)
+
+
+def _inputs_of_stages(tapes: list[Tape], images: Tensor, taps: Taps) -> list[Tensor]:
+    inputs = []
+    for tape in tapes:
+        inputs.append(images)
+        images = tape.run(images, taps)
+    return inputs
+
+
+def _gradient_of_stages(tapes: list[Tape], inputs: list[Tensor], taps: Taps) -> Tensor | None:
+    """Every stage is computed again, and then backward, from the last to the first; `inputs` are used up."""
+    gradient: Tensor | None = None
+    for tape in reversed(tapes):
+        _, kept = tape.record(inputs.pop(), taps)
+        gradient = tape.gradient(kept, taps, gradient)
+    return gradient
+
+
+class _Taps:
+    """What a chunk's collector sees of the taps, and what its criterion sends back."""
+
+    def __init__(self, feature_pass: FeaturePass, chunk: Chunk):
+        self.sites, self.kernels, self.chunk = feature_pass.prepared.sites, feature_pass.kernels, chunk
+
+    def collect(self, index: int, x: Tensor, residual: Tensor | None) -> None:
+        """See `engine.representation.tracing.tape.Taps`."""
+        site = self.sites[index]
+        self.chunk.collector.collect(index, TapInput(x, residual, site.to_apply, site.bias), self.chunk.images)
+
+    def gradient(self, index: int, y: Tensor, arriving: Tensor, shortcut: Tensor | None) -> None:
+        """See `engine.representation.tracing.tape.Taps`."""
+        own, activation = self.chunk.gradient(index), self.sites[index].activation
+        if isinstance(own, Affine):
+            self.kernels.relu_moments_backward(arriving, y, own.a, own.b, activation, shortcut)
+            return
+        if shortcut is not None:
+            arriving.add_(shortcut)
+        arriving.copy_(arriving + own.g)  # the sum in float32, if it is stored in less
+        mask_(arriving, y, activation)
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -194,39 +206,6 @@ def _backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
         return kernel_backends.select(name, device, dtype)
     except ValueError as error:
         raise InputError("kernels", str(error).removeprefix("kernels: ")) from None
-
-
-class _Tap(torch.autograd.Function):
-    """One tap inside a chunk: the activation in place, and in backward the criterion's gradient and the mask.
-
-    Returns (y, token). Nothing is computed from the token: it is the criterion's own way out of the graph, so that
-    backward can start at every tap, the last one included, without a tensor of zeros.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, site: TapSite, chunk: Chunk, kernels: ModuleType):
-        chunk.collector.collect(site.index, TapInput(x, residual, site.to_apply), chunk.images)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        ctx.set_materialize_grads(False)
-        ctx.site, ctx.chunk, ctx.kernels = site, chunk, kernels
-        ctx.has_residual = residual is not None
-        return x, x.new_zeros(())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None, token: Tensor | None):
-        (y,) = ctx.saved_tensors
-        if grad is None:
-            grad = torch.zeros_like(y)
-        elif not ctx.site.owns_gradient or grad.stride() != y.stride():
-            grad = torch.empty_like(y).copy_(grad)
-        own = ctx.chunk.gradient(ctx.site.index)
-        if isinstance(own, Affine):
-            ctx.kernels.relu_moments_backward(grad, y, own.a, own.b, ctx.site.activation)
-        else:
-            grad.copy_(grad + own.g)  # the sum in float32, if it is stored in less
-            mask_(grad, y, ctx.site.activation)
-        return grad, grad if ctx.has_residual else None, None, None, None
 
 
 class _MinibatchPass(torch.autograd.Function):
@@ -280,27 +259,18 @@ class _Gradients:
 
     def of(self, images: slice) -> Callable[[int], Affine | PerImage]:
         """For the images of one chunk, a function of the tap; what is as large as a tap is made when it is needed."""
-        return functools.partial(self._of, images)
+        if not self.affine:
+            last = self.criterion.gradient(self.taps - 1, images)  # which is asked for first
+            if isinstance(last, PerImage):
+                return functools.partial(self._per_image, images, [last])
+            # The same for all chunks, and two values for each feature: all taps at once, in one operation.
+            found = [*(self.criterion.gradient(tap, images) for tap in range(self.taps - 1)), last]
+            pairs = [pair for pair in found if isinstance(pair, Affine)]
+            scaled = iter(torch._foreach_mul([part for pair in pairs for part in (pair.a, pair.b)], self.grad_loss))
+            self.affine = [Affine(next(scaled), next(scaled)) for _ in pairs]
+        return self.affine.__getitem__
 
-    def _of(self, images: slice, tap: int) -> Affine | PerImage:
-        if self.affine:
-            return self.affine[tap]
-        own = self.criterion.gradient(tap, images)
-        if isinstance(own, PerImage):
-            return PerImage(own.g * self.grad_loss)
-        # The same for all chunks, and two values for each feature: all taps at once, in one operation.
-        found = (self.criterion.gradient(tap, images) for tap in range(self.taps))
-        pairs = [pair for pair in found if isinstance(pair, Affine)]
-        scaled = iter(torch._foreach_mul([part for pair in pairs for part in (pair.a, pair.b)], self.grad_loss))
-        self.affine = [Affine(next(scaled), next(scaled)) for _ in pairs]
-        return self.affine[tap]
-
-
-def _gradient(leaf: Tensor, tokens: list[Tensor], output: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The gradient of the criterion, and of an (output, its gradient) besides, with respect to `leaf`."""
-    ends, gradients = [*tokens], [torch.zeros_like(token) for token in tokens]
-    if output is not None:
-        ends.append(output[0])
-        gradients.append(output[1])
-    (gradient,) = torch.autograd.grad(ends, leaf, gradients)
-    return gradient
+    def _per_image(self, images: slice, last: list[PerImage], tap: int) -> PerImage:
+        own = last.pop() if last and tap == self.taps - 1 else self.criterion.gradient(tap, images)
+        assert isinstance(own, PerImage)
+        return PerImage(own.g * self.grad_loss)

@@ -43,21 +43,23 @@ class PerImage:
 
 @dataclass(frozen=True)
 class TapInput:
-    """What arrives at a tap: a value before the shortcut and the activation that are left to apply.
+    """What arrives at a tap: a value before the bias, the shortcut and the activation that are left to apply.
 
     Attributes:
         x: `[n, C, H, W]`, channels_last. Whoever collects leaves the activation's output in it.
         residual: of x's shape, to be added first; None if there is none.
         activation: "relu", "relu6" or "none".
+        bias: `[C]`, to be added first; None if there is none.
     """
 
     x: Tensor
     residual: Tensor | None
     activation: str
+    bias: Tensor | None = None
 
     def activate_(self) -> Tensor:
-        """`x ← activation(x + residual)` in place, the features y; returns x."""
-        activate_(self.x, None, self.residual, self.activation)
+        """`x ← activation(x + bias + residual)` in place, the features y; returns x."""
+        activate_(self.x, self.bias, self.residual, self.activation)
         return self.x
 
 

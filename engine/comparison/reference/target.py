@@ -45,7 +45,7 @@ class DatasetCollector:
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
         """See `engine.representation.protocols.Collector`."""
         self.kernels.dataset_moments(
-            x.x, self.means[tap], self.m2s[tap], self.count, None, x.residual, x.activation, self.images
+            x.x, self.means[tap], self.m2s[tap], self.count, x.bias, x.residual, x.activation, self.images
         )
 
     def end_batch(self, indices: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Frozen convolutions on a CPU: oneDNN's, which apply the activation while they store the result.
+"""Frozen convolutions, of whose input backward needs the shape alone.
 
-Collecting a tap's moments then only reads it. Nothing is kept for backward: the gradient with respect to the input of a
-frozen convolution needs its weights alone, so the input itself (a pooling's output, say) can be freed.
+On a CPU they are oneDNN's, which apply the activation while they store the result: collecting a tap's moments then only
+reads it. Elsewhere they leave their bias to the tap, whose kernel reads and writes every activation anyway; cuDNN's
+would add it in a kernel of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def can_fuse(weight: Tensor) -> bool:
 
 
 def fuse(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphModule, dict[int, TapSite]]:
-    """The network with `FrozenConv2d` for its convolutions, and by index the sites whose activation these apply.
+    """The network with `FusedConv2d` for its convolutions, and by index the sites whose activation these apply.
 
     Args:
         network: frozen, from `engine.representation.tracing.tap.tap_network`; stays as it is, and shares its weights.
@@ -64,8 +65,32 @@ def fuse(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphMod
             if x is node and residual is None and index != first and site.activation in ("relu", "relu6"):
                 activation = site.activation
                 changed[index] = dataclasses.replace(site, applied=True)
-        fused.set_submodule(str(node.target), FrozenConv2d(conv, activation))
+        fused.set_submodule(str(node.target), FusedConv2d(conv, activation))
     return fused, changed
+
+
+def leave_biases(network: fx.GraphModule, sites: Sequence[TapSite]) -> tuple[fx.GraphModule, dict[int, TapSite]]:
+    """The network with `FrozenConv2d` for its convolutions, and by index the sites that add the biases these leave out.
+
+    A tap takes the biases of the convolutions that it alone reads, its shortcut's included. Arguments as for `fuse`.
+    """
+    frozen = fx.GraphModule(network, copy.deepcopy(network.graph), type(network).__name__)
+    modules = dict(frozen.named_modules())
+    calls = Counter(str(node.target) for node in frozen.graph.nodes if node.op == "call_module")
+    changed: dict[int, TapSite] = {}
+    for node in frozen.graph.nodes:
+        conv = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not _is_plain(conv):
+            continue
+        (reader, *others) = node.users
+        left = conv.bias is not None and is_visit(reader) and not others and calls[str(node.target)] == 1
+        if left:
+            index = reader.args[1]
+            site = changed.get(index, sites[index])
+            bias = conv.bias if site.bias is None else site.bias + conv.bias
+            changed[index] = dataclasses.replace(site, bias=bias)
+        frozen.set_submodule(str(node.target), FrozenConv2d(conv, bias=not left))
+    return frozen, changed
 
 
 def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
@@ -74,45 +99,53 @@ def _is_plain(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 class FrozenConv2d(nn.Module):
-    """A frozen `nn.Conv2d` with an activation in the same call.
+    """A frozen `nn.Conv2d`.
 
-    Its backward takes the gradient with respect to the *convolution's* result (the tap has applied the activation's
-    mask already) and returns the one with respect to the input.
+    Args:
+        bias: whether the convolution's own is added; if not, whoever reads the result does that.
     """
 
-    def __init__(self, conv: nn.Conv2d, activation: str):
+    def __init__(self, conv: nn.Conv2d, *, bias: bool = True):
         super().__init__()
-        self.conv = conv
-        self.epilogue = _EPILOGUES[activation]
+        self.conv, self.bias = conv, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """The activation of the convolution, [N, C, H, W] to [N, C', H', W']; differentiable as the class says."""
-        return _FrozenConvolution.apply(x, self) if torch.is_grad_enabled() else self.run(x)
+        """The same as `run`."""
+        return self.run(x)
 
     def run(self, x: Tensor) -> Tensor:
-        """The same without a record for backward."""
+        """The convolution, [N, C, H, W] to [N, C', H', W']."""
         conv = self.conv
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *self.epilogue, ""
-        )
+        bias = conv.bias if self.bias else None
+        return torch.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
-    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """∂L/∂x [`shape`] of the convolution alone, from ∂L/∂(its result)."""
+    def input_gradient(self, grad: Tensor, of: Tensor | torch.Size) -> Tensor:
+        """∂L/∂x from ∂L/∂(the convolution's own result), for an x like `of`, whose numbers don't matter."""
         conv = self.conv
-        # Of x only the shape is needed, but a tensor without memory of its own would be filled.
-        x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+        # A tensor without memory of its own would be filled.
+        x = of
+        if not isinstance(x, Tensor):
+            x = torch.empty(x, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
         return torch.ops.aten.convolution_backward(
             grad, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
             [True, False, False],
         )[0]  # fmt: skip
 
 
-class _FrozenConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, convolution: FrozenConv2d):
-        ctx.convolution, ctx.shape = convolution, x.shape
-        return convolution.run(x)
+class FusedConv2d(FrozenConv2d):
+    """oneDNN's convolution, with an activation in the same call.
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.convolution.input_gradient(grad, ctx.shape), None
+    The gradient that its `input_gradient` takes is that of the convolution's own result: the tap has applied the
+    activation's mask already.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: str):
+        super().__init__(conv)
+        self.epilogue = _EPILOGUES[activation]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The activation of the convolution, [N, C, H, W] to [N, C', H', W']."""
+        conv = self.conv
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *self.epilogue, ""
+        )

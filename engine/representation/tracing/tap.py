@@ -50,9 +50,8 @@ _OUT_OF_PLACE: dict[Any, Any] = {
     "add_": "add",
     "mul_": "mul",
 }
-_ADDITIONS = (operator.add, torch.add)
+ADDITIONS = (operator.add, torch.add)
 _FRESH_MODULES = (nn.Conv2d, nn.BatchNorm2d)
-_OWN_GRADIENT_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class TapSite:
         activation: what turns the visitor's input into the tap: "relu", "relu6", or "none" (done already).
         index: position among all taps of the extractor, in forward order.
         owns_input: nothing else reads the site's input, so the activation may happen in place.
-        owns_gradient: the gradient that arrives in backward is referenced by nobody else, so it may be overwritten.
+        bias: [C], to be added first; None if there is none.
         applied: the activation has happened already when the visitor is called; its mask in backward has not.
     """
 
@@ -72,7 +71,7 @@ class TapSite:
     activation: str
     index: int
     owns_input: bool
-    owns_gradient: bool
+    bias: Tensor | None = None
     applied: bool = False
 
     @property
@@ -191,6 +190,11 @@ def is_visit(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is _visit
 
 
+def is_visitor(node: fx.Node) -> bool:
+    """Whether the node of a tapped graph is its input `visit`."""
+    return node.op == "placeholder" and node.target == "visit"
+
+
 def _visit(visit: Visitor, index: int, x: Tensor, residual: Tensor | None) -> Tensor:
     return visit(index, x, residual)
 
@@ -296,7 +300,7 @@ def _split_residual(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.No
     """The activation's input as (x, residual), with a residual if it is a sum made for this activation alone."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if source.op == "call_function" and source.target in _ADDITIONS and len(source.users) == 1:
+    if source.op == "call_function" and source.target in ADDITIONS and len(source.users) == 1:
         terms = [term for term in source.args if isinstance(term, fx.Node)]
         if len(terms) == len(source.args) == 2 and not source.kwargs:
             for x, residual in (terms, terms[::-1]):
@@ -309,18 +313,10 @@ def _site(visit: fx.Node, name: str, activation: str, modules: dict[str, nn.Modu
     _, index, x, _ = visit.args
     assert isinstance(index, int)
     assert isinstance(x, fx.Node)
-    fresh = _calls(x, _FRESH_MODULES, modules) or x.target in _ADDITIONS or activation == "none"
-    readers = [user for user in visit.users if user.op != "output"]
-    fresh_gradients = [_calls(reader, _OWN_GRADIENT_MODULES, modules) for reader in readers]
-    # Gradients of several readers are summed into a tensor of its own, if all of them do send one.
-    sends = [
-        own or reader.target is _visit or reader.target in _ADDITIONS
-        for reader, own in zip(readers, fresh_gradients, strict=True)
-    ]
+    fresh = _calls(x, _FRESH_MODULES, modules) or x.target in ADDITIONS or activation == "none"
     return TapSite(
         name=name,
         activation=activation,
         index=index,
         owns_input=fresh and len(x.users) == 1,
-        owns_gradient=all(fresh_gradients if len(readers) == 1 else sends),
     )

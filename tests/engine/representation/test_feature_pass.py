@@ -1,6 +1,6 @@
 """The pass over the features, under a criterion that has nothing to do with moments: chunks, memory, ownership.
 
-The in-place rules (`TapSite.owns_input`, `owns_gradient`) are tried on small networks of every shape that could break
+The in-place rules (`TapSite.owns_input`, `tape.Arriving`) are tried on small networks of every shape that could break
 them; the oracle is plain autograd through the untraced network, with hooks on its activations.
 """
 
@@ -10,13 +10,16 @@ import pytest
 import torch
 from helpers.pass_networks import NETWORKS, Chain, IdentityShortcut, Relu6Chain, SmoothActivations
 from oracle import Features, hooked_features, in_float64, relative_error, tapped
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
-from engine.representation.feature_pass import FeaturePass
+from engine.representation.feature_pass import Chunk, FeaturePass
 from engine.representation.memory_order import FeatureOrder
 from engine.representation.protocols import Affine, PerImage, Ranks, TapInput
+from engine.representation.tracing.convolutions import FrozenConv2d
+from engine.representation.tracing.tape import Tape
 from kernels.layout import feature_rows
 
 IMAGES = 5
@@ -103,25 +106,35 @@ class TestOwnership:
         assert relative_error(images.grad, 3.7 * gradient) <= 1e-12
         assert torch.equal(images.detach(), kept)
 
-    def test_a_chain_is_done_in_place(self, draw_images):
-        """The rules are not simply never used: in a chain every convolution's output becomes its tap."""
+    def test_a_chain_is_done_in_place(self, draw_images, monkeypatch):
+        """The rules are not simply never used: in a chain every convolution's output becomes its tap, and every
+        gradient that a tap gets its input's gradient."""
         module = Chain()
         extractor = in_float64(tapped(module, image_size=8))
-        assert all(site.owns_input and site.owns_gradient for site in extractor.sites)
-        before: list[int] = []
-        for child in extractor.networks[0].modules():
-            if isinstance(child, nn.Conv2d):
-                child.register_forward_hook(lambda module, args, output: before.append(output.data_ptr()))
+        assert all(site.owns_input for site in extractor.sites)
+        watch = {"run": [], "input_gradient": []}
+        for name, results in watch.items():
+            original = getattr(FrozenConv2d, name)
+
+            def watched(self, *args, original=original, results=results):
+                results.append(original(self, *args))
+                return results[-1]
+
+            monkeypatch.setattr(FrozenConv2d, name, watched)
 
         class Watched(Cubes):
             def collect(self, tap: int, x: TapInput, images: slice) -> None:
-                seen.append(x.x.data_ptr())
+                taps.append(x.x)
                 super().collect(tap, x, images)
 
-        seen: list[int] = []
+        taps: list[Tensor] = []
+        made: list[Tensor] = []
+        monkeypatch.setattr(torch, "empty_like", lambda x, **options: made.append(x) or torch.zeros_like(x, **options))
         weights = torch.randn(2, extractor.num_features, dtype=torch.float64)
-        FeaturePass(extractor).loss(draw_images(2).requires_grad_(), Watched(extractor, weights))
-        assert seen == before
+        FeaturePass(extractor).loss(draw_images(2).requires_grad_(), Watched(extractor, weights)).backward()
+        assert [x.data_ptr() for x in taps] == [y.data_ptr() for y in watch["run"]]
+        assert len(watch["input_gradient"]) == 3
+        assert not [x for x in made if x.shape in [tap.shape for tap in taps]], "a gradient was copied"
 
 
 class TestChunks:
@@ -140,13 +153,13 @@ class TestChunks:
         assert relative_error(images.grad, gradient) <= 1e-12
 
     @pytest.mark.parametrize(("chunk", "forwards"), [(None, 1), (5, 1), (3, 4), (1, 10)])
-    def test_one_chunk_costs_no_second_forward(self, chunk, forwards, extractor, draw_images):
+    def test_one_chunk_costs_no_second_forward(self, chunk, forwards, extractor, draw_images, monkeypatch):
         """…and several cost exactly one more; each is collected once, and gradients come after `finish`."""
         criterion = Cubes(extractor, torch.ones(IMAGES, extractor.num_features, dtype=torch.float64))
         runs: list[int] = []
-        hook = extractor.networks[0].register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+        forward = Tape._forward
+        monkeypatch.setattr(Tape, "_forward", lambda self, x, *rest: runs.append(len(x)) or forward(self, x, *rest))
         FeaturePass(extractor, chunk_size=chunk).loss(draw_images(IMAGES).requires_grad_(), criterion).backward()
-        hook.remove()
         taps = len(extractor.taps)
         assert len(runs) == forwards
         assert max(runs) <= (chunk or IMAGES)
@@ -243,36 +256,29 @@ class TestPrecision:
 
 
 class TestMemory:
-    """What the graph holds between forward and backward."""
+    """What a pass holds between forward and backward."""
 
     @staticmethod
-    def saved_storages(extractor: Extractor, images: Tensor) -> dict[int, int]:
-        """Bytes of every storage that autograd saved, once each, by address."""
-        storages: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        weights = {parameter.untyped_storage().data_ptr() for parameter in extractor.parameters()}
+    def kept_bytes(extractor: Extractor, images: Tensor) -> int:
+        """Of every storage that the pass kept, once each; autograd keeps nothing but the images."""
         criterion = Cubes(extractor, torch.ones(len(images), extractor.num_features))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = FeaturePass(extractor).loss(images.requires_grad_(), criterion)
-        assert loss.requires_grad
-        return {address: size for address, size in storages.items() if address not in weights}
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+            FeaturePass(extractor).loss(images.requires_grad_(), criterion)
+        assert [tensor.shape for tensor in saved] == [images.shape]
+        kept = FeaturePass(extractor).keep(images, Chunk(slice(0, len(images)), criterion))
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tree_leaves(kept) if torch.is_tensor(x)}
+        return sum(storage.nbytes() for storage in storages.values())
 
     def test_one_tensor_per_tap_where_nothing_pools(self, draw_images):
-        """Beside the taps only the images: a frozen convolution needs nothing for its input's gradient."""
+        """A frozen convolution needs nothing for its input's gradient."""
         extractor = tapped(IdentityShortcut(), image_size=8)
-        images = draw_images(IMAGES, torch.float32)
-        saved = self.saved_storages(extractor, images)
-        taps = 4 * IMAGES * extractor.num_features
-        assert sum(saved.values()) == taps + images.nbytes
+        kept = self.kept_bytes(extractor, draw_images(IMAGES, torch.float32))
+        assert kept == 4 * IMAGES * extractor.num_features
 
     def test_pooling_keeps_its_indices(self, draw_images):
         """Known cost, until the pass stores less: int64 indices of each max pooling."""
         extractor = tapped(Chain(), image_size=8)
-        images = draw_images(IMAGES, torch.float32)
-        saved = self.saved_storages(extractor, images)
+        kept = self.kept_bytes(extractor, draw_images(IMAGES, torch.float32))
         pooled = IMAGES * 6 * 4 * 4
-        assert sum(saved.values()) <= 4 * IMAGES * extractor.num_features + images.nbytes + 8 * pooled
+        assert kept == 4 * IMAGES * extractor.num_features + 8 * pooled

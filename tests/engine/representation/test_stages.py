@@ -78,7 +78,7 @@ def test_stages_against_the_written_out_objective(name, kernels, chunk, tiny_ext
     extractor = in_float64(tiny_extractor)
     make, oracle = make_pair(extractor, draw_images, name, kernels=kernels, chunk_size=chunk)
     objective, plain = make(recompute="stages"), make()
-    assert [len(network) for network in objective.feature_pass.stages] != [1]
+    assert [len(network) for network in objective.feature_pass.tapes] != [1]
     for _ in range(2):
         images = draw_images(MINIBATCH)
         loss, gradient = oracle.gradient(images)
