@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -33,6 +34,8 @@ _STREAMS = {
         "a_ptr", "b_ptr",
     ),
 }  # fmt: skip
+# Those that see no images, and so no layout.
+_OF_FEATURES = ("averager_step_kernel", "sum_partials_kernel")
 _OPTIONAL = {"bias_ptr": "bias", "residual_ptr": "shortcut", "shortcut_ptr": "shortcut", "weight_ptr": "weighted"}
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32, "ENL2": 32}
 
@@ -174,11 +177,10 @@ def _designed_calls() -> Iterator[tuple[Call, str]]:
                     ops.averager_step.__wrapped__(
                         vector, vector, 64, vector, vector, state, state, state, step, **options
                     )
-                for call in recorder.calls:
-                    yield call, "any"
+                yield from ((call, "any") for call in recorder.calls)
 
 
-def _described(call: Call) -> tuple[str, str]:
+def described(call: Call) -> tuple[str, str]:
     """(dtype, variant) of a launch, as the table shows them."""
     constants, name = call.constants, call.kernel.__name__
     dtype = short(call.arguments[0].dtype)
@@ -201,30 +203,34 @@ def _described(call: Call) -> tuple[str, str]:
     return dtype, ", ".join(filter(None, details))
 
 
-def _audited() -> dict[str, tuple[Call, str]]:
-    """What is audited: by its specialisation a launch, and its layout."""
+@functools.cache
+def audited() -> dict[str, tuple[Call, str]]:
+    """What is audited: launches and their layouts, by specialisation."""
     found: dict[str, tuple[Call, str]] = {}
     for call, layout in itertools.chain(_designed_calls(), ((call, "channels_last") for call in launched())):
-        known = found.setdefault(specialisation(call), (call, layout))
-        if known[1] != layout:
-            found[specialisation(call)] = known[0], "both"
+        if call.kernel.__name__ in _OF_FEATURES:
+            layout = "any"
+        key = specialisation(call)
+        known, its_layout = found.setdefault(key, (call, layout))
+        if its_layout != layout:
+            found[key] = known, "both"
     return found
 
 
 def missing(calls: Iterable[Call]) -> list[str]:
     """Those of `calls` that run a kernel which the audit does not compile, a line each."""
-    audited = _audited()
-    lines = (" ".join((call.kernel.__name__, *_described(call))) for call in calls if specialisation(call) not in audited)
-    return sorted(set(lines))
+    known = audited()
+    found = (call for call in calls if specialisation(call) not in known)
+    return sorted({" ".join((call.kernel.__name__, *described(call))) for call in found})
 
 
 def _audit_jobs(capabilities: Sequence[int], only: str = "") -> list[_Job]:
     """One job per variant of the kernels whose names contain `only`, and target."""
     jobs = []
-    for call, layout in _audited().values():
+    for call, layout in audited().values():
         if only not in call.kernel.__name__:
             continue
-        dtype, variant = _described(call)
+        dtype, variant = described(call)
         for capability in capabilities:
             options, signature, constants, attributes = _bind(call, capability)
             jobs.append(

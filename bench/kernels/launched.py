@@ -7,7 +7,6 @@ done. So the audit compiles what is launched, and not only what somebody thought
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.kernels.workloads import Call, Pointer, Recorder, triton_backend
+from bench.kernels.workloads import Call, Recorder, triton_backend
 from engine.comparison.averagers import AMA
 from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.on_features import OnFeatures
@@ -50,9 +49,7 @@ _WAYS: tuple[dict[str, Any], ...] = (
     {"batch_size": 8}, {"chunk_size": 48}, {"recompute": "stages"}, {"extractor_bn": "batch"}, {"correction": 0},
     {"layers": 3, "layers_from": "top"},
 )  # fmt: skip
-# The presets that differ, extractors on images of 64×64, and torchvision's extractors: ReLU6, SiLU and GELU, maps that
-# are not channels_last, bottlenecks.
-_PRESETS = ("digits", "photos", "cifar10", "celeba64")
+# Extractors on images of 64×64, and torchvision's: ReLU6, SiLU and GELU, maps that are not channels_last, bottlenecks.
 _LARGE = ("efficientnet-lite0", "torchvision:efficientnet_b0")
 _TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:convnext_tiny", "torchvision:resnet50")
 
@@ -79,7 +76,7 @@ class Listener:
     """The Triton backend, whose launches are recorded as every device would get them.
 
     Attributes:
-        calls: the launches, one of each kind.
+        calls: the launches.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -106,30 +103,35 @@ class Listener:
 
 def launched() -> Iterator[Call]:
     """The launches of every run that is set up here; the same ones come many times."""
-    for config in _configurations():
-        yield from _of_run(config)
+    for config in configurations():
+        yield from of_run(config)
     own = build_extractor("own", image_size=9, module=OwnNetwork())
-    for dtype in (None, torch.bfloat16):
+    for dtype in (None, torch.bfloat16, torch.float16):
         yield from _of_library(own, dtype)
     yield from _of_library(own.double(), None)
 
 
-def _configurations() -> Iterator[Config]:
+def configurations() -> Iterator[Config]:
+    # Presets of the same networks and sizes launch the same.
+    presets = [Config.build(name, {}) for name in PRESETS]
+    distinct = {(preset.networks.extractor, preset.data.image_size): preset.preset for preset in reversed(presets)}
+    in_presets = {name for extractor, _ in distinct for name in extractor.split("+")}
+    others = [name for name in (*network_names(), *_TORCHVISION) if name not in in_presets]
     for precision in PRECISIONS:
-        for preset in _PRESETS:
-            yield _configuration(preset, precision)
-        for extractor in filter(_is_installed, (*network_names(), *_TORCHVISION)):
-            yield _configuration("cifar10", precision, extractor=extractor)
+        for preset in distinct.values():
+            yield configuration(preset, precision)
+        for extractor in filter(_is_installed, others):
+            yield configuration("cifar10", precision, extractor=extractor)
         for extractor in filter(_is_installed, _LARGE):
-            yield _configuration("cifar10", precision, extractor=extractor, image_size=64)
+            yield configuration("cifar10", precision, extractor=extractor, image_size=64)
         for way in _WAYS:
-            yield _configuration("digits", precision, **way)
+            yield configuration("digits", precision, **way)
     for averager in _AVERAGERS:
         for scale in ("none", "target-deviation"):
-            yield _configuration("digits", None, feature_scale=scale, **averager)
+            yield configuration("digits", None, feature_scale=scale, **averager)
 
 
-def _configuration(preset: str, precision: str | None, **given: Any) -> Config:
+def configuration(preset: str, precision: str | None, **given: Any) -> Config:
     low = {} if precision is None else {"amp": True, "amp_dtype": precision}
     return Config.build(preset, {"weights": ("random",), **given, **low})
 
@@ -139,7 +141,7 @@ def _is_installed(extractor: str) -> bool:
     return not source or importlib.util.find_spec(source) is not None
 
 
-def _of_run(config: Config) -> Iterator[Call]:
+def of_run(config: Config) -> list[Call]:
     """A training step, the loss of images without a gradient, and the statistics pass."""
     mode, listener = FakeMode(), Listener()
     generator = fake_copy(make_generator(config), mode)
@@ -154,10 +156,10 @@ def _of_run(config: Config) -> Iterator[Call]:
         assert isinstance(method.objective, MomentMatching)
         images = torch.empty(config.training.batch_size, 3, config.data.image_size, config.data.image_size)
         _look(images, method.objective, MomentsKind())
-    return _with_bias(listener.calls)
+    return listener.calls
 
 
-def _of_library(extractor: Extractor, dtype: torch.dtype | None) -> Iterator[Call]:
+def _of_library(extractor: Extractor, dtype: torch.dtype | None) -> list[Call]:
     """The same of an extractor that only the library takes, and of an objective that knows every image."""
     mode, listener = FakeMode(), Listener()
     extractor = fake_copy(extractor, mode, dtype)
@@ -170,7 +172,7 @@ def _of_library(extractor: Extractor, dtype: torch.dtype | None) -> Iterator[Cal
         for objective, kind in ((moments, MomentsKind()), (distance, BankKind("mean", 8))):
             objective(images.clone().requires_grad_()).backward()
             _look(images, objective, kind)
-    return _with_bias(listener.calls)
+    return listener.calls
 
 
 def _look(images: Tensor, objective: MomentMatching | OnFeatures, kind: Kind[Any]) -> None:
@@ -178,16 +180,3 @@ def _look(images: Tensor, objective: MomentMatching | OnFeatures, kind: Kind[Any
         objective(images)
     feature_pass: FeaturePass = objective.feature_pass
     feature_pass.collect(images, kind.collector(feature_pass, len(images)))
-
-
-def _with_bias(calls: list[Call]) -> Iterator[Call]:
-    """On CUDA the convolutions leave their bias to the taps, which a step on fake CPU tensors may not do: so every
-    launch that could have a bias, with one as well."""
-    for call in calls:
-        yield call
-        if "bias_ptr" in call.kernel.arg_names and call.argument("bias_ptr") is None and call.constants["CHANGES"]:
-            x = call.arguments[0]
-            arguments = list(call.arguments)
-            arguments[call.kernel.arg_names.index("bias_ptr")] = Pointer(x.dtype, 0)
-            constants = {**call.constants, "CHANGES": True}
-            yield dataclasses.replace(call, arguments=tuple(arguments), constants=constants)
