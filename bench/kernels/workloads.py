@@ -115,7 +115,7 @@ class Pointer:
 
     @classmethod
     def to(cls, tensor: Tensor) -> Pointer:
-        return cls(tensor.dtype, tensor.storage_offset() * tensor.element_size())
+        return cls(tensor.dtype, int(tensor.storage_offset()) * tensor.element_size())
 
     def data_ptr(self) -> int:
         """As Triton asks for it."""
@@ -158,8 +158,9 @@ class Recorder:
         launching = triton_backend().launching
         self._stack = ExitStack()
         self._stack.enter_context(patch.object(launching, "launch", self._record))
-        if self.processors is not None:
-            self._stack.enter_context(patch.object(launching, "processors", lambda device: self.processors))
+        processors = self.processors
+        if processors is not None:
+            self._stack.enter_context(patch.object(launching, "processors", lambda device: processors))
         return self
 
     def __exit__(self, *_: object) -> None:
