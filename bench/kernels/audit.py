@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench.kernels.launched import launched
 from bench.kernels.workloads import AVERAGER_OPTIONS, DTYPE_BYTES, Call, Recorder, short, triton_backend
 from bench.rows import Row, print_rows
 from kernels.rules import RULES
@@ -21,6 +24,19 @@ from kernels.rules import RULES
 # From the CUDA C++ Programming Guide's table of compute capabilities: per multiprocessor, warps, blocks, 32-bit
 # registers, and bytes of shared memory; a block reserves 1 KiB of the latter.
 MULTIPROCESSORS = {80: (64, 32, 65536, 164 << 10), 90: (64, 32, 65536, 228 << 10), 100: (64, 32, 65536, 228 << 10)}
+# Of each kernel, the tensors of whose accesses the audit asks 16 bytes, and what a launch can do without.
+_STREAMS = {
+    "relu_moments_kernel": ("x_ptr", "residual_ptr"),
+    "relu_moments_backward_kernel": ("grad_ptr", "y_ptr", "shortcut_ptr"),
+    "merge_splits_kernel": ("mean_ptr", "m2_ptr", "partial_ptr"),
+    "averager_step_kernel": (
+        "mean_ptr", "m2_ptr", "target_mean_ptr", "target_variance_ptr", "weight_ptr", "v_ptr", "m_ptr", "u_ptr",
+        "a_ptr", "b_ptr",
+    ),
+}  # fmt: skip
+# Those that see no images, and so no layout.
+_OF_FEATURES = ("averager_step_kernel", "sum_partials_kernel")
+_OPTIONAL = {"bias_ptr": "bias", "residual_ptr": "shortcut", "shortcut_ptr": "shortcut", "weight_ptr": "weighted"}
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32, "ENL2": 32}
 
 
@@ -102,55 +118,55 @@ def specialisation(call: Call) -> str:
     return repr((call.kernel.__name__, signature, constants, attributes, options.num_warps))
 
 
+def _is_aligned(call: Call, pointers: Sequence[str]) -> bool:
+    """Whether Triton knows that rows of these tensors begin at multiples of 16 bytes."""
+    given = [call.argument(name) for name in pointers]
+    return call.argument("features") % 16 == 0 and all(x is None or x.data_ptr() % 16 == 0 for x in given)
+
+
 def _wide_accesses(call: Call) -> tuple[int, int]:
     """How many 16-byte loads and stores one thread's share of a tile, or block, needs at least: one of each tensor."""
     constants, name = call.constants, call.kernel.__name__
     threads = 32 * constants.get("num_warps", 4)
+    if name == "sum_partials_kernel" or not _is_aligned(call, _STREAMS[name]):
+        return 0, 0
     if name.startswith("relu_moments"):
         first = call.arguments[0]
         per_tile = max(1, constants["BLOCK_N"] * constants["BLOCK_F"] * first.element_size() // (16 * threads))
+        loads = per_tile * sum(call.argument(name) is not None for name in _STREAMS[name])
         if name == "relu_moments_backward_kernel":
-            return 2 * per_tile, per_tile
-        streams = 1 if call.argument("residual_ptr") is None else 2
-        return 2 * per_tile * streams, 2 * per_tile  # the first tile, and the loop over the others
+            return loads, per_tile
+        return 2 * loads, 2 * per_tile * constants["CHANGES"]  # the first tile, and the loop over the others
+    mean = call.argument("mean_ptr")
     if name == "merge_splits_kernel":
-        per_vector = max(1, constants["BLOCK_F"] * 4 // (16 * threads))
+        per_vector = max(1, constants["BLOCK_F"] * mean.element_size() // (16 * threads))
         return 2 * per_vector, 2 * per_vector
-    if name == "averager_step_kernel":
-        per_vector = max(1, constants["BLOCK"] * 4 // (16 * threads))
-        kept = len(RULES[constants["RULE"]].state)
-        state = kept if constants["ADVANCE"] else min(kept, 1)  # without a step only v is read
-        loads = 4 + (call.argument("weight_ptr") is not None) + 2 * state
-        return loads * per_vector, (2 + (2 * state if constants["ADVANCE"] else 0)) * per_vector
-    return 0, 0
+    per_vector = max(1, constants["BLOCK"] * mean.element_size() // (16 * threads))
+    kept = len(RULES[constants["RULE"]].state)
+    state = kept if constants["ADVANCE"] else min(kept, 1)  # without a step only v is read
+    loads = 4 + (call.argument("weight_ptr") is not None) + 2 * state
+    return loads * per_vector, (2 + (2 * state if constants["ADVANCE"] else 0)) * per_vector
 
 
-def _audit_calls() -> Iterator[tuple[Call, tuple[str, str, str]]]:
-    """Every launch that the engine can make with aligned taps, with (dtype, layout, variant)."""
+def _designed_calls() -> Iterator[tuple[Call, str]]:
+    """Both layouts of aligned taps, every rule and its weights, whoever has them; with the layout."""
     ops = triton_backend()
     wide = 2 * ops.launching.NOMINAL_PROCESSORS * max(ops.launching.BLOCKS_F)
     layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-    extras = {"": (False, False), "shortcut": (False, True), "bias, shortcut": (True, True)}
     for dtype in DTYPE_BYTES:
         for layout, memory_format in layouts.items():
             for features in (2048, 8192, 65536, wide):
                 for activation in ("relu", "relu6", "none") if features == 65536 else ("relu",):
-                    for extra, (bias, residual) in extras.items():
-                        x = torch.empty(64, features // 16, 4, 4, dtype=dtype).to(memory_format=memory_format)
-                        mean, offsets = torch.empty(features), torch.empty(features // 16, dtype=dtype)
-                        with Recorder() as recorder:
-                            ops.relu_moments.__wrapped__(
-                                x, mean, mean, 0, offsets if bias else None, x if residual else None, activation
-                            )
-                            if not extra:
-                                ops.relu_moments_backward.__wrapped__(x, x, mean, mean, activation)
-                        for call in recorder.calls:
-                            tile = [str(call.constants[key]) for key in ("BLOCK_N", "BLOCK_F") if key in call.constants]
-                            details = ["×".join(tile), activation if len(tile) == 2 else "", extra]
-                            if call.kernel is ops.relu_moments_kernel and call.argument("partial_ptr") is not None:
-                                details.append("split")
-                            if call.kernel is not ops.merge_splits_kernel or not extra:
-                                yield call, (short(dtype), layout, ", ".join(filter(None, details)))
+                    x = torch.empty(64, features // 16, 4, 4, dtype=dtype).to(memory_format=memory_format)
+                    mean, offsets = torch.empty(features), torch.empty(features // 16, dtype=dtype)
+                    added = ((None, None), (None, x), (offsets, None), (offsets, x))
+                    with Recorder() as recorder:
+                        for bias, residual in added if activation == "relu" else added[:1]:
+                            ops.relu_moments.__wrapped__(x, mean, mean, 0, bias, residual, activation)
+                        for shortcut in (None, x) if activation == "relu" else (None,):
+                            ops.relu_moments_backward.__wrapped__(x, x, mean, mean, activation, shortcut)
+                    for call in recorder.calls:
+                        yield call, layout
     for rule in RULES:
         for advance in (True, False):
             for weight in (None, torch.empty(65536)):
@@ -161,22 +177,60 @@ def _audit_calls() -> Iterator[tuple[Call, tuple[str, str, str]]]:
                     ops.averager_step.__wrapped__(
                         vector, vector, 64, vector, vector, state, state, state, step, **options
                     )
-                details = [rule, "" if advance else "no step", "" if weight is None else "weighted"]
-                first, second = recorder.calls
-                yield first, ("float32", "any", ", ".join(filter(None, details)))
-                yield second, ("float64", "any", "counts the step" if second.constants["ADVANCE"] else "")
+                yield from ((call, "any") for call in recorder.calls)
 
 
-def _audit_jobs(capabilities: Sequence[int]) -> list[_Job]:
-    """One job per variant and target; a variant that both layouts share is compiled once."""
-    seen: dict[str, tuple[Call, list[tuple[str, str, str]]]] = {}
-    for call, labels in _audit_calls():
-        seen.setdefault(specialisation(call), (call, []))[1].append(labels)
+def described(call: Call) -> tuple[str, str]:
+    """(dtype, variant) of a launch, as the table shows them."""
+    constants, name = call.constants, call.kernel.__name__
+    dtype = short(call.arguments[0].dtype)
+    if name == "sum_partials_kernel":
+        return dtype, "counts the step" if constants["ADVANCE"] else ""
+    if name == "averager_step_kernel":
+        details = [constants["RULE"], "" if constants["ADVANCE"] else "no step"]
+    else:
+        details = ["×".join(str(constants[key]) for key in ("BLOCK_N", "BLOCK_F") if key in constants)]
+        details.append(constants.get("ACTIVATION", ""))
+    given = {key for key in call.kernel.arg_names if key.endswith("_ptr") and call.argument(key) is not None}
+    details += [word for key, word in _OPTIONAL.items() if key in given]
+    if name == "relu_moments_kernel" and "partial_ptr" in given:
+        details.append("split")
+    sums = "a_ptr" if name == "relu_moments_backward_kernel" else "mean_ptr"
+    if call.argument(sums).dtype == torch.float64 and dtype != "float64":
+        details.append("float64 sums")
+    if not _is_aligned(call, sorted(given)):
+        details.append("1 feature" if call.argument("features") == 1 else "unaligned")
+    return dtype, ", ".join(filter(None, details))
+
+
+@functools.cache
+def audited() -> dict[str, tuple[Call, str]]:
+    """What is audited: launches and their layouts, by specialisation."""
+    found: dict[str, tuple[Call, str]] = {}
+    for call, layout in itertools.chain(_designed_calls(), ((call, "channels_last") for call in launched())):
+        if call.kernel.__name__ in _OF_FEATURES:
+            layout = "any"
+        key = specialisation(call)
+        known, its_layout = found.setdefault(key, (call, layout))
+        if its_layout != layout:
+            found[key] = known, "both"
+    return found
+
+
+def missing(calls: Iterable[Call]) -> list[str]:
+    """Those of `calls` that run a kernel which the audit does not compile, a line each."""
+    known = audited()
+    found = (call for call in calls if specialisation(call) not in known)
+    return sorted({" ".join((call.kernel.__name__, *described(call))) for call in found})
+
+
+def _audit_jobs(capabilities: Sequence[int], only: str = "") -> list[_Job]:
+    """One job per variant of the kernels whose names contain `only`, and target."""
     jobs = []
-    for call, sources in seen.values():
-        dtype, layout, variant = sources[0]
-        if len({source[1] for source in sources}) > 1:
-            layout = "both"
+    for call, layout in audited().values():
+        if only not in call.kernel.__name__:
+            continue
+        dtype, variant = described(call)
         for capability in capabilities:
             options, signature, constants, attributes = _bind(call, capability)
             jobs.append(
@@ -217,7 +271,9 @@ def _audit_one(job: _Job) -> AuditRow:
         usage = subprocess.run(
             [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tools / "nvdisasm", "--print-code", "--no-dataflow", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump: no resource usage of {job.kernel}: {usage.strip()}")
@@ -255,7 +311,7 @@ def audit(capabilities: Sequence[int] = tuple(MULTIPROCESSORS), only: str = "") 
     """Compile and read all variants of the kernels whose names contain `only`."""
     if triton_backend().INTERPRETED:
         raise RuntimeError("--audit compiles the kernels, which TRITON_INTERPRET=1 prevents: unset it")
-    jobs = [job for job in _audit_jobs(capabilities) if only in job.kernel]
+    jobs = _audit_jobs(capabilities, only)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(_audit_one, jobs))
 

@@ -33,9 +33,11 @@ class BytesRow(Row):
     """Bytes that one operation moves over all taps of a minibatch.
 
     Attributes:
-        ours: counted in the kernels, of which `partial` are sums between two stages.
-        floor: every activation read once and written where it changes, per-feature values once.
-        eager, compiled: the plain PyTorch formula, run operator by operator and fused by torch.compile.
+        ours: counted in the kernels, of which `partial` are sums between two stages; and biases that a convolution
+            adds in a kernel of its own, which reads and writes all that comes out of it.
+        floor: every activation read once and written where it changes, values per feature and biases once.
+        eager, compiled: the plain PyTorch formula, run operator by operator and fused by torch.compile. The first adds
+            every bias in a kernel of its own; the second takes it from the convolution, and adds it on the way.
     """
 
     op: str
@@ -184,9 +186,11 @@ def _our_bytes(tap: TapShape, dtype: torch.dtype) -> tuple[dict[str, int], dict[
         torch.randn(MINIBATCH, *tap.shape).to(dtype, memory_format=torch.channels_last) for _ in range(3)
     )
     mean, m2, a, b = (torch.zeros(tap.features) for _ in range(4))
-    expected = feature_rows(torch.relu(x + residual if tap.residual else x)).float().mean(0)
-    with AccessCounter(x=x, residual=residual, mean=mean, m2=m2) as forward:
-        ops.relu_moments(x, mean, m2, 0, None, residual if tap.residual else None)
+    bias = torch.randn(tap.shape[0]).to(dtype)
+    added = (x + bias.view(-1, 1, 1) * tap.bias).add_(residual, alpha=int(tap.residual))
+    expected = feature_rows(torch.relu(added)).float().mean(0)
+    with AccessCounter(x=x, residual=residual, bias=bias, mean=mean, m2=m2) as forward:
+        ops.relu_moments(x, mean, m2, 0, bias if tap.bias else None, residual if tap.residual else None)
     if not torch.allclose(mean, expected, atol=1e-2):
         raise RuntimeError(f"relu_moments: wrong means for {tap}")
     with AccessCounter(grad=grad, y=x, a=a, b=b) as backward:
@@ -210,10 +214,14 @@ def count_bytes(taps: Sequence[TapShape], dtype: torch.dtype) -> list[BytesRow]:
         moved = _our_bytes(tap, dtype)
         ours += times * np.array([sum(counts.values()) for counts in moved])
         partial += times * np.array([counts["partial"] for counts in moved])
-        forward_floor = (2 + tap.residual) * activation + 2 * per_feature
-        floor += times * tap.features * np.array([forward_floor, 3 * activation + 2 * per_feature])
+        forward_floor = tap.features * ((2 + tap.residual) * activation + 2 * per_feature)
+        forward_floor += tap.bias * tap.shape[0] * DTYPE_BYTES[dtype]
+        floor += times * np.array([forward_floor, tap.features * (3 * activation + 2 * per_feature)])
         eager += times * np.array(_eager_bytes(tap, dtype))
         fused += times * np.round(compiled_per_feature[tap.residual] * tap.features).astype(np.int64)
+    # A bias that a convolution adds in a kernel of its own: all that comes out of it is read and written.
+    eager[0] += 2 * activation * sum(tap.biased for tap in taps)
+    ours[0] += 2 * activation * sum(tap.biased_before for tap in taps)
     rows = [
         BytesRow(op, int(ours[n]), int(partial[n]), int(floor[n]), int(eager[n]), int(fused[n]))
         for n, op in enumerate(("relu_moments", "relu_moments_backward"))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.representation.build import build_extractor
+from engine.training.planner import FakeMode, fake_copy
 from kernels import reference
 
 EXTRACTOR, IMAGE_SIZE, MINIBATCH = "vgg19+resnet18", 32, 64
@@ -29,10 +34,21 @@ def short(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class TapShape:
-    """A tap as a kernel sees it: (C, H, W) of its activations, and whether a shortcut is added."""
+    """A tap as a kernel sees it, and the convolutions since the tap before.
+
+    Attributes:
+        shape: (C, H, W) of its activations.
+        residual: whether a shortcut is added.
+        bias: whether it adds the biases that convolutions leave to it.
+        biased: values of an image that come out of those convolutions which have a bias.
+        biased_before: of these, those to which the convolutions have added it themselves.
+    """
 
     shape: tuple[int, int, int]
     residual: bool
+    bias: bool = False
+    biased: int = field(default=0, compare=False)
+    biased_before: int = field(default=0, compare=False)
 
     @property
     def features(self) -> int:
@@ -40,23 +56,74 @@ class TapShape:
         return math.prod(self.shape)
 
 
+class _Biased(TorchDispatchMode):
+    """Counts what comes out of convolutions that are called with a bias, since `take` was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and args[2] is not None:
+            self.values += result.numel()
+        return result
+
+    def take(self) -> int:
+        """The number, which begins again at 0."""
+        values, self.values = self.values, 0
+        return values
+
+
 def taps_of(name: str, image_size: int) -> list[TapShape]:
-    """All taps of an extractor, in order."""
-    extractor = build_extractor(name, image_size=image_size)
-    taps: list[TapShape] = []
+    """All taps of an extractor, in order, as it runs on CUDA: from one image without memory."""
+    mode = FakeMode()
+    plain = fake_copy(build_extractor(name, image_size=image_size), mode)
+    ours = plain.prepared()
+    seen: dict[int, list[TapShape]] = {}
+    for extractor in (plain, ours):
+        with mode, torch.no_grad(), _Biased() as biased:
 
-    def visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor:
-        taps.append(TapShape((x.shape[1], x.shape[2], x.shape[3]), residual is not None))
-        return x
+            def visit(index: int, x: Tensor, residual: Tensor | None, extractor=extractor, biased=biased) -> Tensor:
+                shape, has_bias = (x.shape[1], x.shape[2], x.shape[3]), extractor.sites[index].bias is not None
+                tap = TapShape(shape, residual is not None, has_bias, biased.take())
+                seen.setdefault(index, []).append(tap)
+                return x
 
-    with torch.no_grad():
-        extractor(torch.zeros(1, 3, image_size, image_size), visit)
-    return taps
+            extractor(torch.empty(1, 3, image_size, image_size), visit)
+    return [
+        dataclasses.replace(engines, biased=users.biased, biased_before=engines.biased)
+        for users, engines in seen.values()
+    ]
 
 
 def triton_backend() -> ModuleType:
     """The Triton backend, imported when it is needed: TRITON_INTERPRET counts at that moment."""
     return importlib.import_module("kernels.triton")
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What a compiled kernel depends on of a tensor: its dtype, and how its address is aligned.
+
+    Attributes:
+        address: bytes from the beginning of the tensor's memory, which PyTorch aligns to more than any access needs.
+    """
+
+    dtype: torch.dtype
+    address: int
+
+    @classmethod
+    def to(cls, tensor: Tensor) -> Pointer:
+        return cls(tensor.dtype, int(tensor.storage_offset()) * tensor.element_size())
+
+    def data_ptr(self) -> int:
+        """As Triton asks for it."""
+        return self.address
+
+    def element_size(self) -> int:
+        """Bytes of one value."""
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -74,20 +141,34 @@ class Call:
 
 
 class Recorder:
-    """Context in which the Triton backend's launches are recorded instead of done."""
+    """Context in which the Triton backend's launches are recorded instead of done.
+
+    Args:
+        processors: multiprocessors of the device; None for what the tensors' device has.
+
+    Attributes:
+        calls: the launches, without the tensors' memory.
+    """
+
+    def __init__(self, processors: int | None = None):
+        self.processors = processors
+        self.calls: list[Call] = []
 
     def __enter__(self) -> Recorder:
-        self.calls: list[Call] = []
-        self._launching = triton_backend().launching
-        self._launch = self._launching.launch
-        self._launching.launch = self._record
+        launching = triton_backend().launching
+        self._stack = ExitStack()
+        self._stack.enter_context(patch.object(launching, "launch", self._record))
+        processors = self.processors
+        if processors is not None:
+            self._stack.enter_context(patch.object(launching, "processors", lambda device: processors))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._launching.launch = self._launch
+        self._stack.close()
 
     def _record(self, kernel: Any, device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any):
-        self.calls.append(Call(kernel, grid, arguments, constants))
+        seen = (Pointer.to(value) if isinstance(value, Tensor) else value for value in arguments)
+        self.calls.append(Call(kernel, grid, tuple(seen), constants))
 
 
 def plain_forward(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-# A tile has this many elements in every dtype: 16 loads in flight per thread would be too many registers for two
-# accumulators, 4 too few bytes in flight per multiprocessor.
+# Elements of a tile in every dtype of activations: more per thread would be too many registers for two accumulators,
+# fewer too few bytes in flight per multiprocessor.
 TILE_ELEMENTS = 4096
+# The same with float64 sums, whose accumulators take twice the registers.
+WIDE_TILE_ELEMENTS = 2048
 NUM_WARPS = 8
 # Widest first: whole pages of DRAM while that still gives every multiprocessor two programs; 64 features of bfloat16
 # are one 128-byte line, the narrowest that wastes nothing.
@@ -44,8 +46,10 @@ class Tiling:
 
 
 @functools.lru_cache(maxsize=1024)
-def tiling(rows: int, features: int, processors: int) -> Tiling:
+def tiling(rows: int, features: int, processors: int, wide: bool = False) -> Tiling:
     """The widest block that gives every multiprocessor two programs, else the narrowest, split over the rows.
+
+    `wide` is for sums in float64.
 
     Splits only begin where even narrow blocks leave half of the multiprocessors idle (fewer than 64 · processors / 2
     features): partial sums cost 16 bytes per feature and split.
@@ -54,7 +58,8 @@ def tiling(rows: int, features: int, processors: int) -> Tiling:
     blocks = triton.cdiv(features, block_f)
     wanted = max(1, min(processors // blocks, rows // MIN_ROWS_PER_SPLIT))
     rows_per_split = triton.cdiv(rows, wanted)
-    return Tiling(TILE_ELEMENTS // block_f, block_f, triton.cdiv(rows, rows_per_split), rows_per_split)
+    elements = WIDE_TILE_ELEMENTS if wide else TILE_ELEMENTS
+    return Tiling(elements // block_f, block_f, triton.cdiv(rows, rows_per_split), rows_per_split)
 
 
 @functools.cache

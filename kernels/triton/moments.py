@@ -5,15 +5,18 @@ Both passes over the activations see a tap as rows [N, F] in memory order, F con
 images stay inside one program. A tap that is too small to fill the device that way (a few thousand features) is split
 over the rows too; each split leaves its sums in a scratch buffer, and a second kernel adds them in order: no atomics,
 the same bits every time.
+
+A dataset's moments come from the same kernels: with float64 buffers all sums are in float64, and the activations are
+computed as they are in training.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import plain
 from kernels.layout import feature_rows, is_channels_last
 from kernels.operators import operator
 from kernels.triton import launching
@@ -55,16 +58,24 @@ def _load(pointer, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def _activate_tile(x_ptr, residual_ptr, bias, row, last, feature, features, ACTIVATION: tl.constexpr):
-    """Read a tile of x once, overwrite it with y, and return y as stored (in float) with the tile's mask."""
+def _activate_tile(
+    x_ptr, residual_ptr, bias, row, last, feature, features,
+    dtype: tl.constexpr, ACTIVATION: tl.constexpr, CHANGES: tl.constexpr,
+):  # fmt: skip
+    """Read a tile of x once, overwrite it with y if that `CHANGES` it; y as stored, in `dtype`, and the tile's mask.
+
+    y is computed in the dtype of `bias`: what is stored does not depend on the buffers that it is summed into.
+    """
     mask = (row < last)[:, None] & (feature < features)[None, :]
     offset = row.to(tl.int64)[:, None] * features + feature[None, :]
+    if not CHANGES:
+        return _load(x_ptr + offset, mask, dtype), mask
     value = _load(x_ptr + offset, mask, bias.dtype) + bias[None, :]
     if residual_ptr is not None:
         value += _load(residual_ptr + offset, mask, bias.dtype)
     y = _narrow(_activate(value, ACTIVATION), x_ptr.dtype.element_ty)
     tl.store(x_ptr + offset, y, mask=mask)
-    return _widen(y, bias.dtype), mask
+    return _widen(y, dtype), mask
 
 
 @triton.jit
@@ -82,7 +93,7 @@ def relu_moments_kernel(
     x_ptr,  # [rows, features], memory order: x on entry, y on return
     bias_ptr,  # [channels] or None
     residual_ptr,  # [rows, features], laid out as x, or None
-    mean_ptr,  # [features] float32 (float64 for float64 x): of the `count` images before, then of all
+    mean_ptr,  # [features] float32, or float64 for float64 sums: of the `count` images before, then of all
     m2_ptr,  # [features], as mean
     partial_ptr,  # [splits, 2, features], as mean, or None: sums around the first row of each split
     rows,
@@ -92,6 +103,7 @@ def relu_moments_kernel(
     count,
     rows_per_split,
     ACTIVATION: tl.constexpr,
+    CHANGES: tl.constexpr,  # whether y can differ from x
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -103,14 +115,15 @@ def relu_moments_kernel(
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
     feature = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = feature < features
-    bias = tl.zeros([BLOCK_F], dtype)
+    arithmetic: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    bias = tl.zeros([BLOCK_F], arithmetic)
     if bias_ptr is not None:
-        bias += _load(bias_ptr + (feature // inner) % channels, inside, dtype)
+        bias += _load(bias_ptr + (feature // inner) % channels, inside, arithmetic)
     first = tl.program_id(1) * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
 
     row = first + tl.arange(0, BLOCK_N)
-    y, mask = _activate_tile(x_ptr, residual_ptr, bias, row, last, feature, features, ACTIVATION)
+    y, mask = _activate_tile(x_ptr, residual_ptr, bias, row, last, feature, features, dtype, ACTIVATION, CHANGES)
     # From registers: another warp may already have overwritten the first row in memory.
     first_row = tl.sum(tl.where((row == first)[:, None], y, 0.0), axis=0)
     running = tl.load(mean_ptr + feature, mask=inside & (count > 0), other=0.0)
@@ -120,7 +133,7 @@ def relu_moments_kernel(
     squares = centred * centred
     for start in range(first + BLOCK_N, last, BLOCK_N):
         row = start + tl.arange(0, BLOCK_N)
-        y, mask = _activate_tile(x_ptr, residual_ptr, bias, row, last, feature, features, ACTIVATION)
+        y, mask = _activate_tile(x_ptr, residual_ptr, bias, row, last, feature, features, dtype, ACTIVATION, CHANGES)
         centred = tl.where(mask, y - pilot[None, :], 0.0)
         sums += centred
         squares += centred * centred
@@ -213,6 +226,29 @@ def relu_moments_backward_kernel(
         tl.store(grad_ptr + offset, _narrow(gradient, grad_ptr.dtype.element_ty), mask=mask)
 
 
+def _collect(
+    x: Tensor, mean: Tensor, m2: Tensor, count: int, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> None:
+    values = feature_rows(x)
+    rows, features = values.shape
+    shortcut = None if residual is None else feature_rows(residual)
+    channels = x.shape[1]
+    inner = 1 if is_channels_last(x) else features // channels
+    plan = launching.tiling(rows, features, launching.processors(x.device), mean.dtype == torch.float64)
+    changes = activation != "none" or bias is not None or residual is not None
+    partial = None if plan.splits == 1 else mean.new_empty(plan.splits, 2, features)
+    launching.launch(
+        relu_moments_kernel, x.device, (triton.cdiv(features, plan.block_f), plan.splits),
+        values, bias, shortcut, mean, m2, partial, rows, features, channels, inner, count, plan.rows_per_split,
+        ACTIVATION=activation, CHANGES=changes, BLOCK_N=plan.block_n, BLOCK_F=plan.block_f, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if partial is not None:
+        launching.launch(
+            merge_splits_kernel, x.device, (triton.cdiv(features, BLOCK_MERGE),),
+            values, mean, m2, partial, rows, features, count, plan.rows_per_split, plan.splits, BLOCK_F=BLOCK_MERGE,
+        )  # fmt: skip
+
+
 @operator("triton")
 def relu_moments(
     x: Tensor,
@@ -224,23 +260,7 @@ def relu_moments(
     activation: str = "relu",
 ) -> None:
     """See `kernels.relu_moments`."""
-    values = feature_rows(x)
-    rows, features = values.shape
-    shortcut = None if residual is None else feature_rows(residual)
-    channels = x.shape[1]
-    inner = 1 if is_channels_last(x) else features // channels
-    plan = launching.tiling(rows, features, launching.processors(x.device))
-    partial = None if plan.splits == 1 else mean.new_empty(plan.splits, 2, features)
-    launching.launch(
-        relu_moments_kernel, x.device, (triton.cdiv(features, plan.block_f), plan.splits),
-        values, bias, shortcut, mean, m2, partial, rows, features, channels, inner, count, plan.rows_per_split,
-        ACTIVATION=activation, BLOCK_N=plan.block_n, BLOCK_F=plan.block_f, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    if partial is not None:
-        launching.launch(
-            merge_splits_kernel, x.device, (triton.cdiv(features, BLOCK_MERGE),),
-            values, mean, m2, partial, rows, features, count, plan.rows_per_split, plan.splits, BLOCK_F=BLOCK_MERGE,
-        )  # fmt: skip
+    _collect(x, mean, m2, count, bias, residual, activation)
 
 
 @operator("triton")
@@ -251,7 +271,7 @@ def relu_moments_backward(
     values = feature_rows(y)
     rows, features = values.shape
     around = None if shortcut is None else feature_rows(shortcut)
-    plan = launching.tiling(rows, features, launching.processors(y.device))
+    plan = launching.tiling(rows, features, launching.processors(y.device), a.dtype == torch.float64)
     launching.launch(
         relu_moments_backward_kernel, y.device, (triton.cdiv(features, plan.block_f), plan.splits),
         feature_rows(grad), values, around, a, b, rows, features, plan.rows_per_split,
@@ -259,5 +279,16 @@ def relu_moments_backward(
     )  # fmt: skip
 
 
-# Plain PyTorch in float64: a dataset is read once, and the convolutions take longer.
-dataset_moments = operator("triton")(plain.dataset_moments)
+@operator("triton")
+def dataset_moments(
+    x: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    images: int = 0,
+) -> None:
+    """See `kernels.dataset_moments`: one pass over the activations, with sums in float64 from the first to the last."""
+    _collect(x, mean, m2, count, bias, residual, activation)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from cases import Activations, AveragerRun, backend
+from cases import Activations, AveragerRun, backend, device_of
 from oracle import relative_error
 
 from kernels import reference
 from kernels import triton as kernels_triton
 from kernels.triton import launching
-from kernels.triton.launching import TILE_ELEMENTS, tiling
+from kernels.triton.launching import TILE_ELEMENTS, WIDE_TILE_ELEMENTS, tiling
 
 PROCESSORS = 132
 
@@ -23,11 +24,12 @@ class TestTiling:
     @pytest.mark.parametrize("rows", [1, 15, 16, 63, 64, 257])
     @pytest.mark.parametrize("features", [1, 75, 2048, 8192, 16384, 65536, 262144])
     def test_covers_every_row_once(self, features: int, rows: int) -> None:
-        plan = tiling(rows, features, PROCESSORS)
-        assert plan.block_n * plan.block_f == TILE_ELEMENTS
-        starts = [split * plan.rows_per_split for split in range(plan.splits)]
-        assert [start for start in starts if start < rows] == starts, "no split is empty"
-        assert plan.splits * plan.rows_per_split >= rows
+        for wide, elements in ((False, TILE_ELEMENTS), (True, WIDE_TILE_ELEMENTS)):
+            plan = tiling(rows, features, PROCESSORS, wide)
+            assert plan.block_n * plan.block_f == elements
+            starts = [split * plan.rows_per_split for split in range(plan.splits)]
+            assert [start for start in starts if start < rows] == starts, "no split is empty"
+            assert plan.splits * plan.rows_per_split >= rows
 
     @pytest.mark.parametrize(
         ("features", "block_f", "splits"),
@@ -43,18 +45,20 @@ class TestTiling:
             assert -(-features // plan.block_f) * plan.splits >= PROCESSORS / 2
 
 
+@pytest.mark.parametrize("accumulation", [torch.float32, torch.float64], ids=["float32 sums", "float64 sums"])
 @pytest.mark.parametrize("block_f", [64, 128, 256])
-def test_every_block_width(block_f: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_width(block_f: int, accumulation: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter is too slow for taps that would choose the wider blocks by themselves."""
     monkeypatch.setattr(launching, "BLOCKS_F", (block_f,))
     tiling.cache_clear()
     try:
-        case = Activations((70, 100, 2, 2), residual=True)
+        case = Activations((70, 100, 2, 2), residual=True, device=device_of("triton"))
+        case = dataclasses.replace(case, accumulation=accumulation)
         found, expected = case.run(kernels_triton), case.expected()
     finally:
         tiling.cache_clear()
     for key, value in expected.items():
-        assert relative_error(found[key], value) <= 1e-6, key
+        assert relative_error(found[key].cpu(), value) <= 1e-6, key
 
 
 _COUNT_SPECIALISATIONS = """
