@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
 from engine.representation.tracing import small_maps
-from engine.representation.tracing.convolutions import FrozenConv2d, can_fuse
+from engine.representation.tracing.convolutions import FusedConv2d, can_fuse
 from engine.training.planner import StorageTracker
 
 # Size of the map, and the convolution.
@@ -63,10 +63,10 @@ def convolution(channels: int, filters: int, dtype: torch.dtype, **geometry) -> 
     return conv.to(dtype, memory_format=torch.channels_last)
 
 
-def frozen(conv: nn.Conv2d, activation: str = "none") -> FrozenConv2d:
+def frozen(conv: nn.Conv2d, activation: str = "none") -> FusedConv2d:
     if not can_fuse(conv.weight):
         pytest.skip("oneDNN has no such convolution here")
-    return FrozenConv2d(conv, activation)
+    return FusedConv2d(conv, activation)
 
 
 def draw_map(*shape: int, dtype: torch.dtype) -> Tensor:
