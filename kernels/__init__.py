@@ -1,6 +1,6 @@
 """The fused operations of moment matching, and the one place that chooses who computes them.
 
-Every backend is a module with the same four operations under the names and signatures that this one documents:
+Every backend is a module with the same five operations under the names and signatures that this one documents:
 
 | operation | what it does |
 | --- | --- |
@@ -8,6 +8,7 @@ Every backend is a module with the same four operations under the names and sign
 | `relu_moments_backward` | the gradient of both |
 | `averager_step` | difference → averager's step → loss → coefficients of the gradient |
 | `dataset_moments` | `relu_moments` over a whole dataset, in float64 |
+| `watch` | counts steps, and keeps the first whose loss was not finite |
 
 `reference` is plain PyTorch (the oracle), `compiled` goes through torch.compile (CPU), `triton` runs on CUDA, or on a
 CPU inside Triton's interpreter. The functions here choose by the tensors' device and dtype, as `select("auto", …)`
@@ -50,6 +51,7 @@ __all__ = [
     "relu_moments_backward",
     "select",
     "totals",
+    "watch",
 ]
 
 BACKENDS = ("auto", "reference", "compiled", "triton")
@@ -212,3 +214,16 @@ def dataset_moments(
         images: that are expected in all, which decides what is worth compiling, and changes no more than rounding.
     """
     select("auto", x.device, x.dtype).dataset_moments(x, mean, m2, count, residual, activation, images)
+
+
+def watch(loss: Tensor, step: Tensor, first_bad: Tensor) -> None:
+    """Count a training step, and remember the first whose loss was NaN or infinite; the host need not wait.
+
+    In place, `step ← step + 1`, then `first_bad ← min(first_bad, step)` unless the loss is finite.
+
+    Args:
+        loss: 0-d, of any floating dtype; only read.
+        step: 0-d int64, steps counted before.
+        first_bad: 0-d int64, a number larger than all steps as long as there was none.
+    """
+    select("auto", loss.device, loss.dtype).watch(loss, step, first_bad)

@@ -36,6 +36,7 @@ _SCHEMAS = {
         " Tensor(c!) u, Tensor(d!) step, *, str rule, float rate, float beta1, float beta2, float eps, int correction,"
         " bool advance, Tensor? weight=None) -> (Tensor, Tensor, Tensor)"
     ),
+    "watch": "(Tensor loss, Tensor(a!) step, Tensor(b!) first_bad) -> ()",
 }
 
 
@@ -160,11 +161,19 @@ def _fake_averager_step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tens
     return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(4, dtype=torch.float64)
 
 
+def _check_watch(loss: Tensor, step: Tensor, first_bad: Tensor) -> None:
+    if loss.dim() != 0 or loss.dtype not in DTYPES:
+        raise ValueError(f"loss: expected [] of a floating dtype, got {list(loss.shape)} {loss.dtype}")
+    _check("step", step, (), torch.int64, loss.device)
+    _check("first_bad", first_bad, (), torch.int64, loss.device)
+
+
 _OPERATIONS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "relu_moments": (_check_relu_moments, _check_relu_moments),
     "relu_moments_backward": (_check_relu_moments_backward, _check_relu_moments_backward),
     "dataset_moments": (_check_dataset_moments, _check_dataset_moments),
     "averager_step": (_check_averager_step, _fake_averager_step),
+    "watch": (_check_watch, _check_watch),
 }
 # Operators live as long as this object.
 _library: Any = torch.library.Library("gfmn", "DEF")  # type: ignore[no-untyped-call]

@@ -43,3 +43,9 @@ def dataset_moments(
         m2 += squares.addcmul_(delta, delta, value=count * arriving / total)
         mean += delta.mul_(arriving / total)
         count = total
+
+
+def watch(loss: Tensor, step: Tensor, first_bad: Tensor) -> None:
+    """See `kernels.watch`."""
+    step += 1
+    first_bad.copy_(torch.where(loss.isfinite(), first_bad, torch.minimum(first_bad, step)))

@@ -105,6 +105,9 @@ def make_prior(name: str, nz: int) -> Prior:
 class Noise:
     """The random numbers of a training run: one stream on the CPU, the same on every device.
 
+    Whoever takes steps calls `deliver` before each, `begin` at its beginning and `draw_ahead` after it. Nothing happens
+    then here, but in `engine.generation.drawn_ahead`.
+
     Args:
         seed: of the stream.
         device: where z is wanted.
@@ -114,9 +117,18 @@ class Noise:
         self.random = torch.Generator().manual_seed(seed)
         self.device = torch.device(device)
 
+    def deliver(self) -> None:
+        """Before a step: let the device have what was drawn ahead."""
+
+    def begin(self) -> None:
+        """A step begins, and asks for its first z next; it may begin anew after an error."""
+
     def draw(self, prior: Prior, count: int) -> Tensor:
         """The next z [count, nz] of `prior`, on the device."""
         return prior.sample(count, self.random).to(self.device, non_blocking=True)
+
+    def draw_ahead(self) -> None:
+        """After a step: draw what the next one will ask for."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"z": self.random.get_state()}

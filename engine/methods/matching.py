@@ -52,9 +52,14 @@ class Matching:
         self.batch_size, self.amp_dtype = batch_size, amp_dtype
         self.recompute_generator, self.batch_statistics = recompute_generator, batch_statistics
         self.modules = nn.ModuleDict({"generator": generator})
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas, fused=True)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.optimizer}
         self.device = next(generator.parameters()).device
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr, betas, fused=True, capturable=on_gpu)
+        if on_gpu:
+            # Where a captured step reads it; float32 is what the fused kernel takes.
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.tensor(lr, dtype=torch.float32, device=self.device)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.optimizer}
         # Loss scaling is only needed where gradients underflow: float16.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
 
@@ -66,9 +71,19 @@ class Matching:
         loss = self.objective(images)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        try:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        except Exception:
+            self._forget_step()
+            raise
         return {"loss": loss.detach(), **self.objective.scalars()}
+
+    def _forget_step(self) -> None:
+        """After a step that failed, as a capture may, the scaler would go on from its middle: with scales squared."""
+        vars(self.optimizer).pop("grad_scale", None)
+        vars(self.optimizer).pop("found_inf", None)
+        self.scaler._per_optimizer_states.clear()
 
     def sampler(self) -> Sampler:
         """See `Method.sampler`."""

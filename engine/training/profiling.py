@@ -14,8 +14,8 @@ from engine.support.files import write_atomically
 
 log = logging.getLogger("gfmn")
 
-# Steps before the traced ones: the first compiles, the second is the profiler's own warm-up.
-WARMUP = 2
+# The first step compiles.
+_FIRST = 1
 _ROWS = 15
 
 
@@ -25,17 +25,25 @@ def quiet_profiler() -> None:
 
 
 class StepProfiler:
-    """Context around training steps; traces `steps` of them after `WARMUP` others, or does nothing if there are none.
+    """Context around training steps; traces `steps` of them after `warmup` others, or does nothing if there are none.
 
     Writes a trace for chrome://tracing or Perfetto to `path` and logs the operators that took most time themselves.
+
+    Args:
+        steps: to trace; None for none.
+        path: of the trace.
+        different: steps at the beginning that are not like those that follow.
+
+    Attributes:
+        warmup: steps before the traced ones: those that are different, and one for the profiler itself.
     """
 
-    def __init__(self, steps: int | None, path: Path):
-        self.path = path
+    def __init__(self, steps: int | None, path: Path, different: int = 0):
+        self.path, self.warmup = path, max(different, _FIRST) + 1
         self.profiler: profile | None = None
         if steps:
             quiet_profiler()
-            plan = schedule(wait=WARMUP - 1, warmup=1, active=steps, repeat=1)
+            plan = schedule(wait=self.warmup - 1, warmup=1, active=steps, repeat=1)
             self.profiler = profile(schedule=plan, on_trace_ready=self._write, profile_memory=True)
 
     def __enter__(self) -> StepProfiler:

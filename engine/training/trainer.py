@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +22,14 @@ from engine.methods.protocols import SQUARED, Method
 from engine.support.errors import InputError, Interrupted, WriteError, differences, one_line
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from engine.training.graphs import EAGER_STEPS, GraphedStep, Graphs
 from engine.training.logbook import Logbook
 from engine.training.precision import peak_memory, repeatable, reset_peak_memory
-from engine.training.profiling import WARMUP, StepProfiler
+from engine.training.profiling import StepProfiler
 from engine.training.run_folder import COLUMNS, RunFolder, saved_step
 from engine.training.stopping import StopRequest
 from engine.training.weight_average import WeightAverage
+from kernels import reference
 
 if TYPE_CHECKING:
     from engine.training.validation import Evaluation, Validation
@@ -77,6 +80,10 @@ class Trainer:
         run: the folder, already started.
         fingerprint: of extractor, precision and dataset; a checkpoint with another one is refused.
         validation: compares samples with the real images now and then; None for never.
+        noise: the run's random numbers; None for the seed's, drawn when a step asks for them.
+        kernels: the backend that watches the loss.
+        graphs: captures the step after a few, and replays it; None for a step that always runs as it is written. The
+            result is the same.
     """
 
     def __init__(
@@ -86,6 +93,10 @@ class Trainer:
         run: RunFolder,
         fingerprint: Mapping[str, str],
         validation: Validation | None = None,
+        *,
+        noise: Noise | None = None,
+        kernels: ModuleType = reference,
+        graphs: Graphs | None = None,
     ):
         if method.reads != "nothing":
             raise ValueError(f"method: reads {method.reads}, which this trainer does not deliver")
@@ -96,20 +107,44 @@ class Trainer:
         self.device = next(generator.parameters()).device
         decay = schedule.generator_ema
         self.ema = None if decay is None else WeightAverage(generator, decay)
-        self.noise = Noise(schedule.seed, self.device)
+        self.noise = Noise(schedule.seed, self.device) if noise is None else noise
         self.fixed_z = method.sampler().prior.draw(GRID, schedule.seed + 1).to(self.device)
+        # The rates in full: an optimizer may keep its own in float32, on the device.
+        self.rates = {name: float(optimizer.defaults["lr"]) for name, optimizer in method.optimizers.items()}
+        self.kernels = kernels
         self.step = 0
+        # The device's own count of steps, and what it found; both change in place.
+        self._steps_on_device = torch.tensor(0, device=self.device)
         self.first_bad_step = torch.tensor(_NEVER, device=self.device)
+        self.graphed = None if graphs is None else GraphedStep(self._step, graphs, self._drop_gradients)
 
     def train_step(self) -> Mapping[str, Tensor]:
-        """One step; returns the method's scalars on the device, and never waits for it."""
+        """One step; returns the method's scalars on the device, and never waits for it.
+
+        What is counted in Python is counted here, around what a graph replays. The scalars are overwritten by the next
+        step.
+        """
+        self.noise.deliver()
+        scalars = self._step() if self.graphed is None else self.graphed()
+        self.noise.draw_ahead()
+        self.step += 1
+        if self.ema is not None:
+            self.ema.updates += 1
+        return scalars
+
+    def _step(self) -> Mapping[str, Tensor]:
+        """What the device does in a step: no Python number in it changes, and what is kept changes in place."""
+        self.noise.begin()
         scalars = self.method.step(None, self.noise)
         if self.ema is not None:
-            self.ema.update(self.method.sampler().generator)
-        self.step += 1
-        bad = torch.where(scalars["loss"].isfinite(), _NEVER, self.step)
-        self.first_bad_step = torch.minimum(self.first_bad_step, bad)
+            self.ema.take_in(self.method.sampler().generator)
+        with torch.no_grad():
+            self.kernels.watch(scalars["loss"], self._steps_on_device, self.first_bad_step)
         return scalars
+
+    def _drop_gradients(self) -> None:
+        for optimizer in self.method.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def fit(self) -> None:
         """Train to the last step, then write the generator, a checkpoint and samples.
@@ -118,12 +153,12 @@ class Trainer:
         finite, WriteError if something cannot be written (a checkpoint has been tried).
         """
         schedule, total, profiled = self.schedule, self.schedule.steps, self.schedule.profile
-        if profiled is not None and total - self.step < profiled + WARMUP:
+        profiler = StepProfiler(profiled, self.run.profile, 0 if self.graphed is None else EAGER_STEPS + 1)
+        if profiled is not None and total - self.step < profiled + profiler.warmup:
             if self.step == 0:
-                raise InputError("profile", f"{profiled} steps after {WARMUP} of warm-up are more than {total}")
-            profiled = None  # a resumed run has no room for it any more
+                raise InputError("profile", f"{profiled} steps after {profiler.warmup} of warm-up are more than {total}")
+            profiler = StepProfiler(None, self.run.profile)  # a resumed run has no room for it any more
         clock, clock_step = time.perf_counter(), self.step
-        profiler = StepProfiler(profiled, self.run.profile)
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total)
         reset_peak_memory(self.device)
         with StopRequest() as stop, self._saved_before_failing(), logbook, profiler, repeatable():
@@ -204,8 +239,7 @@ class Trainer:
         method = self.method
         parts: dict[str, dict[str, Tensor]] = {name: module.state_dict() for name, module in method.modules.items()}
         parts |= {f"optimizer.{name}": flatten_optimizer(optimizer) for name, optimizer in method.optimizers.items()}
-        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in method.optimizers.items()}
-        parts["rates"] = {name: torch.tensor(rate, dtype=torch.float64) for name, rate in rates.items()}
+        parts["rates"] = {name: torch.tensor(rate, dtype=torch.float64) for name, rate in self.rates.items()}
         parts |= {"method": method.state_dict(), "random": self.noise.state_dict()}
         if self.ema is not None:
             parts["ema"] = self.ema.state_dict()
@@ -223,8 +257,7 @@ class Trainer:
                 module.load_state_dict(parts[name])
             for name, optimizer in self.method.optimizers.items():
                 restore_optimizer(optimizer, parts[f"optimizer.{name}"])
-                for group in optimizer.param_groups:
-                    group["lr"] = float(parts["rates"][name])
+                self._set_rate(name, float(parts["rates"][name]))
             self.method.load_state_dict(parts.get("method", {}))
             self.noise.load_state_dict(parts["random"])
             if self.ema is not None:
@@ -236,6 +269,9 @@ class Trainer:
                 "checkpoint", f"that of step {checkpoint.step} does not fit this run's networks ({one_line(error)})"
             ) from None
         self.step = checkpoint.step
+        self._steps_on_device.fill_(self.step)
+        if self.graphed is not None:
+            self.graphed.reset()
         if saved_step(self.run.best_checkpoint) == self.step:
             # A kill may have come between that checkpoint and its generator.
             save_sampler(self.run.best_generator, self.sampler(), self.step)
@@ -267,12 +303,22 @@ class Trainer:
     @property
     def lr(self) -> float:
         """The generator's learning rate now."""
-        return self.method.optimizers["generator"].param_groups[0]["lr"]
+        return self.rates["generator"]
 
     def _scale_lr(self, factor: float) -> None:
-        for optimizer in self.method.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] *= factor
+        if factor != 1:
+            for name, rate in self.rates.items():
+                self._set_rate(name, rate * factor)
+
+    def _set_rate(self, name: str, rate: float) -> None:
+        self.rates[name] = rate
+        for group in self.method.optimizers[name].param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+                continue
+            group["lr"] = rate
+            if self.graphed is not None:
+                self.graphed.reset()  # a number of Python's is part of what was captured
 
     def _log(self, logbook: Logbook, scalars: Mapping[str, Tensor], rate: float, evaluation: Evaluation | None) -> None:
         entry: dict[str, Any] = {"step": self.step}

@@ -22,6 +22,9 @@ class WeightAverage:
     Args:
         generator: whose weights are averaged.
         decay: in (0, 1).
+
+    Attributes:
+        updates: how often weights were taken in.
     """
 
     def __init__(self, generator: Generator, decay: float):
@@ -30,9 +33,17 @@ class WeightAverage:
         self._floats = [tensor.detach() for tensor in own if tensor.is_floating_point()]
         self._counts = [tensor for tensor in own if not tensor.is_floating_point()]
 
-    @torch.no_grad()
     def update(self, generator: Generator) -> None:
-        """Take the weights of `generator` in; they must be on the same device."""
+        """Take the weights of `generator` in, and count it; they must be on the same device."""
+        self.take_in(generator)
+        self.updates += 1
+
+    @torch.no_grad()
+    def take_in(self, generator: Generator) -> None:
+        """`update` without the count: what the device does, which is all of it that the replay of a graph repeats.
+
+        The first one copies, so it must not be what a graph captures.
+        """
         new = [tensor.detach() for tensor in generator.state_dict(keep_vars=True).values()]
         floats = [tensor for tensor in new if tensor.is_floating_point()]
         if self.updates == 0:
@@ -40,7 +51,6 @@ class WeightAverage:
         else:
             torch._foreach_lerp_(self._floats, floats, 1 - self.decay)
         torch._foreach_copy_(self._counts, [tensor for tensor in new if not tensor.is_floating_point()])
-        self.updates += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average and how often it was updated, under `AveragedModel`'s names."""

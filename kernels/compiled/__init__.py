@@ -26,9 +26,10 @@ import torch
 from kernels._dynamo import GRAIN, dynamo
 from kernels.compiled.averaging import averager_step
 from kernels.compiled.moments import dataset_moments, relu_moments, relu_moments_backward
+from kernels.compiled.watching import watch
 from kernels.layout import accumulation_dtype
 
-__all__ = ["averager_step", "dataset_moments", "relu_moments", "relu_moments_backward", "works"]
+__all__ = ["averager_step", "dataset_moments", "relu_moments", "relu_moments_backward", "watch", "works"]
 
 
 def works(dtype: torch.dtype) -> str | None:

@@ -14,6 +14,7 @@ from kernels.reference.averaging import (
     totals,
 )
 from kernels.reference.moments import dataset_moments, relu_moments, relu_moments_backward
+from kernels.reference.watching import watch
 
 __all__ = [
     "average_moments",
@@ -26,4 +27,5 @@ __all__ = [
     "relu_moments",
     "relu_moments_backward",
     "totals",
+    "watch",
 ]

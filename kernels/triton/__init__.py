@@ -14,6 +14,7 @@ from kernels.triton.moments import (
     relu_moments_backward_kernel,
     relu_moments_kernel,
 )
+from kernels.triton.watching import watch, watch_kernel
 
 __all__ = [
     "INTERPRETED",
@@ -26,4 +27,6 @@ __all__ = [
     "relu_moments_backward_kernel",
     "relu_moments_kernel",
     "sum_partials_kernel",
+    "watch",
+    "watch_kernel",
 ]
