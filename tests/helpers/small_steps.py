@@ -6,11 +6,12 @@ minibatches are small.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.comparison.distances.moments import Moments
 from engine.comparison.pooling import POOLS, sizes
@@ -19,9 +20,11 @@ from engine.configuration.build import bare_extractor, make_generator, make_meth
 from engine.configuration.config import Config
 from engine.configuration.groups import METHODS
 from engine.configuration.presets import PRESETS
+from engine.generation.drawn_ahead import DrawnAhead
 from engine.representation.extractor import Extractor
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
+from kernels import reference
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -95,16 +98,46 @@ def random_reference(config: Config, extractor: Extractor) -> Any:
     return Moments(2, mean, m2)
 
 
-def small_trainer(config: Config, kernels: str | ModuleType = "reference") -> Trainer:
-    """A new trainer on the CPU."""
+class HostLane:
+    """`DrawnAhead`'s way to a device that is the host."""
+
+    device = torch.device("cpu")
+
+    def buffer(self, z: Tensor) -> Tensor:
+        return torch.empty_like(z)
+
+    def slot(self, z: Tensor) -> Tensor:
+        return torch.empty_like(z)
+
+    def copy(self, slot: Tensor, buffer: Tensor) -> None:
+        slot.copy_(buffer)
+
+    def wait(self, copied: None) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+def small_trainer(config: Config) -> Trainer:
+    """A new trainer on the CPU that steps as one on a GPU does, with the plain kernels."""
     torch.manual_seed(3)
-    extractor = bare_extractor(config)
-    method = make_method(
-        config, make_generator(config), extractor, random_reference(config, extractor), kernels=kernels
-    )
-    return Trainer(method, make_schedule(config), RunFolder("nowhere"), {})
+    extractor, generator = bare_extractor(config), make_generator(config)
+    method = make_method(config, generator, extractor, random_reference(config, extractor), kernels=reference)
+    noise = DrawnAhead(config.training.seed, HostLane())
+    return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, noise=noise, kernels=reference)
 
 
-def device_step(trainer: Trainer) -> Callable[[], object]:
-    """What a CUDA graph would capture of a step."""
-    return trainer.train_step
+def device_step(trainer: Trainer) -> Callable[[AbstractContextManager[Any]], object]:
+    """A whole step of `trainer`, with what a CUDA graph captures of it inside the context that the step is given."""
+    captured = trainer._step
+
+    def step(context: AbstractContextManager[Any]) -> object:
+        def inside() -> Mapping[str, Tensor]:
+            with context:
+                return captured()
+
+        trainer._step = inside  # type: ignore[method-assign]
+        return trainer.train_step()
+
+    return step

@@ -11,6 +11,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 WARMUP = 3
 """Steps before the two that are compared: the optimizer's, the scaler's and the average's state exist after them."""
 # What decides on the host what the device does next, or what the host makes up at every step.
-_FORBIDDEN = {
+FORBIDDEN = {
     torch.Tag.nondeterministic_seeded: "draws random numbers",
     torch.Tag.data_dependent_output: "waits for a value",
     torch.Tag.dynamic_output_shape: "returns a shape that depends on values",
@@ -81,8 +82,8 @@ class StepTrace(TorchDispatchMode):
         if func.namespace == "profiler":  # marks for people who look at profiles, with a handle of their own every time
             return func(*args, **kwargs)
         arguments = ", ".join([*map(self._shown, args), *(f"{key}={self._shown(kwargs[key])}" for key in kwargs)])
-        forbidden = next((why for tag, why in _FORBIDDEN.items() if tag in func.tags), "")
-        self.calls.append(Call(str(func), f"({arguments})", _where(), forbidden))
+        forbidden = next((why for tag, why in FORBIDDEN.items() if tag in func.tags), "")
+        self.calls.append(Call(str(func), f"({arguments})", where(), forbidden))
         result = func(*args, **kwargs)
         tensors = result if isinstance(result, (tuple, list)) else (result,)
         for index, tensor in enumerate(tensors):
@@ -112,12 +113,12 @@ class StepTrace(TorchDispatchMode):
         return Origin(source, layout)
 
 
-def _where() -> str:
-    """The innermost line of the project in the stack, without this file."""
+def where() -> str:
+    """The innermost line of the project in the stack of a dispatch mode, without the lints themselves."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path != Path(__file__):
+        if path.is_relative_to(ROOT) and path.parent != Path(__file__).parent:
             line = linecache.getline(str(path), frame.f_lineno).strip()
             node = torch._C._current_autograd_node()
             backward = "" if node is None else f" (backward: {node.name()})"
@@ -142,13 +143,18 @@ def differences(one: StepTrace, other: StepTrace) -> list[str]:
     return found
 
 
-def capture_faults(step: Callable[[], object], warmup: int = WARMUP) -> list[str]:
-    """Why a CUDA graph of `step` would not do what `step` does; empty if it would. Calls it `warmup` + 2 times."""
+def capture_faults(step: Callable[[AbstractContextManager[Any]], object], warmup: int = WARMUP) -> list[str]:
+    """Why a CUDA graph of a step would not do what the step does; empty if it would.
+
+    Args:
+        step: takes a step, with what would be captured inside the context it is given.
+        warmup: steps before the two that are compared.
+    """
     for _ in range(warmup):
-        step()
+        step(nullcontext())
     traces = StepTrace(), StepTrace()
     for trace in traces:
-        with trace:
-            step()
+        step(trace)
+    assert any(trace.calls for trace in traces), "nothing was traced"
     forbidden = [f"{call.operator} {call.forbidden}, by {call.where}" for call in traces[1].calls if call.forbidden]
     return [*forbidden, *differences(*traces)]
