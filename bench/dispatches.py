@@ -119,7 +119,7 @@ def dispatches(config: Config) -> list[Dispatch]:
         method = make_method(config, generator, extractor, fake_target(extractor.num_features), kernels=triton)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copying a generator
-            trainer = Trainer(method, make_schedule(config), RunFolder("nowhere"), {})
+            trainer = Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, kernels=triton)
         for _ in range(WARMUP):
             trainer.train_step()
         with counter:
