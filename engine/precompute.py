@@ -21,7 +21,7 @@ from engine.configuration.build import make_extractor, pass_batch_size, referenc
 from engine.configuration.command import Parser, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
-from engine.configuration.inputs import amp_dtype, choose_device, open_data
+from engine.configuration.inputs import amp_dtype, check_precision, choose_device, open_data
 from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError, Interrupted
 from engine.support.files import check_output
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
     device = ranks.device(choose_device(config.training.device, config.training.threads, config.training.float32))
     dtype, kind = amp_dtype(config), reference_kind(config)
+    check_precision(dtype, device)
 
     def prepare():
         dataset = open_data(config)

@@ -19,12 +19,13 @@ from engine.configuration.command import Parser, arguments_as, memory_advice, ru
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
-from engine.configuration.inputs import choose_device
+from engine.configuration.inputs import check_precision, choose_device
 from engine.configuration.presets import PRESETS, preset_for
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
 from engine.support.files import check_output, locked
+from engine.training.precision import AMP_DTYPES
 from pipelines import open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]
@@ -94,6 +95,7 @@ def _pretrain(arguments: argparse.Namespace, data: DataConfig, values: dict[str,
         print(f"{arguments.out}: is complete, nothing to resume")
         return
     device = choose_device(arguments.device, arguments.threads)
+    check_precision(AMP_DTYPES["bf16"] if values.get("amp") else None, device, "amp")
     dataset = open_dataset(
         data.dataset,
         data.data,

@@ -22,6 +22,7 @@ from engine.comparison.reference.cache import write_bad_images
 from engine.configuration.build import (
     make_extractor,
     make_generator,
+    make_machinery,
     make_method,
     make_reference,
     make_schedule,
@@ -31,7 +32,7 @@ from engine.configuration.build import (
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
-from engine.configuration.inputs import amp_dtype, choose_device, open_data
+from engine.configuration.inputs import amp_dtype, check_graph, check_precision, choose_device, open_data
 from engine.configuration.planning import choose_chunk, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
 from engine.configuration.train_command import resume_command
@@ -118,7 +119,8 @@ def build(
     method = make_method(config, generator, extractor, reference)
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**(reference.fingerprint or {}), **asked.fixed()}
-    trainer = Trainer(method, make_schedule(config), run, fingerprint, make_validation(config, device))
+    validation, machinery = make_validation(config, device), make_machinery(config, device)
+    trainer = Trainer(method, make_schedule(config), run, fingerprint, validation, **machinery)
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
             trainer.restore(checkpoint)
@@ -163,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("training runs in one process; start it without torchrun")
     asked = configure(arguments)
     device = choose_device(asked.training.device, asked.training.threads, asked.training.float32)
+    check_precision(amp_dtype(asked), device)
+    check_graph(asked, device)
     if arguments.plan:
         print_plans(asked, device)
         return

@@ -26,8 +26,9 @@ from engine.comparison.reference.target import MomentsKind
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype, open_data
+from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.networks import Generator, build_generator
-from engine.generation.priors import make_prior
+from engine.generation.priors import Noise, make_prior
 from engine.methods.matching import Matching
 from engine.methods.protocols import Method
 from engine.representation.build import build_extractor
@@ -37,7 +38,10 @@ from engine.representation.protocols import Objective
 from engine.representation.weights import read_state_dict
 from engine.representation.zoo import brings_weights, has_imagenet_weights
 from engine.support.errors import InputError, Interrupted, WriteError
+from engine.training.graphs import CudaGraphs
 from engine.training.trainer import Schedule
+from kernels import reference as reference_kernels
+from kernels import select
 from pipelines import ImageDataset, cache_is_kept, cached, read_pixels, temporary_folder
 
 if TYPE_CHECKING:
@@ -336,6 +340,21 @@ def make_schedule(config: Config) -> Schedule:
         keep_checkpoints=output.keep_checkpoints,
         profile=output.profile,
     )
+
+
+def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
+    """How steps run on `device`, for a method that has been made: the trainer's `noise`, `kernels` and `graphs`.
+
+    InputError if a CUDA graph is asked for, and the Triton kernels cannot run.
+    """
+    training = config.training
+    if device.type != "cuda":
+        return {"noise": Noise(training.seed, device), "kernels": reference_kernels, "graphs": None}
+    backend = select(config.matching.backend, device, amp_dtype(config) or torch.float32)
+    graphs = CudaGraphs(device) if training.cuda_graph is not False and backend is not reference_kernels else None
+    if training.cuda_graph and graphs is None:
+        raise InputError("cuda_graph", "needs the Triton kernels, which cannot run here")
+    return {"noise": DrawnAhead(training.seed, CudaLane(device)), "kernels": backend, "graphs": graphs}
 
 
 def make_validation(config: Config, device: torch.device) -> Validation | None:

@@ -292,6 +292,13 @@ class TrainingConfig(Settings):
         resumable=True,
         since="0.2",
     )
+    cuda_graph: bool | None = option(
+        None,
+        "capture a whole step in a CUDA graph after a few, and replay it: the same result in less time (default: on a "
+        "GPU with the Triton kernels)",
+        resumable=True,
+        since="0.2",
+    )
     seed: int = option(0, "of everything random", at_least=0, at_most=2**63 - 1, metavar="N")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), resumable=True)
     threads: int | None = option(None, "CPU threads, all cores by default", at_least=1, metavar="N", resumable=True)

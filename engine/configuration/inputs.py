@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,17 +45,30 @@ def choose_device(name: str, threads: int | None = None, float32: str = "tf32") 
         if not 1 <= threads <= most_threads():
             raise InputError("threads", f"must be from 1 to {most_threads()} on this machine, got {threads}")
         torch.set_num_threads(threads)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and (file := next(iter(sorted(Path("/dev").glob("nvidia[0-9]*"))), None)) is not None:
-            log.warning(
-                "warning: %s is there, but PyTorch for CUDA %s cannot use it (is the driver too old?); the CPU is used",
-                file,
-                torch.version.cuda,
-            )
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device", "cuda is not available here (no GPU, or no driver); use --device cpu")
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old driver PyTorch warns in its own words, in several lines
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+    unusable = _unusable_gpu()
+    if name == "cuda":
+        raise InputError(
+            "device", f"cuda is not available here ({unusable or 'no GPU, or no driver'}); use --device cpu"
+        )
+    if unusable is not None:
+        log.warning("warning: %s; the CPU is used", unusable)
+    return torch.device("cpu")
+
+
+def _unusable_gpu() -> str | None:
+    """A device file that PyTorch could make nothing of, and what may be wrong; None if there is no such file."""
+    file = next(iter(sorted(Path("/dev").glob("nvidia[0-9]*"))), None)
+    if file is None:
+        return None
+    if torch.version.cuda is None:
+        return f"{file} is there, but this PyTorch is built without CUDA"
+    return f"{file} is there, but PyTorch for CUDA {torch.version.cuda} cannot use it (is the driver too old?)"
 
 
 def open_data(config: Config) -> ImageDataset:
@@ -73,6 +87,36 @@ def open_data(config: Config) -> ImageDataset:
 def amp_dtype(config: Config) -> torch.dtype | None:
     """The low precision of the run, None without mixed precision."""
     return AMP_DTYPES[config.training.amp_dtype] if config.training.amp else None
+
+
+# The oldest compute capabilities with arithmetic in these dtypes; slower is no error. CPUs compute in both.
+_CAPABILITIES = {torch.float16: (5, 3), torch.bfloat16: (8, 0)}
+
+
+def check_precision(dtype: torch.dtype | None, device: torch.device, argument: str = "amp_dtype") -> None:
+    """InputError on `argument` if the low precision `dtype` is one that the GPU has no arithmetic for."""
+    if dtype is None or device.type != "cuda":
+        return
+    own, needed = torch.cuda.get_device_capability(device), _CAPABILITIES[dtype]
+    if own < needed:
+        name = next(name for name, known in AMP_DTYPES.items() if known == dtype)
+        half = argument == "amp_dtype" and own >= _CAPABILITIES[torch.float16]
+        raise InputError(
+            argument,
+            f"{name} needs a GPU of compute capability {needed[0]}.{needed[1]} or newer, and "
+            f"{torch.cuda.get_device_name(device)} has {own[0]}.{own[1]}; "
+            + ("--amp-dtype fp16 runs there" if half else "leave out --amp"),
+        )
+
+
+def check_graph(config: Config, device: torch.device) -> None:
+    """InputError if the run asks for a CUDA graph where there is none."""
+    if not config.training.cuda_graph:
+        return
+    if device.type != "cuda":
+        raise InputError("cuda_graph", f"needs a CUDA device, and this run is on the {device.type.upper()}")
+    if config.matching.backend not in ("auto", "triton"):
+        raise InputError("cuda_graph", f"needs the Triton kernels, not --kernels {config.matching.backend}")
 
 
 def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:

@@ -71,7 +71,7 @@ class CudaGraphs:
     def capture(self, step: Step) -> tuple[Callable[[], None], Scalars]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         scalars: Scalars = {}
-        first: Exception | None = None
+        reason: Exception | None = None
         try:
             # In the mode "global" a call of any other thread that may not be captured would end the capture: loaders
             # and writers have threads that allocate or wait, and know nothing of it. Autograd's thread belongs to the
@@ -80,16 +80,18 @@ class CudaGraphs:
                 try:
                     scalars = step()
                 except Exception as error:
-                    first = error
+                    reason = error
                     raise
-        except Exception:
-            if first is not None:  # rather than that the capture could not be ended
-                raise first from None
-            raise
+        except Exception as error:
+            reason = reason or error  # rather what the step did than that the capture could not be ended then
         finally:
-            # Where the capture cannot be ended, PyTorch leaves its stream the current one.
+            # Where a capture cannot be ended, PyTorch leaves its stream the current one.
             torch.cuda.set_stream(current)
-            del first  # its traceback holds what the step had on the device
+        if reason is not None:
+            try:
+                raise reason
+            finally:
+                del reason  # its traceback holds this frame, and what the step had on the device
         return graph.replay, scalars
 
     def drain(self) -> None:

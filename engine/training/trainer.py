@@ -156,7 +156,9 @@ class Trainer:
         profiler = StepProfiler(profiled, self.run.profile, 0 if self.graphed is None else EAGER_STEPS + 1)
         if profiled is not None and total - self.step < profiled + profiler.warmup:
             if self.step == 0:
-                raise InputError("profile", f"{profiled} steps after {profiler.warmup} of warm-up are more than {total}")
+                raise InputError(
+                    "profile", f"{profiled} steps after {profiler.warmup} of warm-up are more than {total}"
+                )
             profiler = StepProfiler(None, self.run.profile)  # a resumed run has no room for it any more
         clock, clock_step = time.perf_counter(), self.step
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total)
