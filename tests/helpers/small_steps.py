@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from helpers.recorded_graphs import RecordedLane
 from torch import Tensor
 
 from engine.comparison.distances.moments import Moments
@@ -98,33 +99,12 @@ def random_reference(config: Config, extractor: Extractor) -> Any:
     return Moments(2, mean, m2)
 
 
-class HostLane:
-    """`DrawnAhead`'s way to a device that is the host."""
-
-    device = torch.device("cpu")
-
-    def buffer(self, z: Tensor) -> Tensor:
-        return torch.empty_like(z)
-
-    def slot(self, z: Tensor) -> Tensor:
-        return torch.empty_like(z)
-
-    def copy(self, slot: Tensor, buffer: Tensor) -> None:
-        slot.copy_(buffer)
-
-    def wait(self, copied: None) -> None:
-        pass
-
-    def is_capturing(self) -> bool:
-        return False
-
-
 def small_trainer(config: Config) -> Trainer:
     """A new trainer on the CPU that steps as one on a GPU does, with the plain kernels."""
     torch.manual_seed(3)
     extractor, generator = bare_extractor(config), make_generator(config)
     method = make_method(config, generator, extractor, random_reference(config, extractor), kernels=reference)
-    noise = DrawnAhead(config.training.seed, HostLane())
+    noise = DrawnAhead(config.training.seed, RecordedLane())
     return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, noise=noise, kernels=reference)
 
 
