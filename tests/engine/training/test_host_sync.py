@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_cuda import fake_cuda, fake_cuda_trainer, host_waits, run_backward
+from helpers.host_waits import fake_cuda, fake_cuda_trainer, host_waits, run_backward
 from helpers.small_steps import VARIANTS, configuration, small_trainer
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
