@@ -180,6 +180,10 @@ def _call(node: Any, arrived: dict[int, Tensor]) -> list[Tensor | None]:
     return [None if function is None else next(sent) for function, _ in node.next_functions]
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def _wait(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("the host waits for the device")
 
@@ -195,15 +199,20 @@ def fake_cuda() -> Iterator[None]:
             patch.setattr(torch._C, "_current_graph_task_id", lambda: task)  # what is recomputed, is so once a backward
             return run_backward(*args, **kwargs)
 
-    # An event is of a copy two steps before.
-    event = SimpleNamespace(record=lambda *args: None, synchronize=lambda: None)
+    # What is waited for on the host are copies of two steps before.
+    event = SimpleNamespace(record=_nothing, synchronize=_nothing)
+    stream = SimpleNamespace(
+        synchronize=_wait, wait_stream=_nothing, wait_event=_nothing, record_event=lambda *args: event
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "_engine_run_backward", backward)
         patch.setattr(torch.autograd.graph, "_engine_run_backward", backward)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "Event", lambda *args, **kwargs: event)
-        patch.setattr(torch.cuda, "current_stream", lambda *args: SimpleNamespace(synchronize=_wait))
+        patch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: stream)
+        patch.setattr(torch.cuda, "current_stream", lambda *args: stream)
+        patch.setattr(torch.cuda, "stream", lambda given: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", _wait)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         yield
