@@ -40,6 +40,7 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "ma-authors": {"averager": "ma", "ma_variant": "authors"},
         "ma-authors-smooth": {"averager": "ma", "ma_variant": "authors", "ma_alpha": 0.3},
         "no-averager": {"averager": "none"},
+        "correction-0": {"correction": 0},
         "feature-scale": {"feature_scale": "target-deviation"},
     },
     "mmd": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,6 +14,9 @@ from helpers.small_steps import VARIANTS, configuration, device_step, small_trai
 from helpers.step_trace import StepTrace, capture_faults, differences
 from torch import Tensor
 
+from engine.configuration.groups import GROUPS
+from engine.configuration.presets import PRESETS
+
 
 @pytest.fixture(autouse=True)
 def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +27,17 @@ def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_can_be_captured(name: str) -> None:
     assert capture_faults(device_step(small_trainer(configuration(*VARIANTS[name])))) == []
+
+
+def test_every_choice_that_a_step_depends_on_is_among_the_variants() -> None:
+    """What is chosen from a list that grows belongs into `VARIANTS` too."""
+    groups = ("method", "networks", "gfmn", "mmd", "matching", "training")
+    elsewhere = {"kernels", "device", "float32", "layers_from", "dataset", "loader"}
+    fields = [entry for name in groups for entry in dataclasses.fields(GROUPS[name]) if entry.name not in elsewhere]
+    choices = {entry.name: set(entry.metadata["choices"]) for entry in fields if entry.metadata["choices"]}
+    flat = [configuration(*variant).flat() for variant in VARIANTS.values()]
+    assert {name: {settings[name] for settings in flat} for name in choices} == choices
+    assert {preset for preset, _ in VARIANTS.values()} == set(PRESETS)
 
 
 def whole(step: Callable[[], object]) -> Callable[[AbstractContextManager[Any]], None]:
