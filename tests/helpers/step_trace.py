@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 ROOT = Path(__file__).parents[2]
 WARMUP = 3
@@ -83,6 +85,8 @@ class StepTrace(TorchDispatchMode):
             return func(*args, **kwargs)
         arguments = ", ".join([*map(self._shown, args), *(f"{key}={self._shown(kwargs[key])}" for key in kwargs)])
         forbidden = next((why for tag, why in FORBIDDEN.items() if tag in func.tags), "")
+        if not forbidden and len(_devices(args, kwargs)) > 1:
+            forbidden = "goes between host and device"  # a graph would copy, or hold the number that was there
         self.calls.append(Call(str(func), f"({arguments})", where(), forbidden))
         result = func(*args, **kwargs)
         tensors = result if isinstance(result, (tuple, list)) else (result,)
@@ -107,10 +111,19 @@ class StepTrace(TorchDispatchMode):
     def _origin(self, tensor: Tensor) -> Origin:
         storage = tensor.untyped_storage()
         self._held.setdefault(storage._cdata, storage)
-        source = self._made.get(storage._cdata, f"at {storage.data_ptr():#x}")
+        address = storage._cdata if isinstance(tensor, FakeTensor) else storage.data_ptr()
+        source = self._made.get(storage._cdata, f"at {address:#x}")
         shape, strides = list(tensor.shape), list(tensor.stride())
         layout = f"{tensor.dtype} {shape} strides {strides} offset {tensor.storage_offset()} on {tensor.device}"
         return Origin(source, layout)
+
+
+def _devices(args: Any, kwargs: Any) -> set[str]:
+    """The kinds of devices that an operator's tensors are on, and that of its result if it reads any."""
+    found = {value.device.type for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)}
+    if found and kwargs.get("device") is not None:
+        found.add(torch.device(kwargs["device"]).type)
+    return found
 
 
 def where() -> str:

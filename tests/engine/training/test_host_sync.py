@@ -1,26 +1,63 @@
-"""A training step on CUDA never makes the host wait: shown on fake CUDA tensors, which need no device."""
+"""A step on CUDA never makes the host wait, and can be captured: shown on fake CUDA tensors, which need no device."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers.host_waits import fake_cuda, fake_cuda_trainer, host_waits, run_backward
-from helpers.small_steps import VARIANTS, configuration, small_trainer
+from helpers.small_steps import VARIANTS, configuration, device_step, small_trainer
+from helpers.step_trace import capture_faults
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-WARMUP = 2
+WARMUP = 3
 THIS = "tests/engine/training/test_host_sync.py"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_no_step_waits(name: str) -> None:
-    config = configuration(*VARIANTS[name])
-    assert host_waits(lambda: fake_cuda_trainer(config).train_step, WARMUP) == []
+def test_no_step_waits_and_all_are_the_same(name: str) -> None:
+    """What `test_capture.py` shows on a CPU, with what is on the GPU alone: z's copies, rates in tensors."""
+    config, changes = configuration(*VARIANTS[name]), []
+
+    def make() -> Callable[[], object]:
+        step = device_step(fake_cuda_trainer(config))
+        calls = itertools.count()
+
+        def warmed_up() -> None:
+            if next(calls) < WARMUP:
+                step(contextlib.nullcontext())
+            else:
+                changes.extend(capture_faults(step, warmup=0))
+
+        return warmed_up
+
+    assert host_waits(make, WARMUP) == []
+    assert changes == []
+
+
+def test_a_number_that_changes_on_the_host_is_seen() -> None:
+    """It has the same place in every step, so that a CPU's trace does not show it; a graph would keep its value."""
+    changes: list[str] = []
+
+    def make() -> Callable[[], object]:
+        x, counter = on_cuda(), torch.zeros(())
+
+        def step(context: contextlib.AbstractContextManager[Any]) -> None:
+            counter.add_(1)
+            with context:
+                x.mul_(counter)
+
+        return lambda: changes.extend(capture_faults(step))
+
+    assert host_waits(make) == []
+    assert all(fault.startswith("aten.mul_.Tensor goes between host and device") for fault in changes)
+    assert len(changes) == 1
 
 
 def test_steps_are_on_the_device() -> None:
