@@ -32,6 +32,9 @@ class Method(Protocol):
 
         Returns scalars on the device for the log, "loss" among them. Never waits for the device. The root of a scalar
         whose name ends in `SQUARED` is logged, under the name without it.
+
+        A step that may be captured in a CUDA graph has fixed shapes, takes its random numbers from `noise`, and changes
+        what it keeps in place: a replay repeats what the device did, with the numbers that Python had at the capture.
         """
         ...
 

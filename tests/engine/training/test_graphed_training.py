@@ -208,9 +208,13 @@ def test_a_rate_on_the_device_changes_in_place() -> None:
     assert not torch.equal(*weights), "the rate matters"
 
 
-def test_restoring_replaces_state_and_captures_anew() -> None:
+@pytest.mark.parametrize("rate", ["of Python", "on the device"])
+def test_restoring_replaces_state_and_captures_anew(rate: str) -> None:
     """Back to an older checkpoint, in the same trainer: the optimizer's tensors are others then."""
     eager, graphed, graphs = pair()
+    for trainer in (eager, graphed) if rate == "on the device" else ():
+        for group in trainer.method.optimizers["generator"].param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32)
     steps((eager, graphed), 5)
     # What a file would hold; the parts of `_checkpoint` are the trainer's own tensors.
     kept = [trainer._checkpoint() for trainer in (eager, graphed)]
@@ -244,6 +248,10 @@ def test_the_first_bad_step_is_found_in_a_replay() -> None:
 def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, monkeypatch, caplog) -> None:
     """It fails at its beginning, in the middle of the optimizer's step, and in the middle of the loss scaling."""
     eager, graphed, graphs = pair(amp=True, amp_dtype="fp16")
+    for trainer in (eager, graphed):
+        assert isinstance(trainer.method, Matching)
+        scaler = trainer.method.scaler
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0})  # no step overflows and is skipped
     assert isinstance(graphed.method, Matching)
     owner, name = {
         "first": (graphed.method.generator, "forward"),
