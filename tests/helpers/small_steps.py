@@ -1,0 +1,124 @@
+"""Helpers: trainers whose steps take milliseconds, one for every way to train, and their step on the device.
+
+A lint looks at the steps of all `VARIANTS`. What the operators are does not depend on sizes, so images, networks and
+minibatches are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from helpers.recorded_graphs import RecordedLane
+from torch import Tensor
+
+from engine.comparison.distances.moments import Moments
+from engine.comparison.pooling import POOLS, sizes
+from engine.comparison.reference.bank import FeatureBank
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_schedule
+from engine.configuration.config import Config
+from engine.configuration.groups import METHODS
+from engine.configuration.presets import PRESETS
+from engine.generation.drawn_ahead import DrawnAhead
+from engine.representation.extractor import Extractor
+from engine.training.run_folder import RunFolder
+from engine.training.trainer import Trainer
+from kernels import reference
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bf16": {"amp": True},
+    "fp16": {"amp": True, "amp_dtype": "fp16", "batch_size": 2},  # slow on a CPU
+}
+_AMP: dict[str, Any] = {"amp": True}
+_OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "gfmn": {
+        "ama-authors": {"ama_variant": "authors"},
+        "ma": {"averager": "ma"},
+        "ma-authors": {"averager": "ma", "ma_variant": "authors"},
+        "ma-authors-smooth": {"averager": "ma", "ma_variant": "authors", "ma_alpha": 0.3},
+        "no-averager": {"averager": "none"},
+        "correction-0": {"correction": 0},
+        "feature-scale": {"feature_scale": "target-deviation"},
+    },
+    "mmd": {
+        "gaussian": {"mmd_kernel": "gaussian"},
+        "imq": {"mmd_kernel": "imq"},
+        "energy": {"mmd_kernel": "energy"},
+        "linear": {"mmd_kernel": "linear"},
+        "polynomial": {"mmd_kernel": "polynomial"},
+        "unbiased": {"mmd_unbiased": True},
+        "mean-pool": {"pool": "mean"},
+        "no-pool": {"pool": "none"},
+    },
+}
+_OF_ALL: dict[str, dict[str, Any]] = {
+    "chunks": {"chunk_size": 2},
+    "uneven-chunks": {"chunk_size": 3},
+    "stages": {"recompute": "stages"},
+    "stages-of-chunks": {"recompute": "stages", "chunk_size": 2},
+    "recompute-generator": {"recompute_generator": True},
+    "everything-recomputed": {"recompute_generator": True, "recompute": "stages", "chunk_size": 3, **_AMP},
+    "weight-average": {"generator_ema": 0.9},
+    "uniform-prior": {"prior": "uniform"},
+    "resnet-generator": {"generator": "resnet"},
+    "nearest": {"upsampling": "nearest"},
+    "bilinear": {"upsampling": "bilinear"},
+    "shortcuts": {"extractor": "resnet18"},
+    "two-networks": {"extractor": "vgg-small+resnet18", **_AMP},
+    "extractor-bn": {"extractor": "resnet18", "extractor_bn": "batch"},
+    "sample-bn": {"sample_bn": "batch"},
+    **PRECISIONS,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{preset}-{name}": (preset, given) for preset in PRESETS for name, given in PRECISIONS.items()},
+    **{
+        f"{method}-{name}": ("digits", {"method": method, **given})
+        for method in METHODS
+        for name, given in {**_OF_ALL, **_OF_METHODS.get(method, {})}.items()
+    },
+}
+"""Name → preset and settings, of every way to train whose operators or arguments are its own."""
+
+
+def configuration(preset: str, given: dict[str, Any]) -> Config:
+    """The preset with `given` settings, small."""
+    small = {"weights": ("random",), "image_size": 32, "batch_size": 5, "layers": 4, "nz": 8}
+    mmd = {"mmd_images": 6} if given.get("method") == "mmd" else {}
+    return Config.build(preset, {**small, **mmd, **given})
+
+
+def random_reference(config: Config, extractor: Extractor) -> Any:
+    """What the method knows of real images, of none: the pass over them is not what is looked at."""
+    if config.method.method == "mmd":
+        features = sizes(POOLS[config.mmd.pool], extractor.taps)
+        images = config.mmd.mmd_images
+        return FeatureBank(torch.rand(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
+    mean, m2 = torch.rand(2, extractor.num_features, dtype=torch.float64)
+    return Moments(2, mean, m2)
+
+
+def small_trainer(config: Config) -> Trainer:
+    """A new trainer on the CPU that steps as one on a GPU does, with the plain kernels."""
+    torch.manual_seed(3)
+    extractor, generator = bare_extractor(config), make_generator(config)
+    method = make_method(config, generator, extractor, random_reference(config, extractor), kernels=reference)
+    noise = DrawnAhead(config.training.seed, RecordedLane())
+    return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, noise=noise, kernels=reference)
+
+
+def device_step(trainer: Trainer) -> Callable[[AbstractContextManager[Any]], object]:
+    """A whole step of `trainer`, with what a CUDA graph captures of it inside the context that the step is given."""
+    captured = trainer._step
+
+    def step(context: AbstractContextManager[Any]) -> object:
+        def inside() -> Mapping[str, Tensor]:
+            with context:
+                return captured()
+
+        trainer._step = inside  # type: ignore[method-assign]
+        return trainer.train_step()
+
+    return step
