@@ -188,8 +188,8 @@ def averager_step(
         weight: w [D]; the averager sees w·Δ^μ and w²·Δ^σ, and a and b carry w·v^μ and w²·v^σ.
 
     Returns:
-        a, b [D], coefficients of the gradient; and [4] float64, the loss over means and over variances, Σ(Δ^μ)² and
-        Σ(Δ^σ)².
+        a, b [D], coefficients of the gradient; and [6] float64, the loss over means and over variances, Σ(Δ^μ)² and
+        Σ(Δ^σ)², the loss and ‖Δ‖².
     """
     backend = select("auto", mean.device, mean.dtype)
     result = backend.averager_step(

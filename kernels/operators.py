@@ -164,7 +164,7 @@ def _check_averager_step(
 def _fake_averager_step(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_averager_step(*args, **kwargs)
     mean: Tensor = args[0]
-    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(4, dtype=torch.float64)
+    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(6, dtype=torch.float64)
 
 
 _OPERATIONS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {

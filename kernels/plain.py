@@ -20,6 +20,11 @@ def activate_(x: Tensor, bias: Tensor | None, residual: Tensor | None, activatio
         x.clamp_(min=0, max=6 if activation == "relu6" else None)
 
 
+def with_totals(sums: Tensor) -> Tensor:
+    """[4] and the sums of its two halves, [6]."""
+    return torch.cat((sums, sums.view(2, 2).sum(dim=1)))
+
+
 def dataset_moments(
     x: Tensor,
     mean: Tensor,

@@ -50,7 +50,7 @@ class Direction:
 
     Attributes:
         a, b: `[D]`, the coefficients of ∂L/∂x_nd = a_d + b_d x_nd (docs/method.md, identity 1).
-        sums: `[4]`, on the device: loss over means, loss over variances, ‖Δ^μ‖², ‖Δ^σ‖².
+        sums: `[6]`, on the device: loss over means, loss over variances, ‖Δ^μ‖², ‖Δ^σ‖², loss, ‖Δ‖².
     """
 
     a: Tensor

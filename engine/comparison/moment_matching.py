@@ -29,19 +29,21 @@ class MomentCriterion:
         advance: whether the averager takes a step, or is only read.
 
     Attributes:
-        sums: [4] after `finish`: loss over means, loss over variances, ‖Δ^μ‖², ‖Δ^σ‖².
+        scalars: after `finish`, for the log: the loss's parts over means and over variances, and ‖Δ‖².
     """
 
     def __init__(self, objective: MomentMatching, advance: bool):
         self.objective, self.advance = objective, advance
         self.kernels: ModuleType = objective.feature_pass.kernels
         extractor = objective.feature_pass.prepared
-        mean = torch.empty(extractor.num_features, dtype=objective.accumulation_dtype, device=extractor.device)
-        self.buffers: tuple[Tensor, Tensor] | None = (mean, torch.empty_like(mean))
-        self.means, self.m2s = (objective.order.slices(buffer) for buffer in self.buffers)
-        self.counts = [0] * len(extractor.taps)
+        features, taps = extractor.num_features, len(extractor.taps)
+        both = torch.empty(2 * features, dtype=objective.accumulation_dtype, device=extractor.device)
+        self.buffers: tuple[Tensor, ...] = both.split(features)
+        slices = objective.order.slices(both)
+        self.means, self.m2s = slices[:taps], slices[taps:]
+        self.counts = [0] * taps
         self.gradients: list[Affine] = []
-        self.sums = torch.zeros(4)
+        self.scalars: dict[str, Tensor] = {}
 
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
         """See `engine.representation.protocols.Collector`."""
@@ -52,21 +54,25 @@ class MomentCriterion:
 
     def finish(self, ranks: Ranks) -> Tensor:
         """L, from the moments of all ranks; then the coefficients are known."""
-        assert self.buffers is not None
         objective, order = self.objective, self.objective.order
         direction: Direction = objective.averager.step(
             self.kernels,
-            ranks.merge(BatchMoments(self.counts[0], *self.buffers)),
+            ranks.merge(BatchMoments(self.counts[0], mean=self.buffers[0], m2=self.buffers[1])),
             objective.target,
             correction=objective.correction,
             advance=self.advance,
             weight=objective.weight,
         )
         # Backward needs the coefficients alone, which `step` made afresh.
-        self.buffers, self.means, self.m2s = None, (), ()
+        self.buffers, self.means, self.m2s = (), (), ()
         self.gradients = [Affine(a, b) for a, b in zip(order.slices(direction.a), order.slices(direction.b))]
-        self.sums = direction.sums
-        return direction.sums[:2].sum().to(objective.accumulation_dtype)
+        of_means, of_variances, _, _, loss, norm_squared = direction.sums.unbind()
+        self.scalars = {
+            "loss_mean": of_means,
+            "loss_variance": of_variances,
+            "difference_norm_squared": norm_squared,
+        }
+        return loss.to(objective.accumulation_dtype)
 
     def gradient(self, tap: int, images: slice) -> Affine:
         """∂L/∂x = a + b·x, the same for all images."""
@@ -151,8 +157,7 @@ class MomentMatching(nn.Module):
         averager.reset(extractor.num_features, dtype=dtype, device=device)
         for name in averager.state_names:
             setattr(averager, name, self.order.to_memory(getattr(averager, name)))
-        # (loss over means, loss over variances, ‖Δ^μ‖², ‖Δ^σ‖²) of the last call, on the device.
-        self.sums = torch.zeros(4, dtype=torch.float64)
+        self._scalars: dict[str, Tensor] = {}
 
     @property
     def extractor(self) -> Extractor:
@@ -174,16 +179,12 @@ class MomentMatching(nn.Module):
             raise InputError("images", "a minibatch of 1 has no variance; give at least 2 images")
         criterion = MomentCriterion(self, advance=self.training and torch.is_grad_enabled())
         loss = self.feature_pass.loss(images, criterion, self.ranks)
-        self.sums = criterion.sums
+        self._scalars = criterion.scalars
         return loss
 
     def scalars(self) -> dict[str, Tensor]:
         """Of the last call: the loss's parts over means and over variances, and ‖Δ‖²."""
-        return {
-            "loss_mean": self.sums[0],
-            "loss_variance": self.sums[1],
-            "difference_norm_squared": self.sums[2:].double().sum(),
-        }
+        return dict(self._scalars)
 
     def load_state_dict(  # type: ignore[override]
         self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any

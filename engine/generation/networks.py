@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from engine.generation.priors import check_nz
 from engine.support.errors import InputError
+from kernels.layout import feature_rows
 
 _BASE_WIDTH = 64
 _MAX_WIDTH = 512
@@ -53,6 +55,29 @@ class Generator(nn.Module):
     def stages(self) -> list[nn.Sequential]:
         """The generator as modules that run one after the other, none of which holds many activations."""
 
+    def forward(self, z: Tensor) -> Tensor:
+        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
+        return run_generator(self, z)
+
+    def count_batch(self) -> None:
+        """One batch more for BatchNorm's counters, in training, all of them at once."""
+        if self.training:
+            norms = (module for module in self.modules() if isinstance(module, BatchNorm2d))
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm of a generator, whose batches `Generator.count_batch` counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W], in training by the batch's statistics, which the running ones follow; otherwise by those."""
+        if not self.training:
+            return super().forward(x)
+        y, _, _ = torch.native_batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, True, self.momentum or 0.0, self.eps
+        )
+        return y
+
 
 class FirstLayer(nn.Module):
     """z [N, nz] to [N, C, 4, 4]: the 4×4 transposed convolution of a 1×1 image, which is one matrix product.
@@ -69,7 +94,29 @@ class FirstLayer(nn.Module):
         """ValueError unless z is [N, nz]."""
         if z.dim() != 2 or z.shape[1] != self.nz:
             raise ValueError(f"z: expected [N, {self.nz}], got {list(z.shape)}")
-        return self.linear(z).view(len(z), _FIRST_SIDE, _FIRST_SIDE, self.width).permute(0, 3, 1, 2)
+        if torch.is_autocast_enabled(z.device.type):  # which converts for operators, not for a function of our own
+            return self.linear(z).view(len(z), _FIRST_SIDE, _FIRST_SIDE, self.width).permute(0, 3, 1, 2)
+        return _Rows.apply(z, self.linear.weight, self.linear.bias, self.width)
+
+
+class _Rows(torch.autograd.Function):
+    """`FirstLayer`'s product, with three views a step in place of autograd's seven: z W [N, 16·C] as [N, C, 4, 4]."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, width: int) -> Tensor:
+        ctx.save_for_backward(z, weight)
+        ctx.has_bias = bias is not None
+        rows = torch.mm(z, weight.t()) if bias is None else torch.addmm(bias, z, weight.t())
+        images = (len(z), width, _FIRST_SIDE, _FIRST_SIDE)
+        return rows.as_strided(images, (rows.shape[1], 1, _FIRST_SIDE * width, width))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+        z, weight = ctx.saved_tensors
+        rows = feature_rows(grad.contiguous(memory_format=torch.channels_last))
+        of_z = torch.mm(rows, weight) if ctx.needs_input_grad[0] else None
+        return of_z, torch.mm(rows.t(), z), rows.sum(dim=0) if ctx.has_bias else None, None
 
 
 def _transposed(channels: int, width: int, *, bias: bool) -> nn.Module:
@@ -107,7 +154,7 @@ class DCGANGenerator(Generator):
         stages = (image_size // _FIRST_SIDE).bit_length() - 1
         widths = [min(_BASE_WIDTH << (stages - 1 - stage), _MAX_WIDTH) for stage in range(stages)]
         self.first = FirstLayer(nz, widths[0], bias=False)
-        layers: list[nn.Module] = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        layers: list[nn.Module] = [BatchNorm2d(widths[0]), nn.ReLU()]
         for width, following in itertools.pairwise(widths):
             layers += _normalised(upsample(width, following, bias=False), following)
         for _ in range(2):
@@ -122,10 +169,6 @@ class DCGANGenerator(Generator):
         groups = [[self.first, *layers[:2]], *(layers[n : n + 3] for n in range(2, len(layers), 3))]
         return [nn.Sequential(*group) for group in (*groups, [self.last, nn.Tanh()])]
 
-    def forward(self, z: Tensor) -> Tensor:
-        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
-        return self.last(self.layers(self.first(z))).tanh()
-
 
 class UpsamplingBlock(nn.Module):
     """Residual block that doubles the side (Gulrajani et al. 2017): BatchNorm, ReLU, nearest upsampling, 3×3,
@@ -138,9 +181,9 @@ class UpsamplingBlock(nn.Module):
         super().__init__()
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.shortcut = nn.Conv2d(channels, width, 1)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +208,7 @@ class ResNetGenerator(Generator):
         self.blocks = nn.Sequential(
             *(UpsamplingBlock(width, following) for width, following in itertools.pairwise(widths))
         )
-        self.bn = nn.BatchNorm2d(widths[-1])
+        self.bn = BatchNorm2d(widths[-1])
         self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.apply(_initialise_xavier)
 
@@ -176,10 +219,6 @@ class ResNetGenerator(Generator):
             *map(nn.Sequential, self.blocks),
             nn.Sequential(self.bn, nn.ReLU(), self.last, nn.Tanh()),
         ]
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z [N, nz] to images [N, 3, H, W] in [-1, 1]."""
-        return self.last(self.bn(self.blocks(self.first(z))).relu()).tanh()
 
 
 GENERATORS: dict[str, Callable[[int, int, str], Generator]] = {
@@ -211,19 +250,30 @@ def build_generator(name: str, *, image_size: int, nz: int = 100, upsampling: st
     return GENERATORS[name](image_size, nz, upsampling).to(memory_format=torch.channels_last)
 
 
-def run_generator(generator: Generator, z: Tensor, *, recompute: bool = False) -> Tensor:
+def run_generator(
+    generator: Generator, z: Tensor, *, recompute: bool = False, weights: Mapping[int, Tensor] | None = None
+) -> Tensor:
     """Images of `z`; with `recompute`, backward keeps the inputs of `stages()` alone and computes each again.
 
     Gradients, and BatchNorm's running statistics, are those of the plain call: the second computation uses the batch's
     statistics but doesn't count it again.
+
+    Args:
+        weights: by the `id` of a parameter, what is used in its place.
     """
-    if not recompute or not torch.is_grad_enabled():
-        return generator(z)
+    generator.count_batch()
     x = z
     for stage in generator.stages():
-        x = torch.utils.checkpoint.checkpoint(
-            stage, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
-        )
+        call: Callable[[Tensor], Tensor] = stage
+        if weights:
+            own = {name: weights[id(own)] for name, own in stage.named_parameters() if id(own) in weights}
+            call = partial(torch.func.functional_call, stage, own)
+        if recompute and torch.is_grad_enabled():
+            x = torch.utils.checkpoint.checkpoint(
+                call, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
+            )
+        else:
+            x = call(x)
     return x
 
 
@@ -247,7 +297,7 @@ def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
 
 
 def _normalised(layer: nn.Module, width: int) -> list[nn.Module]:
-    return [layer, nn.BatchNorm2d(width), nn.ReLU()]
+    return [layer, BatchNorm2d(width), nn.ReLU()]
 
 
 def _initialise_normal(module: nn.Module) -> None:

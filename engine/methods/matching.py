@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.generation.low_precision import LowPrecision
 from engine.generation.networks import Generator, run_generator
 from engine.generation.priors import Noise, Prior
 from engine.generation.sampling import Sampler
@@ -55,17 +56,24 @@ class Matching:
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas, fused=True)
         self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.optimizer}
         self.device = next(generator.parameters()).device
+        self.one = torch.ones((), device=self.device)
+        self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
         # Loss scaling is only needed where gradients underflow: float16.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
 
     def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
         """See `Method.step`."""
         z = noise.draw(self.prior, self.batch_size)
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            images = run_generator(self.generator, z, recompute=self.recompute_generator)
+        recompute = self.recompute_generator
+        if self.low is None:
+            images = run_generator(self.generator, z, recompute=recompute)
+        else:
+            images = self.low.images(z, recompute=recompute)
         loss = self.objective(images)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward(self.one)
+        if self.low is not None:
+            self.low.collect_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return {"loss": loss.detach(), **self.objective.scalars()}

@@ -19,8 +19,8 @@ class FeatureOrder:
         self.sizes = [tap.num_features for tap in taps]
 
     def slices(self, buffer: Tensor) -> tuple[Tensor, ...]:
-        """Views of `buffer` [D], one per tap."""
-        return buffer.split(self.sizes)
+        """Views of `buffer` [D], one per tap; of several such buffers in a row, those of one after the other."""
+        return buffer.split(self.sizes * (len(buffer) // sum(self.sizes)))
 
     def to_memory(self, public: Tensor) -> Tensor:
         """[..., D] in public order to memory order."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import plain
 from kernels._dynamo import Kernel
 from kernels.operators import operator
 from kernels.rules import RULES, Form
@@ -130,4 +131,4 @@ def averager_step(
         [state[0] for state in states], [state[1] for state in states], weight,
         [*constants.unbind(), *corrections.unbind()], fresh, rule, advance,
     )  # fmt: skip
-    return a, b, sums.double()
+    return a, b, plain.with_totals(sums.double())

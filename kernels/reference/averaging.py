@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import plain
 from kernels.operators import operator
 from kernels.rules import RULES, Form
 
@@ -102,8 +103,9 @@ def coefficients(v: Tensor, mean: Tensor, count: int, correction: int) -> tuple[
 
 
 def totals(loss: Tensor, difference: Tensor) -> Tensor:
-    """[4] float64: the loss over means and over variances, Σ(Δ^μ)² and Σ(Δ^σ)², from terms and Δ [2, D]."""
-    return torch.cat((loss.double().sum(dim=1), difference.double().square().sum(dim=1)))
+    """[6] float64, from the terms of the loss and Δ, [2, D] each: the loss over means and over variances, Σ(Δ^μ)² and
+    Σ(Δ^σ)², the loss and ‖Δ‖²."""
+    return plain.with_totals(torch.cat((loss.double().sum(dim=1), difference.double().square().sum(dim=1))))
 
 
 @operator("reference")

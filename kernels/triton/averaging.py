@@ -203,19 +203,24 @@ def _store_sum(pointer, terms, inside):
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def sum_partials_kernel(
     partial_ptr,  # [4, programs] float64
-    sums_ptr,  # [4] float64, out
+    sums_ptr,  # [6] float64, out: the four sums, and those of their two halves
     step_ptr,  # [] int64, counted up when ADVANCE, after every program of the first stage has read it
     programs,
     ADVANCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The second stage of the loss: one program adds the partial sums in order."""
-    for term in tl.static_range(4):
-        total = tl.zeros([BLOCK], tl.float64)
-        for start in range(0, programs, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            total += tl.load(partial_ptr + term * programs + index, mask=index < programs, other=0.0)
-        tl.store(sums_ptr + term, tl.sum(total, axis=0))
+    for half in tl.static_range(2):
+        both = tl.full([], 0.0, tl.float64)
+        for term in tl.static_range(2 * half, 2 * half + 2):
+            total = tl.zeros([BLOCK], tl.float64)
+            for start in range(0, programs, BLOCK):
+                index = start + tl.arange(0, BLOCK)
+                total += tl.load(partial_ptr + term * programs + index, mask=index < programs, other=0.0)
+            value = tl.sum(total, axis=0)
+            tl.store(sums_ptr + term, value)
+            both += value
+        tl.store(sums_ptr + 4 + half, both)
     if ADVANCE:
         tl.store(step_ptr, tl.load(step_ptr) + 1)
 
@@ -246,7 +251,7 @@ def averager_step(
     programs = triton.cdiv(features, BLOCK_D)
     a, b = torch.empty_like(mean), torch.empty_like(mean)
     partial = mean.new_empty(4, programs, dtype=torch.float64)
-    sums = mean.new_empty(4, dtype=torch.float64)
+    sums = mean.new_empty(6, dtype=torch.float64)
     launching.launch(
         averager_step_kernel, mean.device, (programs,),
         mean, m2, target_mean, target_variance, weight, v, m, u, step, a, b, partial,

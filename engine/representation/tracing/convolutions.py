@@ -119,17 +119,20 @@ class FrozenConv2d(nn.Module):
         bias = conv.bias if self.bias else None
         return torch.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
-    def input_gradient(self, grad: Tensor, of: Tensor | torch.Size) -> Tensor:
-        """∂L/∂x from ∂L/∂(the convolution's own result), for an x like `of`, whose numbers don't matter."""
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """∂L/∂x [`shape`] from ∂L/∂(the convolution's own result)."""
         conv = self.conv
-        # A tensor without memory of its own would be filled.
-        x = of
-        if not isinstance(x, Tensor):
-            x = torch.empty(x, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-        return torch.ops.aten.convolution_backward(
-            grad, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
-            [True, False, False],
-        )[0]  # fmt: skip
+        # `convolution_backward` would want an x; the transposed convolution is the same call of cuDNN without one.
+        reached = (
+            (sides - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
+            for sides, stride, padding, dilation, kernel in zip(
+                grad.shape[2:], conv.stride, conv.padding, conv.dilation, conv.kernel_size, strict=True
+            )
+        )
+        beyond = [side - size for side, size in zip(shape[2:], reached, strict=True)]
+        return torch.conv_transpose2d(
+            grad, conv.weight, None, conv.stride, conv.padding, beyond, conv.groups, conv.dilation
+        )
 
 
 class FusedConv2d(FrozenConv2d):
@@ -149,3 +152,13 @@ class FusedConv2d(FrozenConv2d):
         return torch.ops.mkldnn._convolution_pointwise(
             x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *self.epilogue, ""
         )
+
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """∂L/∂x [`shape`] from ∂L/∂(the convolution's own result)."""
+        conv = self.conv
+        # Of x only the shape is needed, but a tensor without memory of its own would be filled.
+        x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+        return torch.ops.aten.convolution_backward(
+            grad, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
+            [True, False, False],
+        )[0]  # fmt: skip

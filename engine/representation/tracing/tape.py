@@ -42,7 +42,7 @@ class Arriving:
 
     Attributes:
         own: a tensor that nobody else will read, so it may be changed.
-        shared: one that others read too.
+        shared: one that is only read.
     """
 
     __slots__ = ("own", "shared")
@@ -56,8 +56,8 @@ class Arriving:
         if self.own is not None and self.shared is not None:
             self.own.add_(self.shared)
             self.shared = None
-        if owned:
-            self.own = gradient if self.own is None else self.own.add_(gradient)
+        if owned and self.own is None:
+            self.own = gradient
         elif self.shared is None:
             self.shared = gradient
         else:
@@ -128,16 +128,16 @@ class _Visit:
 
 
 class _Convolution:
-    """A frozen convolution. Of its input it needs the shape; where the input is kept anyway, that will do."""
+    """A frozen convolution, which needs the shape of its input alone."""
 
     owned = True
 
-    def __init__(self, module: FrozenConv2d, input_is_kept: bool):
-        self.module, self.input_is_kept = module, input_is_kept
+    def __init__(self, module: FrozenConv2d):
+        self.module = module
 
     def forward(self, values: Sequence[Any], taps: Taps, keep: bool) -> tuple[Tensor, Any]:
         (x,) = values
-        return self.module.run(x), x if self.input_is_kept else x.shape
+        return self.module.run(x), x.shape
 
     def backward(self, kept: Any, arriving: Sequence[Arriving], taps: Taps) -> Gradients:
         return [[self.module.input_gradient(arriving[0].total(), kept)]]
@@ -342,7 +342,7 @@ def _call(graph: fx.GraphModule, sites: Sequence[TapSite], node: fx.Node) -> Cal
         assert isinstance(index, int)
         return _Visit(sites[index], len(sources))
     if isinstance(module, FrozenConv2d):
-        return _Convolution(module, input_is_kept=is_visit(sources[0]))
+        return _Convolution(module)
     if type(module) is nn.MaxPool2d and not module.return_indices:
         return _MaxPool(module)
     if node.op == "call_function" and node.target in ADDITIONS and len(sources) == len(node.args) == 2:

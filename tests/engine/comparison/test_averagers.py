@@ -106,7 +106,8 @@ def test_sums_are_loss_and_squared_difference_of_means_and_of_variances():
     difference = run.target - torch.stack((mean, variance))
     sums = run.step(features).sums
     assert relative_error(sums[:2], 0.2 * difference.square().sum(dim=1)) <= 1e-12
-    assert relative_error(sums[2:], difference.square().sum(dim=1)) <= 1e-12
+    assert relative_error(sums[2:4], difference.square().sum(dim=1)) <= 1e-12
+    assert relative_error(sums[4:], torch.stack((0.2 * difference.square().sum(), difference.square().sum()))) <= 1e-12
 
 
 class TestPaperAndAuthors:

@@ -267,7 +267,9 @@ class TestMemory:
             FeaturePass(extractor).loss(images.requires_grad_(), criterion)
         assert [tensor.shape for tensor in saved] == [images.shape]
         kept = FeaturePass(extractor).keep(images, Chunk(slice(0, len(images)), criterion))
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tree_leaves(kept) if torch.is_tensor(x)}
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage() for x in tree_leaves(kept) if torch.is_tensor(x)
+        }
         return sum(storage.nbytes() for storage in storages.values())
 
     def test_one_tensor_per_tap_where_nothing_pools(self, draw_images):
