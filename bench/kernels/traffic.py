@@ -33,11 +33,12 @@ class BytesRow(Row):
     """Bytes that one operation moves over all taps of a minibatch.
 
     Attributes:
-        ours: counted in the kernels, of which `partial` are sums between two stages; and biases that a convolution
-            adds in a kernel of its own, which reads and writes all that comes out of it.
-        floor: every activation read once and written where it changes, values per feature and biases once.
-        eager, compiled: the plain PyTorch formula, run operator by operator and fused by torch.compile. The first adds
-            every bias in a kernel of its own; the second takes it from the convolution, and adds it on the way.
+        ours: counted in the kernels, of which `partial` are sums between two stages; and what happens before them:
+            biases that a convolution adds in a kernel of its own, which reads and writes all that comes out of it, and
+            gradients of several readers that are summed, or of none, which is made of zeros.
+        floor: every activation and gradient read once and written where it changes, values per feature and biases once.
+        eager, compiled: the plain PyTorch formula, run operator by operator and fused by torch.compile. The first has a
+            kernel of its own for every bias and every sum of two gradients; the second does both on the way.
     """
 
     op: str
@@ -193,8 +194,8 @@ def _our_bytes(tap: TapShape, dtype: torch.dtype) -> tuple[dict[str, int], dict[
         ops.relu_moments(x, mean, m2, 0, bias if tap.bias else None, residual if tap.residual else None)
     if not torch.allclose(mean, expected, atol=1e-2):
         raise RuntimeError(f"relu_moments: wrong means for {tap}")
-    with AccessCounter(grad=grad, y=x, a=a, b=b) as backward:
-        ops.relu_moments_backward(grad, x, a, b)
+    with AccessCounter(grad=grad, y=x, a=a, b=b, shortcut=residual) as backward:
+        ops.relu_moments_backward(grad, x, a, b, shortcut=residual if tap.readers > 1 else None)
     return forward.moved, backward.moved
 
 
@@ -216,9 +217,16 @@ def count_bytes(taps: Sequence[TapShape], dtype: torch.dtype) -> list[BytesRow]:
         partial += times * np.array([counts["partial"] for counts in moved])
         forward_floor = tap.features * ((2 + tap.residual) * activation + 2 * per_feature)
         forward_floor += tap.bias * tap.shape[0] * DTYPE_BYTES[dtype]
-        floor += times * np.array([forward_floor, tap.features * (3 * activation + 2 * per_feature)])
+        backward_floor = tap.features * ((2 + tap.readers) * activation + 2 * per_feature)
+        floor += times * np.array([forward_floor, backward_floor])
         eager += times * np.array(_eager_bytes(tap, dtype))
         fused += times * np.round(compiled_per_feature[tap.residual] * tap.features).astype(np.int64)
+        # A sum of two gradients in a kernel of its own; the formula has one gradient, which was counted.
+        more = (tap.readers - 1) * tap.features * activation
+        eager[1] += times * 3 * more
+        fused[1] += times * more
+        kernels_before = {0: 1}.get(tap.readers, 3 * max(tap.readers - 2, 0))
+        ours[1] += times * kernels_before * tap.features * activation
     # A bias that a convolution adds in a kernel of its own: all that comes out of it is read and written.
     eager[0] += 2 * activation * sum(tap.biased for tap in taps)
     ours[0] += 2 * activation * sum(tap.biased_before for tap in taps)

@@ -13,10 +13,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.representation.build import build_extractor
+from engine.representation.tracing.tap import is_visit
 from engine.training.planner import FakeMode, fake_copy
 from kernels import reference
 
@@ -42,6 +43,7 @@ class TapShape:
         bias: whether it adds the biases that convolutions leave to it.
         biased: values of an image that come out of those convolutions which have a bias.
         biased_before: of these, those to which the convolutions have added it themselves.
+        readers: how many later layers read it, and so how many gradients come back to it.
     """
 
     shape: tuple[int, int, int]
@@ -49,6 +51,7 @@ class TapShape:
     bias: bool = False
     biased: int = field(default=0, compare=False)
     biased_before: int = field(default=0, compare=False)
+    readers: int = 1
 
     @property
     def features(self) -> int:
@@ -91,9 +94,13 @@ def taps_of(name: str, image_size: int) -> list[TapShape]:
                 return x
 
             extractor(torch.empty(1, 3, image_size, image_size), visit)
+    readers: dict[int, int] = {}
+    for graph in (module.graph for module in plain.modules() if isinstance(module, fx.GraphModule)):
+        for node in filter(is_visit, graph.nodes):
+            readers[node.args[1]] = sum(user.op != "output" for user in node.users)
     return [
-        dataclasses.replace(engines, biased=users.biased, biased_before=engines.biased)
-        for users, engines in seen.values()
+        dataclasses.replace(engines, biased=users.biased, biased_before=engines.biased, readers=readers[index])
+        for index, (users, engines) in seen.items()
     ]
 
 

@@ -91,7 +91,8 @@ class Matching:
         """After a step that failed, as a capture may, the scaler would go on from its middle: with scales squared."""
         vars(self.optimizer).pop("grad_scale", None)
         vars(self.optimizer).pop("found_inf", None)
-        self.scaler._per_optimizer_states.clear()
+        if self.scaler.is_enabled():  # else it has no states
+            self.scaler._per_optimizer_states.clear()
 
     def sampler(self) -> Sampler:
         """See `Method.sampler`."""

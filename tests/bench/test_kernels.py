@@ -134,7 +134,9 @@ taps = [TapShape((128, 8, 8), residual=False, bias=True, biased=128 * 8 * 8)]
 rows = count_bytes(taps, torch.bfloat16)
 print_bytes(rows)
 unfused = [TapShape((128, 8, 8), residual=False, biased=128 * 8 * 8, biased_before=128 * 8 * 8)]
-write_json(Path(sys.argv[1]), [*rows, count_bytes(unfused, torch.bfloat16)[0]])
+several = [[TapShape((128, 8, 8), residual=False, readers=readers)] for readers in (0, 2, 3)]
+others = [count_bytes(unfused, torch.bfloat16)[0], *(count_bytes(taps, torch.bfloat16)[1] for taps in several)]
+write_json(Path(sys.argv[1]), [*rows, *others])
 """
 
 
@@ -150,6 +152,8 @@ def test_taps_know_the_biases_that_arrive(extractor: str) -> None:
     taps = taps_of(extractor, 32)
     assert sum(tap.biased for tap in taps) == sum(outputs)
     assert all(tap.bias and not tap.biased_before for tap in taps)
+    assert [tap.readers for tap in taps[:4]] == {"vgg19": [1, 1, 1, 1], "resnet18": [2, 1, 2, 1]}[extractor]
+    assert taps[-1].readers == 0
     with_convolution = [tap for tap in taps if tap.biased == 2 * tap.features]
     assert len(with_convolution) == {"vgg19": 0, "resnet18": 3}[extractor], "shortcuts with a convolution of their own"
 
@@ -169,7 +173,7 @@ class TestBytes:
     def test_ours_are_near_the_floor_and_others_are_above(self, tmp_path: Path) -> None:
         run = _python(_COUNT, tmp_path / "rows.json", interpret=True)
         assert run.returncode == 0, run.stderr
-        *written, unfused = json.loads((tmp_path / "rows.json").read_text())
+        *written, unfused, no_reader, two, three = json.loads((tmp_path / "rows.json").read_text())
         rows = {row["op"]: row for row in written}
         assert set(rows) == {"relu_moments", "relu_moments_backward", "averager_step"}
         features, activation = 128 * 8 * 8, 64 * 2
@@ -186,6 +190,13 @@ class TestBytes:
         assert unfused["eager"] == rows["relu_moments"]["eager"]
         assert unfused["ours"] - unfused["floor"] >= features * 2 * activation
         assert 1.9 <= unfused["ours"] / unfused["floor"] <= 2
+        # Gradients of later layers: of none zeros are written first; two go into the kernel; one more is added before.
+        one, gradient = rows["relu_moments_backward"], features * activation
+        assert [row["floor"] - one["floor"] for row in (no_reader, two, three)] == [-gradient, gradient, 2 * gradient]
+        assert [row["ours"] - one["ours"] for row in (no_reader, two, three)] == [gradient, gradient, 4 * gradient]
+        assert [row["eager"] - one["eager"] for row in (no_reader, two, three)] == [
+            -3 * gradient, 3 * gradient, 6 * gradient,
+        ]  # fmt: skip
 
 
 class TestTimes:

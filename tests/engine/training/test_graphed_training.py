@@ -271,3 +271,18 @@ def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, mo
     assert "cannot be captured in a CUDA graph (operation not permitted when stream is capturing)" in caplog.text
     assert len(caplog.records) == 1
     assert_same_state(graphed, eager)
+
+
+@pytest.mark.parametrize("precision", [{}, {"amp": True, "amp_dtype": "fp16"}], ids=["float32", "fp16"])
+def test_an_optimizer_that_fails_says_why(precision: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not there is a loss scaling to be put right."""
+    trainer, _, _ = pair(**precision)
+    assert isinstance(trainer.method, Matching)
+
+    @functools.wraps(trainer.method.optimizer.step)
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no room for the optimizer's state")
+
+    monkeypatch.setattr(trainer.method.optimizer, "step", failing)
+    with pytest.raises(RuntimeError, match="no room for the optimizer"):
+        trainer.train_step()
