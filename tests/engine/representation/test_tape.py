@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.criteria import Weighted
 from helpers.visiting import enliven
 from oracle import in_float64, relative_error, tapped
 from torch import Tensor, nn
 
 from engine.representation.build import build_extractor
-from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
-from engine.representation.protocols import PerImage, Ranks, TapInput
 from engine.representation.tracing.tape import Arriving
 
-# Concatenations, squeeze-and-excitation, channel shuffles, smooth activations, batch statistics, shortcuts of all kinds.
+# Concatenations, squeeze-and-excitation, channel shuffles, smooth activations, shortcuts of all kinds.
 EXTRACTORS = {
     "vgg19": 32,
     "resnet18": 32,
@@ -29,25 +28,6 @@ EXTRACTORS = {
     "torchvision:squeezenet1_1": 64,
     "timm:tf_efficientnet_lite0": 32,
 }
-
-
-class Weighted:
-    """L = Σ w_nd x_nd: the gradient is known, whatever the features are."""
-
-    def __init__(self, extractor: Extractor, weights: Tensor):
-        sizes = [tap.num_features for tap in extractor.taps]
-        self.weights = [
-            part.unflatten(1, tap.shape) for part, tap in zip(weights.split(sizes, dim=1), extractor.taps, strict=True)
-        ]
-
-    def collect(self, tap: int, x: TapInput, images: slice) -> None:
-        x.activate_()
-
-    def finish(self, ranks: Ranks) -> Tensor:
-        return torch.zeros((), dtype=self.weights[0].dtype)
-
-    def gradient(self, tap: int, images: slice) -> PerImage:
-        return PerImage(self.weights[tap][images])
 
 
 @pytest.mark.parametrize("recompute", ["none", "stages"])
