@@ -188,11 +188,11 @@ def _our_bytes(tap: TapShape, dtype: torch.dtype) -> tuple[dict[str, int], dict[
     )
     mean, m2, a, b = (torch.zeros(tap.features) for _ in range(4))
     bias = torch.randn(tap.shape[0]).to(dtype)
-    added = (x + bias.view(-1, 1, 1) * tap.bias).add_(residual, alpha=int(tap.residual))
-    expected = feature_rows(torch.relu(added)).float().mean(0)
+    added = x.float() + tap.bias * bias.float().view(-1, 1, 1) + tap.residual * residual.float()
+    expected = feature_rows(torch.relu(added)).mean(0)
     with AccessCounter(x=x, residual=residual, bias=bias, mean=mean, m2=m2) as forward:
         ops.relu_moments(x, mean, m2, 0, bias if tap.bias else None, residual if tap.residual else None)
-    if not torch.allclose(mean, expected, atol=1e-2):
+    if not torch.allclose(mean, expected, atol=2e-2):  # the interpreter truncates to bfloat16
         raise RuntimeError(f"relu_moments: wrong means for {tap}")
     with AccessCounter(grad=grad, y=x, a=a, b=b, shortcut=residual) as backward:
         ops.relu_moments_backward(grad, x, a, b, shortcut=residual if tap.readers > 1 else None)
@@ -248,8 +248,8 @@ def _averager_bytes(features: int) -> BytesRow:
     torch._dynamo.reset()
     with _InductorBytes() as fused:
         torch.compile(plain_averager, dynamic=False)(*args, **AVERAGER_OPTIONS)
-    # Four vectors in; v, m, u in and out for means and variances; a and b out; four sums and the step.
-    floor = 4 * features * (4 + 12 + 2) + 4 * 8 + 2 * 8
+    # Four vectors in; v, m, u in and out for means and variances; a and b out; six sums and the step.
+    floor = 4 * features * (4 + 12 + 2) + 6 * 8 + 2 * 8
     total = sum(counter.moved.values())
     results = 4 * 2 * features + sums.numel() * 8
     return BytesRow("averager_step", total, counter.moved["partial"] - results, floor, eager.total, fused.total)

@@ -105,10 +105,10 @@ except RuntimeError as error:
 else:
     raise AssertionError("an audit of interpreted kernels")
 
-partial, sums, step = torch.ones(4, 3, dtype=torch.float64), torch.empty(4, dtype=torch.float64), torch.tensor(0)
+partial, sums, step = torch.ones(4, 3, dtype=torch.float64), torch.empty(6, dtype=torch.float64), torch.tensor(0)
 with AccessCounter(sums=sums, step=step) as counter:
     backend.sum_partials_kernel[(1,)](partial, sums, step, 3, ADVANCE=True, BLOCK=1024)
-assert sums.tolist() == [3, 3, 3, 3] and step.item() == 1
+assert sums.tolist() == [3, 3, 3, 3, 6, 6] and step.item() == 1
 print(json.dumps(counter.moved))
 
 grad, y, a, b = torch.ones(3, 5, 2, 1).bfloat16(), torch.ones(3, 5, 2, 1).bfloat16(), torch.ones(10), torch.ones(10)
@@ -164,8 +164,8 @@ class TestBytes:
         run = _python(_HAND_COUNT, interpret=True)
         assert run.returncode == 0, run.stderr
         sums, backward, afterwards = (json.loads(line) for line in run.stdout.splitlines())
-        # 4 × 3 float64 partial sums read, 4 written; the int64 step read and written. Masked lanes move nothing.
-        assert sums == {"sums": 4 * 8, "step": 2 * 8, "partial": 4 * 3 * 8}
+        # 4 × 3 float64 partial sums read, 4 and 2 of these written; the int64 step read and written. Masked lanes move nothing.
+        assert sums == {"sums": 6 * 8, "step": 2 * 8, "partial": 4 * 3 * 8}
         # 30 values of bfloat16: the gradient read and written, y read; one program reads 10 coefficients a and b.
         assert backward == {"grad": 2 * 30 * 2, "y": 30 * 2, "a": 10 * 4, "b": 10 * 4, "partial": 0}
         assert afterwards == backward, "the counter stops with its context"
