@@ -38,7 +38,7 @@ class MomentCriterion:
         extractor = objective.feature_pass.prepared
         features, taps = extractor.num_features, len(extractor.taps)
         both = torch.empty(2 * features, dtype=objective.accumulation_dtype, device=extractor.device)
-        self.buffers: tuple[Tensor, ...] = both.split(features)
+        self.buffers: tuple[Tensor, ...] = torch.split(both, features)
         slices = objective.order.slices(both)
         self.means, self.m2s = slices[:taps], slices[taps:]
         self.counts = [0] * taps

@@ -25,7 +25,7 @@ class LowPrecision:
     def __init__(self, generator: Generator, dtype: torch.dtype):
         self.generator, self.dtype = generator, dtype
         layers = [module for module in generator.modules() if isinstance(module, _LAYERS)]
-        self.weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
+        self.weights: list[Tensor] = [weight for layer in layers for weight in layer.parameters(recurse=False)]
         self.copies = [torch.empty_like(weight, dtype=dtype).requires_grad_() for weight in self.weights]
         self.gradients = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
 
@@ -38,7 +38,8 @@ class LowPrecision:
 
     def collect_gradients(self) -> None:
         """After backward: the copies' gradients become those of the weights, in place of what was there."""
-        found = [copy.grad for copy in self.copies]
+        found = [copy.grad for copy in self.copies if copy.grad is not None]
+        assert len(found) == len(self.copies), "every layer takes part"
         torch._foreach_copy_(self.gradients, found)
         for weight, copy, gradient in zip(self.weights, self.copies, self.gradients, strict=True):
             weight.grad, copy.grad = gradient, None

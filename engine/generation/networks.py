@@ -62,8 +62,8 @@ class Generator(nn.Module):
     def count_batch(self) -> None:
         """One batch more for BatchNorm's counters, in training, all of them at once."""
         if self.training:
-            norms = (module for module in self.modules() if isinstance(module, BatchNorm2d))
-            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+            counters = [module.num_batches_tracked for module in self.modules() if isinstance(module, BatchNorm2d)]
+            torch._foreach_add_([counter for counter in counters if counter is not None], 1)
 
 
 class BatchNorm2d(nn.BatchNorm2d):

@@ -123,14 +123,13 @@ class FrozenConv2d(nn.Module):
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """∂L/∂x [`shape`] from ∂L/∂(the convolution's own result)."""
         conv = self.conv
+        assert not isinstance(conv.padding, str)
+        reached = [
+            (grad.shape[2 + axis] - 1) * conv.stride[axis] - 2 * conv.padding[axis]
+            + conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1 for axis in (0, 1)
+        ]  # fmt: skip
+        beyond = [side - least for side, least in zip(shape[2:], reached, strict=True)]
         # `convolution_backward` would want an x; the transposed convolution is the same call of cuDNN without one.
-        reached = (
-            (sides - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
-            for sides, stride, padding, dilation, kernel in zip(
-                grad.shape[2:], conv.stride, conv.padding, conv.dilation, conv.kernel_size, strict=True
-            )
-        )
-        beyond = [side - size for side, size in zip(shape[2:], reached, strict=True)]
         return torch.conv_transpose2d(
             grad, conv.weight, None, conv.stride, conv.padding, beyond, conv.groups, conv.dilation
         )

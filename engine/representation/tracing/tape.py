@@ -69,6 +69,12 @@ class Arriving:
             return self.shared
         return self.own if self.shared is None else self.own.add_(self.shared)
 
+    def gradient(self) -> Tensor:
+        """The sum, only to be read, where something came."""
+        total = self.total()
+        assert total is not None
+        return total
+
     def for_tap(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The sum as two terms that lie in memory as the tap's output y, the first to be written over."""
         own, shared = self.own, self.shared
@@ -140,7 +146,7 @@ class _Convolution:
         return self.module.run(x), x.shape
 
     def backward(self, kept: Any, arriving: Sequence[Arriving], taps: Taps) -> Gradients:
-        return [[self.module.input_gradient(arriving[0].total(), kept)]]
+        return [[self.module.input_gradient(arriving[0].gradient(), kept)]]
 
 
 class _MaxPool:
@@ -160,7 +166,7 @@ class _MaxPool:
 
     def backward(self, kept: Any, arriving: Sequence[Arriving], taps: Taps) -> Gradients:
         x, indices = kept
-        gradient = arriving[0].total()
+        gradient = arriving[0].gradient()
         return [[torch.ops.aten.max_pool2d_with_indices_backward(gradient, x, *self.geometry, indices)]]
 
 
@@ -176,7 +182,7 @@ class _Normalise:
         return self.normalisation(values[0]), None
 
     def backward(self, kept: Any, arriving: Sequence[Arriving], taps: Taps) -> Gradients:
-        return [[arriving[0].total() * self.scale]]
+        return [[arriving[0].gradient() * self.scale]]
 
 
 class _Add:
@@ -188,7 +194,7 @@ class _Add:
         return values[0] + values[1], [value.shape if isinstance(value, Tensor) else None for value in values]
 
     def backward(self, kept: Any, arriving: Sequence[Arriving], taps: Taps) -> Gradients:
-        gradient = arriving[0].total()
+        gradient = arriving[0].gradient()
         return [[] if shape is None else [gradient.sum_to_size(shape)] for shape in kept]
 
 
