@@ -46,10 +46,12 @@ def choose_device(name: str, threads: int | None = None, float32: str = "tf32") 
         torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and (file := next(iter(sorted(Path("/dev").glob("nvidia[0-9]*"))), None)) is not None:
+        files = sorted(Path("/dev").glob("nvidia[0-9]*"))
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+        if name == "cpu" and files and not hidden:
             log.warning(
                 "warning: %s is there, but PyTorch for CUDA %s cannot use it (is the driver too old?); the CPU is used",
-                file,
+                files[0],
                 torch.version.cuda,
             )
     if name == "cuda" and not torch.cuda.is_available():
