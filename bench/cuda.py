@@ -55,14 +55,19 @@ class Cuda:
 
     def capture(self, call: Callable[[], object]) -> Callable[[], None]:
         """A replay of what `call` does on the device, by one launch; RuntimeError if it cannot be captured."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
         with self.on_stream():
             for _ in range(_WARMUP):
                 call()
         self.wait()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            call()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                call()
+        finally:
+            # Where the capture cannot be ended, PyTorch leaves its stream the current one.
+            torch.cuda.set_stream(current)
         return graph.replay
 
     def events(self, call: Callable[[], object]) -> Sequence[Any]:
