@@ -96,7 +96,7 @@ class TestOneJob:
 
     @pytest.mark.parametrize(
         ("then", "limit_s", "status"),
-        [("time.sleep(600)", 3, "timed out"), ("", 30, "passed"), ("sys.exit(1)", 30, "failed")],
+        [("time.sleep(600)", 5, "timed out"), ("", 30, "passed"), ("sys.exit(1)", 30, "failed")],
         ids=["hangs", "forgets its child", "fails and forgets it"],
     )
     def test_takes_its_children_with_it(self, then: str, limit_s: int, status: str, module, tmp_path: Path) -> None:
