@@ -54,9 +54,9 @@ JOBS = (
     # On their own: without a device these tests would choose Triton's interpreter for a whole process. Tests of the
     # other backends compute nothing on a device.
     Job("kernel tests", (*_TESTS, "--dist", "load", "tests/kernels", "-k", "triton or test_training"), 90, rows=False),
-    Job("tests", (*_TESTS, "-m", "requires_gpu and not slow", "tests/engine", "tests/pipelines"), 110, rows=False),
+    Job("tests", (*_TESTS, "-m", "requires_gpu and not slow", "tests/engine", "tests/pipelines"), 100, rows=False),
     Job("step profile", ("bench.step_profile", "--batch-sizes", "64", "1024"), 40),
-    Job("kernels", ("bench.kernels", *_ON_CUDA, "--dtypes", "bfloat16"), 80),
+    Job("kernels", ("bench.kernels", *_ON_CUDA, "--dtypes", "bfloat16"), 100),
     Job("kernels, step", ("bench.kernels", "--step", "--repetitions", "5", *_ON_CUDA), 30),
     Job(
         "memory",
@@ -70,7 +70,7 @@ JOBS = (
          "--pass-repetitions", "3"),
         45,
     ),
-    Job("throughput", ("bench.throughput", *_ON_CUDA), 130),
+    Job("throughput", ("bench.throughput", *_ON_CUDA), 110),
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import argparse
 import copy
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +40,9 @@ from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.inputs import choose_device
 from engine.representation.extractor import Extractor
 
+Variant = tuple[str, Precision]
+NAIVE = ("naive", "naive, frozen", "naive, frozen, compiled")
+OURS = ("ours", "convolution floor", "generator alone")
 # Minibatches of `--scale`, in chunks.
 SCALE = (1, 2, 8, 64)
 
@@ -200,64 +203,84 @@ class _Pass(torch.autograd.Function):
         return torch.full_like(ctx.shape, 1e-4)
 
 
+class Variants:
+    """Everything that is timed on one problem: built when it is asked for, and checked before.
+
+    Attributes:
+        errors: relative error of ∂L/∂images, by variant and precision, of those that were built and have one.
+    """
+
+    def __init__(self, problem: Problem, minibatch: int, device: str):
+        self.minibatch, self.cuda = minibatch, cuda_of(device)
+        self.scenario = Scenario.calibrated(problem, device)
+        torch.manual_seed(2)
+        self.images = (torch.rand(minibatch, 3, problem.image_size, problem.image_size) * 2 - 1).to(device)
+        self.v, self.exact = exact_gradient(self.scenario, self.images)
+        self.errors: dict[Variant, float] = {}
+
+    def build(self, variant: str, precision: Precision) -> Step:
+        """A step of the variant; RuntimeError if it computes something else than float64 does."""
+        dtype, scenario = precision.dtype, self.scenario
+        with precision.in_force():
+            if variant.startswith("naive"):
+                autocast = dtype if variant.endswith("autocast") else None
+                naive = scenario.naive(frozen="frozen" in variant, compiled=is_compiled(variant), autocast=autocast)
+                self._check(variant, precision, naive_gradient(naive, self.images, self.v, dtype))
+                step = plain_step(scenario.generator(), naive, self.minibatch, dtype)
+            elif variant == "ours":
+                ours = scenario.parts(self.minibatch, dtype)
+                self._check(variant, precision, engine_gradient(ours.objective, self.images, self.v, dtype))
+                step = engine_step(ours)
+            elif variant == "convolution floor":
+                extractor = scenario.parts(self.minibatch, dtype).objective.extractor
+                step = self._alone(Convolutions(extractor, self.minibatch))
+            else:
+                step = self._alone(plain_step(scenario.generator(), _Pass.apply, self.minibatch, dtype))
+        return precision.applied(step)
+
+    def _check(self, variant: str, precision: Precision, gradient: Tensor) -> None:
+        error = float((gradient.double() - self.exact).norm() / self.exact.norm())
+        print(f"{variant}, {precision.name}: gradient within {error:.1e} of float64's", file=sys.stderr)
+        if not error <= precision.tolerance:
+            raise RuntimeError(f"{variant}, {precision.name}: gradient off by {error:.1e}; not worth timing")
+        self.errors[variant, precision] = error
+
+    def _alone(self, step: Step) -> Step:
+        """Without the host's part, where that can be taken away."""
+        return step if self.cuda is None else self.cuda.capture(step)
+
+
+def is_compiled(variant: str) -> bool:
+    """Whether torch.compile takes its time for it."""
+    return "compiled" in variant
+
+
 def measure_variants(
     problem: Problem, minibatch: int, device: str, repetitions: int, low: torch.dtype
 ) -> Iterator[list[StepRow]]:
     """All variants in float32 (and TF32 on CUDA) and `low`; the rows so far, after every round.
 
-    RuntimeError if one of them computes something else than float64 does.
+    The first rows are of one round without the variants that have to be compiled: they are there soon.
+    RuntimeError if a variant computes something else than float64 does.
     """
-    cuda = cuda_of(device)
-    scenario = Scenario.calibrated(problem, device)
-    torch.manual_seed(2)
-    images = (torch.rand(minibatch, 3, problem.image_size, problem.image_size) * 2 - 1).to(device)
-    v, exact = exact_gradient(scenario, images)
-
-    steps: dict[tuple[str, Precision], Step] = {}
-    errors: dict[tuple[str, Precision], float] = {}
-
-    def check(variant: str, precision: Precision, gradient: Tensor) -> None:
-        error = float((gradient.double() - exact).norm() / exact.norm())
-        print(f"{variant}, {precision.name}: gradient within {error:.1e} of float64's", file=sys.stderr)
-        if not error <= precision.tolerance:
-            raise RuntimeError(f"{variant}, {precision.name}: gradient off by {error:.1e}; not worth timing")
-        errors[variant, precision] = error
-
-    def alone(step: Step) -> Step:
-        """Without the host's part, where that can be taken away."""
-        return step if cuda is None else cuda.capture(step)
-
+    variants = Variants(problem, minibatch, device)
     full, lower = full_precisions(device), low_precision(device, low)
-    naives: list[tuple[str, Precision, dict[str, Any]]] = [
-        (variant, precision, switches)
-        for variant, switches in (
-            ("naive", {}),
-            ("naive, frozen", {"frozen": True}),
-            ("naive, frozen, compiled", {"frozen": True, "compiled": True}),
-        )
-        for precision in full
-    ]
-    autocast = {"frozen": True, "compiled": True, "autocast": low}
-    for variant, precision, switches in [*naives, ("naive, frozen, compiled, autocast", lower, autocast)]:
-        with precision.in_force():
-            naive = scenario.naive(**switches)
-            check(variant, precision, naive_gradient(naive, images, v, precision.dtype))
-            steps[variant, precision] = plain_step(scenario.generator(), naive, minibatch, precision.dtype)
-    for precision in (*full, lower):
-        with precision.in_force():
-            ours = scenario.parts(minibatch, precision.dtype)
-            check("ours", precision, engine_gradient(ours.objective, images, v, precision.dtype))
-            steps["ours", precision] = engine_step(ours)
-            steps["convolution floor", precision] = alone(Convolutions(ours.objective.extractor, minibatch))
-            generator = plain_step(scenario.generator(), _Pass.apply, minibatch, precision.dtype)
-            steps["generator alone", precision] = alone(generator)
-    gc.collect()
-    applied = {(variant, precision): precision.applied(step) for (variant, precision), step in steps.items()}
-    for found in rounds(applied, repetitions, partial(step_time, cuda=cuda), warmup=2):
-        yield [
-            step_row(variant, precision, problem, minibatch, taken, errors.get((variant, precision), float("nan")))
-            for (variant, precision), taken in found.items()
-        ]
+    order = [(name, precision) for name in NAIVE for precision in full]
+    order += [("naive, frozen, compiled, autocast", lower)]
+    order += [(name, precision) for precision in (*full, lower) for name in OURS]
+
+    def rows(steps: Mapping[Variant, Step], repetitions: int, warmup: int) -> Iterator[list[StepRow]]:
+        gc.collect()
+        for found in rounds(steps, repetitions, partial(step_time, cuda=variants.cuda), warmup):
+            yield [
+                step_row(*key, problem, minibatch, taken, variants.errors.get(key, float("nan")))
+                for key, taken in found.items()
+            ]
+
+    steps = {key: variants.build(*key) for key in order if not is_compiled(key[0])}
+    yield from rows(steps, repetitions=1, warmup=0)
+    steps |= {key: variants.build(*key) for key in order if is_compiled(key[0])}
+    yield from rows({key: steps[key] for key in order}, repetitions, warmup=2)
 
 
 def measure_scale(

@@ -23,6 +23,9 @@ from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import choose_device
 
+# What the model leaves out: workspaces of libraries, and what the allocator rounds up.
+_OF_FREE_MEMORY = 0.8
+
 
 def parser() -> Parser:
     """The flags of `python -m bench.memory`."""
@@ -40,7 +43,8 @@ def parser() -> Parser:
     add("--variants", nargs="+", choices=[variant.name for variant in VARIANTS], metavar="NAME",
         help=f"of these alone: {', '.join(repr(variant.name) for variant in VARIANTS)}")  # fmt: skip
     add("--measure-up-to", default="12GiB", metavar="SIZE",
-        help="measure where the model says at most this, weights included (default: %(default)s)")  # fmt: skip
+        help="measure where the model says at most this, weights included, and 80%% of a GPU's free memory "
+             "(default: %(default)s)")  # fmt: skip
     add("--no-capacity", action="store_true", help="leave out the largest minibatches that fit 12, 16, 24 and 80 GiB")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=output_file, metavar="FILE", help="write the rows there too")
@@ -60,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(args.batch_sizes) < 2:
         arguments.error(f"--batch-sizes: must be at least 2, got {min(args.batch_sizes)}")
     device = choose_device(args.device)
+    if device.type == "cuda":  # a minibatch that doesn't fit would end the benchmark
+        limit = min(limit, int(_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]))
     problem = Problem(args.extractor, args.image_size, args.generator)
     variants = [variant for variant in VARIANTS if args.variants is None or variant.name in args.variants]
     capacities: Sequence[CapacityRow] = ()

@@ -116,6 +116,20 @@ def test_rows_are_written_as_they_come_and_variants_can_be_chosen(tmp_path: Path
     ]
 
 
+def test_no_minibatch_is_measured_that_a_gpu_has_no_room_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(program, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**26, 2**40))
+    monkeypatch.setattr(measuring, "environment", lambda device="cpu": {"device": str(device)})
+    monkeypatch.setattr(measuring, "measure_apart", lambda *_: (10**6, 10**8))
+    monkeypatch.setattr(program, "saved_row", lambda problem, dtype, device: saved_row(problem, dtype, CPU))
+    flags = ["--extractor", "vgg-small", "--batch-sizes", "8", "64", "--no-capacity", "--device", "cuda"]
+    program.main([*flags, "--variants", "naive", "--json", str(tmp_path / "rows.json")])
+    rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if "minibatch" in row]
+    assert [row["weights"] + row["modelled"] < 0.8 * 2**26 for row in rows] == [True, False]
+    assert [row["measured"] for row in rows] == [10**6, None]
+    assert all(row["environment"] == {"device": "cuda"} for row in rows)
+
+
 def test_a_failed_measurement_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"naive, minibatch 16: not measured: .*nothing"):
         measure_apart(VARIANTS[0], Problem("nothing", 32, "dcgan"), 16, CPU)
