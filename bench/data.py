@@ -7,6 +7,9 @@ Three comparisons, each of results that are checked to agree before anything is 
 - 32×32 images in memory, in order and shuffled, through `ImageLoader`;
 - the statistics pass over images in memory against the extractor alone on the same images.
 
+With `--device cuda` the images end on the GPU, where the DALI path decodes and resizes them, too, and where the
+extractor runs; torchvision's path stays on the CPU.
+
 Repetitions are interleaved, so that what else the machine does hits all alike; medians with 20th and 80th percentiles.
 """
 
@@ -21,7 +24,7 @@ import argparse
 import resource
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +36,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.rows import Row, interleaved, percentiles, print_rows, save_figure, seconds, write_json
+from bench.rows import Row, RowFile, environment, percentiles, print_rows, rounds, save_figure, seconds
 from bench.scenario import activations_pass
 from engine.comparison.reference.statistics_pass import compute_reference
 from engine.comparison.reference.target import MomentsKind
 from engine.configuration.command import Parser, output_file, run_command
+from engine.configuration.inputs import choose_device
 from engine.representation.build import build_extractor
 from pipelines import ImageDataset, ImageLoader, open_dataset
 from pipelines.loading.loader import dali_is_importable
@@ -137,8 +141,10 @@ def make_arrays(path: Path, count: int, size: int = 32) -> ImageDataset:
     return open_dataset("images", path, image_size=size)
 
 
-def compare_ways(op: str, shape: str, ways: Sequence[Way], repetitions: int) -> list[LoadingRow]:
-    """Time all ways in turn, `repetitions` times; the first one is the baseline.
+def compare_ways(
+    op: str, shape: str, ways: Sequence[Way], repetitions: int, device: str = "cpu"
+) -> Iterator[list[LoadingRow]]:
+    """Time all ways in turn, `repetitions` times; the first one is the baseline. The rows so far, after every round.
 
     Raises RuntimeError if they have not seen the same number of images.
     """
@@ -147,29 +153,31 @@ def compare_ways(op: str, shape: str, ways: Sequence[Way], repetitions: int) -> 
         raise RuntimeError(f"{op}: the ways saw different numbers of images: {counts}")
     images = next(iter(counts.values()))
     calls = {way.path: way.run for way in ways}
-    times = interleaved(calls, repetitions, _wall_and_cpu_seconds)
-    baseline = statistics.median(wall for wall, _ in times[ways[0].path])
-    rows = []
-    for way in ways:
-        p20, p50, p80 = percentiles([wall for wall, _ in times[way.path]])
-        rows.append(
-            LoadingRow(
-                op=op,
-                path=way.path,
-                shape=shape,
-                images=images,
-                repetitions=repetitions,
-                images_per_second_p20=images / p80,  # the slowest times are the lowest rates
-                images_per_second_p50=images / p50,
-                images_per_second_p80=images / p20,
-                cpu_us_per_image=statistics.median(cpu for _, cpu in times[way.path]) / images * 1e6,
-                relative_time=p50 / baseline,
+    where = environment(device)
+    for times in rounds(calls, repetitions, partial(_wall_and_cpu_seconds, device=device)):
+        baseline = statistics.median(wall for wall, _ in times[ways[0].path])
+        rows = []
+        for way in ways:
+            p20, p50, p80 = percentiles([wall for wall, _ in times[way.path]])
+            rows.append(
+                LoadingRow(
+                    op=op,
+                    path=way.path,
+                    shape=shape,
+                    images=images,
+                    repetitions=len(times[way.path]),
+                    images_per_second_p20=images / p80,  # the slowest times are the lowest rates
+                    images_per_second_p50=images / p50,
+                    images_per_second_p80=images / p20,
+                    cpu_us_per_image=statistics.median(cpu for _, cpu in times[way.path]) / images * 1e6,
+                    relative_time=p50 / baseline,
+                    environment=where,
+                )
             )
-        )
-    return rows
+        yield rows
 
 
-def bench_jpegs(work: Path, count: int, repetitions: int) -> list[LoadingRow]:
+def bench_jpegs(work: Path, count: int, repetitions: int, device: str) -> Iterator[list[LoadingRow]]:
     """The engine's loaders against torchvision's on one folder."""
     folder = work / "jpegs"
     folder.mkdir()
@@ -179,38 +187,40 @@ def bench_jpegs(work: Path, count: int, repetitions: int) -> list[LoadingRow]:
     ways = [Way("torchvision DataLoader, PIL, 2 workers", lambda: sum(map(len, theirs)))]
     for backend in ("dali", "torch"):
         if backend == "torch" or dali_is_importable():
-            ours = ImageLoader(dataset, 64, backend=backend)
+            ours = ImageLoader(dataset, 64, backend=backend, device=device)
             check_same(theirs, ours)
-            ways.append(Way(f"ImageLoader, {backend}", partial(_epoch, ours)))
-    return compare_ways("JPEG folder", f"{WIDTH}×{HEIGHT} → {CROP} → {SIZE}", ways, repetitions)
+            ways.append(Way(f"ImageLoader, {backend}{_to(device)}", partial(_epoch, ours)))
+    return compare_ways("JPEG folder", f"{WIDTH}×{HEIGHT} → {CROP} → {SIZE}", ways, repetitions, device)
 
 
-def bench_arrays(work: Path, count: int, repetitions: int) -> list[LoadingRow]:
+def bench_arrays(work: Path, count: int, repetitions: int, device: str) -> Iterator[list[LoadingRow]]:
     """Images in memory through `ImageLoader`."""
     dataset = make_arrays(work / "arrays.npy", count)
     loaders = {
-        "ImageLoader, in order": ImageLoader(dataset, 64),
-        "ImageLoader, shuffled": ImageLoader(dataset, 64, shuffle=True),
+        f"ImageLoader, in order{_to(device)}": ImageLoader(dataset, 64, device=device),
+        f"ImageLoader, shuffled{_to(device)}": ImageLoader(dataset, 64, shuffle=True, device=device),
     }
     if dali_is_importable():
-        loaders["ImageLoader, in order, dali"] = ImageLoader(dataset, 64, backend="dali")
+        loaders[f"ImageLoader, in order, dali{_to(device)}"] = ImageLoader(dataset, 64, backend="dali", device=device)
     pixels = np.load(work / "arrays.npy")
     for loader in loaders.values():
         batch = next(iter(loader))
         expected = pixels[batch.indices.numpy()].transpose(0, 3, 1, 2) / 127.5 - 1
-        if np.abs(batch.images.numpy() - expected).max() > 1e-6:
+        if np.abs(batch.images.cpu().numpy() - expected).max() > 1e-6:
             raise RuntimeError("arrays: the loader gives other images than the array holds")
     ways = [Way(path, partial(_epoch, loader)) for path, loader in loaders.items()]
-    return compare_ways("arrays in memory", "32×32", ways, repetitions)
+    return compare_ways("arrays in memory", "32×32", ways, repetitions, device)
 
 
-def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) -> list[LoadingRow]:
+def bench_pass(
+    work: Path, count: int, repetitions: int, extractor_name: str, device: str
+) -> Iterator[list[LoadingRow]]:
     """The whole statistics pass against the extractor alone, activations included, on the same batches in memory."""
     torch.manual_seed(0)
     dataset = make_arrays(work / "pass.npy", count)
-    extractor = build_extractor(extractor_name, image_size=32)
+    extractor = build_extractor(extractor_name, image_size=32).to(device)
     activate = activations_pass(extractor)
-    batches = [batch.images for batch in ImageLoader(dataset, PASS_BATCH)]
+    batches = [batch.images for batch in ImageLoader(dataset, PASS_BATCH, device=device)]
 
     def alone() -> int:
         for batch in batches:
@@ -218,14 +228,20 @@ def bench_pass(work: Path, count: int, repetitions: int, extractor_name: str) ->
         return count
 
     def whole() -> int:
-        return compute_reference(MomentsKind(), extractor, ImageLoader(dataset, PASS_BATCH), progress=False).count
+        loader = ImageLoader(dataset, PASS_BATCH, device=device)
+        return compute_reference(MomentsKind(), extractor, loader, progress=False).count
 
     return compare_ways(
         f"statistics pass, {extractor_name}",
         "32×32",
-        [Way("extractor alone, images in memory", alone), Way("compute_target", whole)],
+        [Way(f"extractor alone, images in memory{_to(device)}", alone), Way(f"compute_target{_to(device)}", whole)],
         repetitions,
+        device,
     )
+
+
+def _to(device: str) -> str:
+    return "" if device == "cpu" else f", {device}"
 
 
 def _epoch(loader: ImageLoader) -> int:
@@ -235,7 +251,7 @@ def _epoch(loader: ImageLoader) -> int:
 def check_same(theirs: Any, ours: ImageLoader) -> None:
     """RuntimeError if any image differs by more than 0.5 of 255 on average, or the numbers of images differ."""
     reference = torch.cat(list(theirs))
-    images = torch.cat([batch.images for batch in ours])
+    images = torch.cat([batch.images.cpu() for batch in ours])
     if images.shape != reference.shape:
         raise RuntimeError(f"JPEG folder: {list(images.shape)} instead of {list(reference.shape)}")
     worst = float((images - reference).abs().mean(dim=(1, 2, 3)).max()) * 127.5
@@ -243,9 +259,9 @@ def check_same(theirs: Any, ours: ImageLoader) -> None:
         raise RuntimeError(f"JPEG folder: an image of {ours.backend} differs by {worst:.2f} of 255 on average")
 
 
-def _wall_and_cpu_seconds(call: Callable[[], object]) -> tuple[float, float]:
+def _wall_and_cpu_seconds(call: Callable[[], object], device: str) -> tuple[float, float]:
     used = _cpu_seconds()
-    wall = seconds(call)
+    wall = seconds(call, device)
     return wall, _cpu_seconds() - used
 
 
@@ -283,12 +299,15 @@ def parser() -> Parser:
     add = arguments.add_argument
     add("--json", type=output_file, metavar="FILE", help="write the rows there")
     add("--plot", type=output_file, metavar="FILE", help="draw them there (PNG)")
+    add("--jpegs", type=int, default=5000, metavar="N", help="of the folder (default: %(default)s)")
+    add("--jpeg-repetitions", type=int, default=7, metavar="N", help="of the folder (default: %(default)s)")
     add("--pass-images", type=int, default=12_800, metavar="N", help="for the statistics pass (default: %(default)s)")
     add(
         "--only", nargs="+", choices=("jpeg", "arrays", "pass"), default=("jpeg", "arrays", "pass"),
         help="of the three comparisons (default: all)",
     )  # fmt: skip
     add("--pass-repetitions", type=int, default=5, metavar="N", help="of the statistics pass (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the images go (default: %(default)s)")
     add("--quick", action="store_true", help="small inputs, few repetitions: a try, not a measurement")
     return arguments
 
@@ -296,20 +315,20 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write what --json and --plot ask for, print the tables."""
     args = parser().parse_args(argv)
+    choose_device(args.device)  # refuses what is not there
     quick = args.quick
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        rows: list[LoadingRow] = []
+    rows: list[LoadingRow] = []
+    with tempfile.TemporaryDirectory() as folder, RowFile(args.json) as file:
+        work, device = Path(folder), args.device
         if "jpeg" in args.only:
-            rows += bench_jpegs(work, 130 if quick else 5000, 2 if quick else 7)
+            count, repetitions = (130, 2) if quick else (args.jpegs, args.jpeg_repetitions)
+            rows += file.keep_latest(bench_jpegs(work, count, repetitions, device))
         if "arrays" in args.only:
-            rows += bench_arrays(work, 1000 if quick else 50_000, 3 if quick else 15)
+            rows += file.keep_latest(bench_arrays(work, 1000 if quick else 50_000, 3 if quick else 15, device))
         if "pass" in args.only:
             name = "vgg-small" if quick else "vgg19+resnet18"
-            count, repetitions = args.pass_images, args.pass_repetitions
-            rows += bench_pass(work, 64 if quick else count, 2 if quick else repetitions, name)
-    if args.json is not None:
-        write_json(args.json, rows)
+            count, repetitions = (64, 2) if quick else (args.pass_images, args.pass_repetitions)
+            rows += file.keep_latest(bench_pass(work, count, repetitions, name, device))
     if args.plot is not None:
         plot(args.plot, rows)
     print_rows(rows)

@@ -5,6 +5,7 @@ A benchmark defines a subclass of `Row` with its own fields for each kind of tab
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import random
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -37,11 +38,11 @@ Measured = TypeVar("Measured")
 RowKind = TypeVar("RowKind", bound="Row")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit: what a number depends on besides the code it measures."""
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Versions, machine and commit: what a number measured on `device` depends on besides the code it measures."""
     return {
         "versions": dict(_versions()),
-        "processor": _processor(),
+        "processor": _processor(torch.device(device)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "commit": _commit(),
@@ -67,9 +68,9 @@ def _commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} CPUs"
@@ -78,7 +79,7 @@ def _processor() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table.
+    """One line of a table. A field that is None by default stands in no file while it is None.
 
     Attributes:
         environment: what `environment()` said when the row was made: versions, processor, threads, load, commit, date.
@@ -88,7 +89,8 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Field name → value, in the order of the class, the environment last."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        given = {entry.name: (getattr(self, entry.name), entry.default) for entry in fields(self)}
+        values = {name: value for name, (value, default) in given.items() if value is not None or default is not None}
         values["environment"] = values.pop("environment")
         return values
 
@@ -105,25 +107,25 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: torch.device | str) -> None:
+    """Wait for `device` if it is a GPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock time of `call`, the GPU's work included."""
-    synchronize()
+def seconds(call: Callable[[], object], device: torch.device | str) -> float:
+    """Wall-clock time of `call`, the work of `device` included."""
+    synchronize(device)
     begun = time.perf_counter()
     call()
-    synchronize()
+    synchronize(device)
     return time.perf_counter() - begun
 
 
-def cold_seconds(call: Callable[[], object]) -> float:
-    """`seconds` from caches that hold something else: `FLUSHED_BYTES` of other memory are written first."""
-    _other_memory("cuda" if torch.cuda.is_available() else "cpu").zero_()
-    return seconds(call)
+def cold_seconds(call: Callable[[], object], device: torch.device | str) -> float:
+    """`seconds` from caches of `device` that hold something else: `FLUSHED_BYTES` of its memory are written first."""
+    _other_memory(str(device)).zero_()
+    return seconds(call, device)
 
 
 @functools.cache
@@ -131,13 +133,15 @@ def _other_memory(device: str) -> Tensor:
     return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
 
 
-def interleaved(
+def rounds(
     calls: Mapping[Name, Callable[[], object]],
     repetitions: int,
     measured: Callable[[Callable[[], object]], Measured],
     warmup: int = 0,
-) -> dict[Name, list[Measured]]:
+) -> Iterator[dict[Name, list[Measured]]]:
     """Measure all `calls` in turn, `repetitions` times, so that whatever else the machine does hits all of them alike.
+
+    Yields what was found so far after every round: a benchmark that is stopped keeps the rounds before.
 
     Args:
         calls: what to measure, by name. Nobody checks here that they compute the right thing.
@@ -152,16 +156,28 @@ def interleaved(
             value = measured(call)
             if repetition >= warmup:
                 found[name].append(value)
+        if repetition >= warmup:
+            yield {name: list(values) for name, values in found.items()}
+
+
+def interleaved(
+    calls: Mapping[Name, Callable[[], object]],
+    repetitions: int,
+    measured: Callable[[Callable[[], object]], Measured],
+    warmup: int = 0,
+) -> dict[Name, list[Measured]]:
+    """What the last of `rounds` has found."""
+    *_, found = rounds(calls, repetitions, measured, warmup)
     return found
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes that `call` allocates at most at the same time, on top of what was allocated before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def peak_memory(call: Callable[[], object], device: torch.device | str) -> int:
+    """Bytes of `device` that `call` allocates at most at the same time, on top of what was allocated before."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     quiet_profiler()
     with profile(profile_memory=True) as events:
         call()
@@ -184,6 +200,62 @@ def print_rows(rows: Sequence[Row]) -> None:
 def write_json(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as a list of objects, the whole file or nothing. InputError if the file cannot be written."""
     write_atomically(path, (json.dumps([row.as_json() for row in rows], indent=1) + "\n").encode())
+
+
+class RowFile:
+    """A benchmark's rows, and the file that holds them all as soon as they are there.
+
+    Every change writes the whole file again, or nothing: a benchmark that is killed keeps what it had. What cannot be
+    replaced (a pipe, this process's own output) is written once, at the end of the context.
+
+    Args:
+        path: None for no file.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.rows: list[Row] = []
+        self._replaced = path is not None and _is_replaced(path)
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.path is not None and not self._replaced:
+            write_json(self.path, self.rows)
+
+    def keep(self, rows: Iterable[RowKind]) -> list[RowKind]:
+        """Take all of `rows`, each as it comes, and return them."""
+        kept = []
+        for row in rows:
+            kept.append(row)
+            self.rows.append(row)
+            self._write()
+        return kept
+
+    def keep_latest(self, tables: Iterable[Sequence[RowKind]]) -> Sequence[RowKind]:
+        """Take the last of several tables, each of which replaces the one before as it comes, and return it."""
+        before = list(self.rows)
+        latest: Sequence[RowKind] = ()
+        for latest in tables:
+            self.rows = [*before, *latest]
+            self._write()
+        return latest
+
+    def _write(self) -> None:
+        if self.path is not None and self._replaced:
+            write_json(self.path, self.rows)
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether `atomic_file` would replace what is there, instead of writing through."""
+    if not path.exists():
+        return True
+    own = []
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            own.append(os.fstat(descriptor))
+    return path.is_file() and not any(os.path.samestat(path.stat(), stream) for stream in own)
 
 
 def save_figure(path: Path, figure: Figure, dpi: float | str = "figure") -> None:

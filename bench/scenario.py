@@ -34,6 +34,7 @@ from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import TapInput
 from engine.representation.zoo import make_network
 from engine.training.planner import FakeMode, Footprint, fake_copy, track
+from engine.training.precision import repeatable
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
 
@@ -189,14 +190,21 @@ class Scenario:
 
 
 def engine_step(parts: Parts) -> Step:
-    """One training step of the engine: the trainer's own."""
-    return Trainer(parts.method, make_schedule(parts.config), RunFolder("nowhere"), {}).train_step
+    """One training step of the engine: the trainer's own, with the algorithms that a run is restricted to."""
+    trainer = Trainer(parts.method, make_schedule(parts.config), RunFolder("nowhere"), {})
+
+    def step() -> None:
+        with repeatable():
+            trainer.train_step()
+
+    return step
 
 
 def plain_step(generator: nn.Module, loss: Loss, minibatch: int, dtype: torch.dtype | None = None) -> Step:
     """One training step as one would write it, with Adam, for a loss of images; under autocast if `dtype` is given."""
     device = next(generator.parameters()).device
-    adam = torch.optim.Adam(generator.parameters(), lr=5e-5, betas=(0.5, 0.999), fused=True)
+    on_gpu = device.type == "cuda"  # where the step may be captured in a graph
+    adam = torch.optim.Adam(generator.parameters(), lr=5e-5, betas=(0.5, 0.999), fused=True, capturable=on_gpu)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def step() -> None:

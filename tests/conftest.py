@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
+
+_KERNELS = Path(__file__).parent / "kernels"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +42,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("requires_gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test that is not marked `requires_gpu` sees no CUDA device, in its fixtures and in the commands that it starts.
+
+    So it is the same test on every machine. Those of the kernels choose their device themselves.
+    """
+    if item.get_closest_marker("requires_gpu") or _KERNELS in item.path.parents:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
 
 
 class TinyResidual(nn.Module):

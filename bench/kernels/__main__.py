@@ -17,11 +17,15 @@ import torch
 
 import bench.kernels
 from bench.kernels.audit import audit, print_audit
-from bench.kernels.times import measure_operations, measure_steps
+from bench.kernels.steps import measure_steps
+from bench.kernels.times import measure_operations
 from bench.kernels.traffic import count_bytes, print_bytes
 from bench.kernels.workloads import EXTRACTOR, IMAGE_SIZE, taps_of
-from bench.rows import Row, print_rows, write_json
+from bench.rows import RowFile, print_rows
 from engine.configuration.command import Parser, output_file, run_command
+from engine.configuration.inputs import choose_device
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def parser() -> Parser:
@@ -34,6 +38,9 @@ def parser() -> Parser:
     what.add_argument("--bytes", action="store_true", help="count what the kernels load and store")
     what.add_argument("--step", action="store_true", help="time whole training steps")
     arguments.add_argument("--repetitions", type=int, default=30, help="of every timed call (default: %(default)s)")
+    arguments.add_argument(
+        "--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="of the timed taps (default: both)"
+    )
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--json", type=output_file, metavar="FILE", help="write the rows there too")
     return arguments
@@ -45,27 +52,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments.parse_args(argv)
     if args.repetitions < 1:
         arguments.error(f"--repetitions: must be at least 1, got {args.repetitions}")
-    rows: Sequence[Row]
-    show: Callable[[], None]
+    choose_device(args.device)  # refuses what is not there
+    if args.bytes and os.environ.get("TRITON_INTERPRET") != "1":  # Triton has already been imported, without it
+        command = [sys.executable, "-m", "bench.kernels", *(sys.argv[1:] if argv is None else argv)]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     failed = False
-    if args.audit:
-        audited = rows = audit()
-        show = partial(print_audit, audited)
-        failed = any(row.violations for row in audited)
-    elif args.bytes:
-        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton has already been imported, without it
-            command = [sys.executable, "-m", "bench.kernels", *(sys.argv[1:] if argv is None else argv)]
-            os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-        counted = rows = count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)
-        show = partial(print_bytes, counted)
-    elif args.step:
-        measured = rows = measure_steps(args.device, args.repetitions)
-        show = partial(print_rows, measured)
-    else:
-        timed = rows = measure_operations(args.device, args.repetitions)
-        show = partial(print_rows, timed)
-    if args.json is not None:
-        write_json(args.json, rows)
+    show: Callable[[], None]
+    with RowFile(args.json) as file:
+        if args.audit:
+            audited = file.keep(audit())
+            show = partial(print_audit, audited)
+            failed = any(row.violations for row in audited)
+        elif args.bytes:
+            show = partial(print_bytes, file.keep(count_bytes(taps_of(EXTRACTOR, IMAGE_SIZE), torch.bfloat16)))
+        elif args.step:
+            show = partial(print_rows, file.keep(measure_steps(args.device, args.repetitions)))
+        else:
+            dtypes = [DTYPES[name] for name in args.dtypes]
+            show = partial(print_rows, file.keep(measure_operations(args.device, args.repetitions, dtypes)))
     show()
     if failed:
         sys.exit(1)

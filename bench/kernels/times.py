@@ -1,20 +1,24 @@
-"""Times of the operations, beside plain PyTorch and torch.compile; and of whole training steps."""
+"""Times of the operations, beside plain PyTorch and torch.compile.
+
+On CUDA an operation's time is that of its kernels: a graph of many calls, on buffers that are larger in all than the
+cache, is replayed between two events. On a CPU it is the wall clock's, from cold caches.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import kernels
+from bench.cuda import Cuda, cuda_of, replay_of, replay_seconds
 from bench.kernels.workloads import (
     AVERAGER_OPTIONS,
     DTYPE_BYTES,
@@ -29,12 +33,14 @@ from bench.kernels.workloads import (
     short,
     taps_of,
 )
-from bench.rows import Row, cold_seconds, interleaved, peak_memory, percentiles, seconds, synchronize
-from bench.scenario import Problem, Scenario, engine_step
+from bench.rows import FLUSHED_BYTES, Row, cold_seconds, environment, interleaved, peak_memory, percentiles
 from kernels import reference
 from kernels.layout import feature_rows
 
-OPERATIONS = ("relu_moments", "relu_moments_backward", "averager_step")
+# A graph of so many calls runs much longer than its launch takes; so many buffers at most for the smallest taps.
+GRAPHED_CALLS, MOST_COPIES = 20, 256
+
+Calls = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -84,23 +90,28 @@ class Timing:
 
     Attributes:
         calls: by name; each may be called again and again.
+        again: makes the same calls on buffers of their own, in the same order.
         floor_bytes: see `BytesRow`.
     """
 
     op: str
     shape: str
     dtype: torch.dtype
-    calls: dict[str, Callable[[], object]]
+    calls: Calls
+    again: Callable[[], Calls]
     floor_bytes: int = 0
 
-    def rows(self, repetitions: int) -> list[OperationRow]:
+    def rows(self, repetitions: int, device: str, cuda: Cuda | None) -> list[OperationRow]:
         """Time all calls, each from cold caches, `repetitions` times.
 
         Every call has run before (compiled), and was found to be correct: nothing is checked here.
         """
-        times = interleaved(self.calls, repetitions, cold_seconds)
+        if cuda is None:
+            times = interleaved(self.calls, repetitions, partial(cold_seconds, device=device))
+        else:
+            times = self._replayed(repetitions, cuda)
         micros = {backend: percentiles([1e6 * taken for taken in found]) for backend, found in times.items()}
-        first = micros[next(iter(self.calls))][1]
+        first = next(iter(micros.values()))[1]
         return [
             OperationRow(
                 op=self.op,
@@ -112,10 +123,25 @@ class Timing:
                 p80=p80,
                 relative=p50 / first,
                 bytes_per_second=self.floor_bytes / p50 * 1e6,
-                peak_memory=peak_memory(self.calls[backend]),
+                peak_memory=peak_memory(self.calls[backend], device),
+                environment=environment(device),
             )
             for backend, (p20, p50, p80) in micros.items()
         ]
+
+    def _replayed(self, repetitions: int, cuda: Cuda) -> dict[str, list[float]]:
+        """Seconds a call, of graphs of at least `GRAPHED_CALLS`; who cannot be captured is left out, and told."""
+        copies = min(MOST_COPIES, -(-FLUSHED_BYTES // max(1, self.floor_bytes)) + 1)
+        sets = [self.calls, *(self.again() for _ in range(copies - 1))]
+        graphs: dict[str, tuple[Callable[[], None], int]] = {}
+        for backend in self.calls:
+            try:
+                graphs[backend] = replay_of([calls[backend] for calls in sets], GRAPHED_CALLS, cuda)
+            except RuntimeError as error:
+                print(f"{self.op}, {backend}: left out, no graph of it can be captured: {error}", file=sys.stderr)
+        replays = {backend: replay for backend, (replay, _) in graphs.items()}
+        times = interleaved(replays, repetitions, partial(replay_seconds, cuda=cuda), warmup=1)
+        return {backend: [taken / graphs[backend][1] for taken in found] for backend, found in times.items()}
 
 
 def _relu_and_read(rows: Tensor) -> Tensor:
@@ -181,14 +207,12 @@ class _TapInputs:
         y, mean, variance = outputs
         return y.detach(), mean.detach()[self.order], variance.detach()[self.order]
 
-    def verify_plain(self, name: str, forward: Callable[..., Any]) -> Callable[[], Tensor]:
-        """Check somebody's forward and, by autograd, backward; returns the backward, to be called again and again."""
+    def verify_plain(self, name: str, forward: Callable[..., Any]) -> None:
+        """Check somebody's forward and, by autograd, backward."""
         x = self.x.clone().requires_grad_()
         outputs = forward(x, self.residual)
         verify(name, self.in_memory_order(outputs), self.exact, self.tolerance)
-        backward = partial(plain_backward, x, outputs, self.gradients)
-        verify(name, (backward(),), (self.exact_gradient,), self.tolerance)
-        return backward
+        verify(name, (plain_backward(x, outputs, self.gradients),), (self.exact_gradient,), self.tolerance)
 
     def verify_backend(self, name: str, backend: ModuleType) -> None:
         """Check a backend of ours."""
@@ -205,28 +229,45 @@ def timings_of_tap(tap: TapShape, dtype: torch.dtype, device: str) -> list[Timin
     Raises RuntimeError if somebody computes something else.
     """
     inputs = _TapInputs(tap, dtype, device)
-    forward: dict[str, Callable[[], object]] = {}
-    backward: dict[str, Callable[[], object]] = {}
-    # What is timed runs in place again and again: with coefficients of zero nothing grows.
-    y, zero = inputs.x.relu(), torch.zeros_like(inputs.a)
-    for name, backend in dict((_fastest(device, dtype), ("gfmn, reference", reference))).items():
+    backends = dict((_fastest(device, dtype), ("gfmn, reference", reference)))
+    plain = {"plain PyTorch": plain_forward, "torch.compile": _fused(plain_forward)}
+    least = _fused(_relu_and_read)
+    for name, backend in backends.items():
         inputs.verify_backend(name, backend)
-        forward[name] = partial(backend.relu_moments, y, inputs.mean, inputs.m2, 0, None, inputs.residual)
-        backward[name] = partial(backend.relu_moments_backward, inputs.grad, y, zero, zero)
-    x = inputs.x.clone(memory_format=torch.preserve_format)
-    for name, function in (("plain PyTorch", plain_forward), ("torch.compile", _fused(plain_forward))):
-        backward[name] = inputs.verify_plain(name, function)
-        forward[name] = torch.no_grad()(partial(function, x, inputs.residual))
-        forward[name]()  # compiles once more, without a graph for backward
-    least = partial(_fused(_relu_and_read), feature_rows(y))
-    least()
-    for calls in (forward, backward):
-        calls["ReLU in place and one read, torch.compile"] = least
+    for name, function in plain.items():
+        inputs.verify_plain(name, function)
+
+    def calls() -> tuple[Calls, Calls]:
+        """Of both operations, on buffers of their own. What runs in place again and again grows nothing: a = b = 0."""
+        forward: Calls = {}
+        backward: Calls = {}
+        y, x, grad = inputs.x.relu(), inputs.x.clone(), inputs.grad.clone()
+        residual = None if inputs.residual is None else inputs.residual.clone()
+        mean, m2, zero = inputs.mean.clone(), inputs.m2.clone(), torch.zeros_like(inputs.a)
+        for name, backend in backends.items():
+            forward[name] = partial(backend.relu_moments, y, mean, m2, 0, None, residual)
+            backward[name] = partial(backend.relu_moments_backward, grad, y, zero, zero)
+        for name, function in plain.items():
+            leaf = x.clone().requires_grad_()
+            gradients = (grad, *inputs.gradients[1:])
+            backward[name] = partial(plain_backward, leaf, function(leaf, residual), gradients)
+            forward[name] = torch.no_grad()(partial(function, x, residual))
+            forward[name]()  # compiles once more, without a graph for backward
+        for both in (forward, backward):
+            both["ReLU in place and one read, torch.compile"] = partial(least, feature_rows(y))
+        least(feature_rows(y))
+        return forward, backward
+
+    forward, backward = calls()
     shape = "×".join(map(str, (MINIBATCH, *tap.shape))) + (", shortcut" if tap.residual else "")
     activation = MINIBATCH * tap.features * DTYPE_BYTES[dtype]
+    forward_floor, backward_floor = (
+        (2 + tap.residual) * activation + 8 * tap.features,
+        3 * activation + 8 * tap.features,
+    )
     return [
-        Timing("relu_moments", shape, dtype, forward, (2 + tap.residual) * activation + 8 * tap.features),
-        Timing("relu_moments_backward", shape, dtype, backward, 3 * activation + 8 * tap.features),
+        Timing("relu_moments", shape, dtype, forward, lambda: calls()[0], forward_floor),
+        Timing("relu_moments_backward", shape, dtype, backward, lambda: calls()[1], backward_floor),
     ]
 
 
@@ -247,116 +288,24 @@ def timing_of_averager(features: int, device: str) -> Timing:
     exact = plain_averager(*copied(torch.float64), **AVERAGER_OPTIONS)
     for name, step in backends.items():
         verify(name, step(*copied(), **AVERAGER_OPTIONS), exact, 1e-5)
-    calls = {name: partial(step, *copied(), **AVERAGER_OPTIONS) for name, step in backends.items()}
-    return Timing("averager_step, AMA", str(features), torch.float32, dict(calls), 4 * features * 18)
+
+    def calls() -> Calls:
+        return {name: partial(step, *copied(), **AVERAGER_OPTIONS) for name, step in backends.items()}
+
+    return Timing("averager_step, AMA", str(features), torch.float32, calls(), calls, 4 * features * 18)
 
 
-def measure_operations(device: str, repetitions: int) -> list[OperationRow]:
-    """All operations: the kinds of taps of `EXTRACTOR`, in bfloat16 and float32, and the averager over all of them."""
+def measure_operations(
+    device: str, repetitions: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
+) -> Iterator[OperationRow]:
+    """All operations: the kinds of taps of `EXTRACTOR` in every dtype, and the averager over all of them."""
     taps = taps_of(EXTRACTOR, IMAGE_SIZE)
-    rows: list[OperationRow] = []
-    timings = [timing_of_averager(sum(tap.features for tap in taps), device)]
-    for dtype in (torch.bfloat16, torch.float32):
-        for tap in sorted(set(taps), key=lambda tap: (-tap.features, tap.residual)):
-            timings += timings_of_tap(tap, dtype, device)
-    for timing in timings:
-        rows += timing.rows(repetitions)
-        print(f"{timing.op}, {timing.shape}, {short(timing.dtype)}", file=sys.stderr)
-    return rows
-
-
-@dataclass(frozen=True)
-class CriterionRow(Row):
-    """Whole training steps, and what the three operations take of them: moments, averager, ∂L/∂y.
-
-    Attributes:
-        backend: of the operations.
-        p20, p50, p80: seconds a step.
-        criterion_p50: median seconds inside the operations.
-        share: median over the steps of their part of the step.
-    """
-
-    extractor: str
-    minibatch: int
-    dtype: str
-    backend: str
-    p20: float
-    p50: float
-    p80: float
-    criterion_p50: float
-    share: float
-
-    def cells(self) -> dict[str, object]:
-        """Seconds, and the share in percent."""
-        return {
-            "extractor": self.extractor,
-            "minibatch": self.minibatch,
-            "dtype": self.dtype,
-            "kernels": self.backend,
-            "step p20, s": f"{self.p20:.2f}",
-            "p50": f"{self.p50:.2f}",
-            "p80": f"{self.p80:.2f}",
-            "criterion, s": f"{self.criterion_p50:.3f}",
-            "share": f"{self.share:.1%}",
-        }
-
-
-def measure_steps(device: str, repetitions: int) -> list[CriterionRow]:
-    """Training steps of `EXTRACTOR` with a DCGAN generator: both dtypes, by the fastest backend and by `reference`."""
-    scenario = Scenario.calibrated(Problem(EXTRACTOR, IMAGE_SIZE), device)
-    return [
-        measure_step(scenario, MINIBATCH, backend, dtype, repetitions)
-        for dtype in (torch.bfloat16, torch.float32)
-        for backend in ("auto", "reference")
-    ]
-
-
-@dataclass
-class Clocked:
-    """The operations of a backend, with a clock around them.
-
-    Attributes:
-        functions: stand in for the backend's module.
-        inside: seconds spent in them so far. The clock waits for the GPU before and after each.
-    """
-
-    backend: ModuleType
-    inside: float = 0.0
-    functions: SimpleNamespace = field(init=False)
-
-    def __post_init__(self) -> None:
-        timed = {name: self._timed(getattr(self.backend, name)) for name in OPERATIONS}
-        self.functions = SimpleNamespace(__name__=self.backend.__name__, **timed)
-
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            synchronize()
-            begun = time.perf_counter()
-            result = function(*args, **options)
-            synchronize()
-            self.inside += time.perf_counter() - begun
-            return result
-
-        return call
-
-
-def measure_step(
-    scenario: Scenario, minibatch: int, backend: str, dtype: torch.dtype, repetitions: int
-) -> CriterionRow:
-    """`repetitions` training steps after two untimed ones."""
-    parts = scenario.parts(minibatch, None if dtype == torch.float32 else dtype, kernels=backend)
-    clocked = Clocked(parts.objective.kernels)
-    parts.objective.feature_pass.kernels = clocked.functions  # type: ignore[assignment]  # has the same functions
-    step = engine_step(parts)
-    whole, criterion = [], []
-    for n in range(repetitions + 2):
-        clocked.inside = 0.0
-        taken = seconds(step)
-        if n >= 2:
-            whole.append(taken)
-            criterion.append(clocked.inside)
-    shares = [inner / taken for inner, taken in zip(criterion, whole, strict=True)]
-    return CriterionRow(
-        scenario.problem.extractor, minibatch, short(dtype), backend, *percentiles(whole), float(np.median(criterion)),
-        float(np.median(shares)),
-    )  # fmt: skip
+    cuda = cuda_of(device)
+    # A backward pass can only be captured on the stream of its forward pass.
+    with contextlib.nullcontext() if cuda is None else cuda.on_stream():
+        yield from timing_of_averager(sum(tap.features for tap in taps), device).rows(repetitions, device, cuda)
+        for dtype in dtypes:
+            for tap in sorted(set(taps), key=lambda tap: (-tap.features, tap.residual)):
+                for timing in timings_of_tap(tap, dtype, device):
+                    yield from timing.rows(repetitions, device, cuda)
+                    print(f"{timing.op}, {timing.shape}, {short(timing.dtype)}", file=sys.stderr)

@@ -16,11 +16,15 @@ import torch
 import bench.memory
 from bench.memory.measuring import capacity_rows, measure_given, memory_rows, saved_row, scale_rows
 from bench.memory.printing import capacity_table, plot
-from bench.memory.rows import BUDGETS, CAPACITY_PROBLEMS, GIB
-from bench.rows import print_rows, write_json
+from bench.memory.rows import BUDGETS, CAPACITY_PROBLEMS, GIB, VARIANTS, CapacityRow
+from bench.rows import Row, RowFile, print_rows
 from bench.scenario import Problem
 from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.groups import memory_bytes
+from engine.configuration.inputs import choose_device
+
+# What the model leaves out: workspaces of libraries, and what the allocator rounds up.
+_OF_FREE_MEMORY = 0.8
 
 
 def parser() -> Parser:
@@ -36,8 +40,11 @@ def parser() -> Parser:
     add("--generator", choices=("dcgan", "resnet"), default="dcgan")
     add("--batch-sizes", type=int, nargs="+", default=[4**n for n in range(2, 8)], metavar="N",
         help="minibatches (default: 16 64 256 1024 4096 16384)")  # fmt: skip
+    add("--variants", nargs="+", choices=[variant.name for variant in VARIANTS], metavar="NAME",
+        help=f"of these alone: {', '.join(repr(variant.name) for variant in VARIANTS)}")  # fmt: skip
     add("--measure-up-to", default="12GiB", metavar="SIZE",
-        help="measure where the model says at most this, weights included (default: %(default)s)")  # fmt: skip
+        help="measure where the model says at most this, weights included, and 80%% of a GPU's free memory "
+             "(default: %(default)s)")  # fmt: skip
     add("--no-capacity", action="store_true", help="leave out the largest minibatches that fit 12, 16, 24 and 80 GiB")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=output_file, metavar="FILE", help="write the rows there too")
@@ -56,17 +63,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit = memory_bytes(args.measure_up_to, "measure_up_to")
     if min(args.batch_sizes) < 2:
         arguments.error(f"--batch-sizes: must be at least 2, got {min(args.batch_sizes)}")
-    device = torch.device(args.device)
+    device = choose_device(args.device)
+    if device.type == "cuda":  # a minibatch that doesn't fit would end the benchmark
+        limit = min(limit, int(_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]))
     problem = Problem(args.extractor, args.image_size, args.generator)
-    rows = memory_rows(problem, sorted(set(args.batch_sizes)), limit, device)
-    scales = scale_rows(rows)
-    capacities = [] if args.no_capacity else capacity_rows(CAPACITY_PROBLEMS, [n * GIB for n in BUDGETS])
-    saved = [saved_row(problem, dtype, device) for dtype in (None, torch.bfloat16)]
-    if args.json is not None:
-        write_json(args.json, [*rows, *scales, *saved, *capacities])
+    variants = [variant for variant in VARIANTS if args.variants is None or variant.name in args.variants]
+    capacities: Sequence[CapacityRow] = ()
+    with RowFile(args.json) as file:
+        rows = file.keep(memory_rows(problem, sorted(set(args.batch_sizes)), limit, device, variants))
+        scales = file.keep(scale_rows(rows))
+        saved = file.keep(saved_row(problem, dtype, device) for dtype in (None, torch.bfloat16))
+        if not args.no_capacity:
+            capacities = file.keep(capacity_rows(CAPACITY_PROBLEMS, [n * GIB for n in BUDGETS], variants))
     if args.plot is not None:
         plot(args.plot, rows)
     print_rows(rows)
+    others: Sequence[Row]
     for others in (scales, saved):
         if others:
             print()

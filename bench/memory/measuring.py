@@ -8,7 +8,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -55,7 +55,7 @@ def measure_peak(variant: Variant, problem: Problem, minibatch: int, device: tor
     for module in (generator, nn.ModuleList(scenario.networks), scenario.extractor):
         module.zero_grad(set_to_none=True)
     gc.collect()
-    peak = peak_memory(lambda: two_steps(minibatch))
+    peak = peak_memory(lambda: two_steps(minibatch), device)
     unit = 1 if sys.platform == "darwin" else 1024
     return peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -85,9 +85,9 @@ def memory_rows(
     measure_up_to: int,
     device: torch.device,
     variants: Sequence[Variant] = VARIANTS,
-) -> list[MemoryRow]:
+) -> Iterator[MemoryRow]:
     """Every variant at every minibatch; measured where `measure_up_to` bytes are enough."""
-    rows, where = [], environment()
+    where = environment(device)
     for variant in variants:
         for minibatch in minibatches:
             footprint = model(variant, problem, minibatch)
@@ -96,11 +96,10 @@ def memory_rows(
                 measured = measure_apart(variant, problem, minibatch, device)
             print(f"{variant.name}, minibatch {minibatch}: {shown(footprint.peak)} modelled, "
                   f"{shown(measured[0])} measured", file=sys.stderr)  # fmt: skip
-            rows.append(MemoryRow(
+            yield MemoryRow(
                 variant.name, variant.dtype, problem.extractor, problem.generator, problem.image_size, minibatch,
                 footprint.weights, footprint.peak, *measured, environment=where,
-            ))  # fmt: skip
-    return rows
+            )  # fmt: skip
 
 
 def scale_rows(rows: Sequence[MemoryRow]) -> list[ScaleRow]:
@@ -150,20 +149,20 @@ def largest_minibatch(total: Callable[[int], int], budget: int) -> int:
 
 def capacity_rows(
     problems: Sequence[Problem], budgets: Sequence[int], variants: Sequence[Variant] = VARIANTS
-) -> list[CapacityRow]:
+) -> Iterator[CapacityRow]:
     """The largest minibatch of every variant for every problem and budget (bytes)."""
-    rows, where = [], environment()
+    where = environment()
     for problem in problems:
         for variant in variants:
             total = functools.cache(lambda n, v=variant, p=problem: model(v, p, n).total)
             for budget in budgets:
-                rows.append(CapacityRow(
+                largest = largest_minibatch(total, budget)
+                print(f"{variant.name}, {problem.extractor} at {problem.image_size}: {largest} in {shown(budget)}",
+                      file=sys.stderr)  # fmt: skip
+                yield CapacityRow(
                     variant.name, variant.dtype, problem.extractor, problem.generator, problem.image_size, budget,
-                    largest_minibatch(total, budget), environment=where,
-                ))  # fmt: skip
-            print(f"{variant.name}, {problem.extractor} at {problem.image_size}: "
-                  + ", ".join(str(row.minibatch) for row in rows[-len(budgets) :]), file=sys.stderr)  # fmt: skip
-    return rows
+                    largest, environment=where,
+                )  # fmt: skip
 
 
 def saved_row(problem: Problem, dtype: torch.dtype | None, device: torch.device) -> SavedRow:
@@ -189,4 +188,5 @@ def saved_row(problem: Problem, dtype: torch.dtype | None, device: torch.device)
     low = dtype or torch.float32
     name = str(low).removeprefix("torch.")
     floor = scenario.extractor.num_features * low.itemsize
-    return SavedRow(problem.extractor, problem.image_size, name, (saved(4) - saved(2)) // 2, floor)
+    kept = (saved(4) - saved(2)) // 2
+    return SavedRow(problem.extractor, problem.image_size, name, kept, floor, environment=environment(device))

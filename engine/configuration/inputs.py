@@ -62,9 +62,10 @@ def choose_device(name: str, threads: int | None = None, float32: str = "tf32") 
 
 
 def _unusable_gpu() -> str | None:
-    """A device file that PyTorch could make nothing of, and what may be wrong; None if there is no such file."""
+    """A device file that PyTorch could make nothing of, and what may be wrong; None without one, or with all GPUs hidden on purpose."""
     file = next(iter(sorted(Path("/dev").glob("nvidia[0-9]*"))), None)
-    if file is None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if file is None or hidden:
         return None
     if torch.version.cuda is None:
         return f"{file} is there, but this PyTorch is built without CUDA"

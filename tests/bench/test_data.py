@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from bench import data
+from engine.configuration.command import run_command
 
 
 def test_quick_run_gives_complete_rows(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -35,7 +36,53 @@ def test_quick_run_gives_complete_rows(tmp_path: Path, capsys, monkeypatch) -> N
 def test_different_counts_are_no_measurement() -> None:
     ways = [data.Way("all", lambda: 10), data.Way("one too few", lambda: 9)]
     with pytest.raises(RuntimeError, match="different numbers"):
-        data.compare_ways("counts", "-", ways, 1)
+        next(data.compare_ways("counts", "-", ways, 1))
+
+
+def test_rows_are_those_of_the_rounds_so_far() -> None:
+    seen = list(data.compare_ways("counts", "-", [data.Way("a", lambda: 7), data.Way("b", lambda: 7)], 3))
+    assert [[(row.path, row.repetitions, row.images) for row in rows] for rows in seen] == [
+        [("a", n, 7), ("b", n, 7)] for n in (1, 2, 3)
+    ]
+
+
+def test_images_go_to_the_device_that_is_asked_for(tmp_path: Path, monkeypatch) -> None:
+    """Loaders, extractor and rows; on CUDA DALI decodes there, and a row says so."""
+    loaders, placed = [], []
+    real = data.ImageLoader
+
+    class Loader(real):
+        def __init__(self, *arguments: object, device: str = "cpu", **options: object):
+            loaders.append(device)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(data, "ImageLoader", Loader)
+    monkeypatch.setattr(data, "choose_device", lambda name: None)
+    monkeypatch.setattr(data, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(data, "seconds", lambda call, device: (call(), placed.append(device), 1.0)[2])
+    build = data.build_extractor
+
+    def built(*arguments: object, **options: object):
+        extractor = build(*arguments, **options)
+        extractor.to = lambda device: (placed.append(device), extractor)[1]
+        return extractor
+
+    monkeypatch.setattr(data, "build_extractor", built)
+    data.main(["--quick", "--device", "cuda", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert set(loaders) == set(placed) == {"cuda"}
+    assert all(row["environment"] == {"device": "cuda"} for row in rows)
+    assert all(row["path"].endswith(", cuda") for row in rows if "torchvision" not in row["path"])
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_command(data.main, ["--device", "cuda"])
+    assert exit_.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "error: --device: cuda is not available here (no GPU, or no driver); use --device cpu\n"
+    )
 
 
 def test_different_images_are_no_measurement(tmp_path: Path) -> None:

@@ -11,14 +11,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench.kernels import __main__ as program
 from bench.kernels import times
-from bench.kernels.times import Clocked, OperationRow, Timing, measure_step, timing_of_averager, timings_of_tap
+from bench.kernels.steps import Clocked, measure_step
+from bench.kernels.times import OperationRow, Timing, timing_of_averager, timings_of_tap
 from bench.kernels.workloads import TapShape, taps_of
 from bench.rows import print_rows, read_json, write_json
 from bench.scenario import Problem, Scenario
@@ -208,7 +212,7 @@ class TestTimes:
             torch.ones(size).sum()
 
         calls = {"ours": lambda: call("ours", 1000), "theirs": lambda: call("theirs", 2_000_000)}
-        rows = Timing("sum", "1000", torch.float32, calls, floor_bytes=4000).rows(repetitions=5)
+        rows = Timing("sum", "1000", torch.float32, calls, lambda: calls, floor_bytes=4000).rows(5, "cpu", None)
         assert counts == {"ours": 6, "theirs": 6}, "5 times for the time, once for the memory"
         assert [row.backend for row in rows] == ["ours", "theirs"]
         for row in rows:
@@ -218,8 +222,7 @@ class TestTimes:
             assert {"versions", "processor", "threads", "load", "commit", "date"} <= set(row.environment)
             assert {"python", "torch"} <= set(row.environment["versions"])
         assert rows[1].relative > 1
-        if not torch.cuda.is_available():
-            assert [row.peak_memory for row in rows] == [pytest.approx(4000, abs=64), pytest.approx(8_000_000, abs=64)]
+        assert [row.peak_memory for row in rows] == [pytest.approx(4000, abs=64), pytest.approx(8_000_000, abs=64)]
         print_rows(rows)
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 2 + len(rows)
@@ -251,18 +254,18 @@ class TestTimes:
             timing_of_averager(100, "cpu")
 
     def test_right_kernels_are(self) -> None:
-        timing = timing_of_averager(1000, "cuda" if torch.cuda.is_available() else "cpu")
+        timing = timing_of_averager(1000, "cpu")
         assert isinstance(timing, Timing)
         assert list(timing.calls)[1:] == ["plain PyTorch", "torch.compile"]
         assert next(iter(timing.calls)).startswith("gfmn, ")
         assert timing.floor_bytes == 1000 * 18 * 4
-        for call in timing.calls.values():
-            call()
+        for calls in (timing.calls, timing.again()):
+            for call in calls.values():
+                call()
 
     @pytest.mark.parametrize("residual", [False, True], ids=["plain", "shortcut"])
     def test_backends_of_a_tap_agree_before_and_repeat_after(self, residual: bool) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        forward, backward = timings_of_tap(TapShape((8, 4, 2), residual), torch.float32, device)
+        forward, backward = timings_of_tap(TapShape((8, 4, 2), residual), torch.float32, "cpu")
         features, activation = 8 * 4 * 2, 64 * 4
         assert forward.floor_bytes == features * ((3 if residual else 2) * activation + 2 * 4)
         assert backward.floor_bytes == features * (3 * activation + 2 * 4)
@@ -274,6 +277,47 @@ class TestTimes:
             for call in timing.calls.values():
                 call()
                 call()
+
+    def test_calls_made_again_have_buffers_of_their_own(self) -> None:
+        """Otherwise a graph of them would find in the cache what the call before has left there."""
+
+        def tensors(value: object) -> Iterator[torch.Tensor]:
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, (tuple, list)):
+                for entry in value:
+                    yield from tensors(entry)
+            elif isinstance(value, partial):
+                yield from tensors(value.args)
+
+        def addresses(calls: times.Calls, name: str) -> set[int]:
+            call = calls[name]
+            call = getattr(call, "__wrapped__", call)  # of torch.no_grad()
+            return {tensor.data_ptr() for tensor in tensors(call) if tensor.numel() >= 64 * 8 * 4 * 2}
+
+        for timing in timings_of_tap(TapShape((8, 4, 2), True), torch.float32, "cpu"):
+            again = timing.again()
+            assert list(again) == list(timing.calls)
+            for name in again:
+                assert addresses(again, name)
+                shared = addresses(again, name) & addresses(timing.calls, name)
+                assert not shared, f"{timing.op}, {name}"
+                again[name]()
+
+    def test_rows_are_written_after_every_operation(self, tmp_path: Path, monkeypatch) -> None:
+        path, kept = tmp_path / "rows.json", []
+
+        def measure(device: str, repetitions: int, dtypes: list[torch.dtype]) -> Iterator[OperationRow]:
+            assert (device, repetitions, dtypes) == ("cpu", 1, [torch.bfloat16])
+            for n in range(2):
+                yield OperationRow("sum", "ours", "8", "bfloat16", n, n, n, 1.0, 0.0, 0)
+                kept.append(len(json.loads(path.read_text())))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(program, "measure_operations", measure)
+        with pytest.raises(KeyboardInterrupt):
+            program.main(["--device", "cpu", "--dtypes", "bfloat16", "--repetitions", "1", "--json", str(path)])
+        assert kept == [1, 2]
 
     def test_a_tap_with_a_wrong_kernel_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def backward(grad: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,11 +71,9 @@ def test_scale_is_the_slope_between_the_largest_minibatches() -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("memory_rows", "capacity_rows"):
-        monkeypatch.setattr(program, name, partial(getattr(measuring, name), variants=VARIANTS[:1]))
     monkeypatch.setattr(program, "CAPACITY_PROBLEMS", (SMALL,))
     out, picture = tmp_path / "rows.json", tmp_path / "plots" / "memory.png"
-    flags = "--extractor vgg-small --batch-sizes 16 8 64 --measure-up-to 60MiB --device cpu"
+    flags = "--extractor vgg-small --batch-sizes 16 8 64 --measure-up-to 60MiB --device cpu --variants naive"
     program.main([*flags.split(), "--json", str(out), "--plot", str(picture)])
     rows = json.loads(out.read_text())
     assert [entry["minibatch"] for entry in rows[:3]] == [8, 16, 64]
@@ -98,6 +95,41 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert f"| vgg-small at 32, dcgan | naive | {' | '.join(map(str, capacities))} |" in lines
 
 
+def test_rows_are_written_as_they_come_and_variants_can_be_chosen(tmp_path: Path, monkeypatch) -> None:
+    path, kept = tmp_path / "rows.json", []
+
+    def measured(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> tuple[int, int]:
+        kept.append(len(json.loads(path.read_text())) if path.exists() else 0)
+        if minibatch == 32:
+            raise KeyboardInterrupt
+        return 10**6, 10**8
+
+    monkeypatch.setattr(measuring, "measure_apart", measured)
+    flags = ["--extractor", "vgg-small", "--batch-sizes", "8", "16", "32", "--no-capacity", "--device", "cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        program.main([*flags, "--variants", "ours --amp", "--json", str(path)])
+    assert kept == [0, 1, 2]
+    rows = json.loads(path.read_text())
+    assert [(row["variant"], row["minibatch"], row["measured"]) for row in rows] == [
+        ("ours --amp", 8, 10**6),
+        ("ours --amp", 16, 10**6),
+    ]
+
+
+def test_no_minibatch_is_measured_that_a_gpu_has_no_room_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(program, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**26, 2**40))
+    monkeypatch.setattr(measuring, "environment", lambda device="cpu": {"device": str(device)})
+    monkeypatch.setattr(measuring, "measure_apart", lambda *_: (10**6, 10**8))
+    monkeypatch.setattr(program, "saved_row", lambda problem, dtype, device: saved_row(problem, dtype, CPU))
+    flags = ["--extractor", "vgg-small", "--batch-sizes", "8", "64", "--no-capacity", "--device", "cuda"]
+    program.main([*flags, "--variants", "naive", "--json", str(tmp_path / "rows.json")])
+    rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if "minibatch" in row]
+    assert [row["weights"] + row["modelled"] < 0.8 * 2**26 for row in rows] == [True, False]
+    assert [row["measured"] for row in rows] == [10**6, None]
+    assert all(row["environment"] == {"device": "cuda"} for row in rows)
+
+
 def test_a_failed_measurement_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"naive, minibatch 16: not measured: .*nothing"):
         measure_apart(VARIANTS[0], Problem("nothing", 32, "dcgan"), 16, CPU)
@@ -105,7 +137,12 @@ def test_a_failed_measurement_says_why() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--batch-sizes 1", "--batch-sizes: must be at least 2"), ("--measure-up-to 3", "--measure-up-to: '3' is not")],
+    [
+        ("--batch-sizes 1", "--batch-sizes: must be at least 2"),
+        ("--measure-up-to 3", "--measure-up-to: '3' is not"),
+        ("--variants best", "--variants: invalid choice: 'best'"),
+        ("--device cuda", "--device: cuda is not available"),
+    ],
 )
 def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -34,7 +35,14 @@ def make(extractor: Extractor, averager: Averager, kernels: str, **options) -> M
 
 @pytest.fixture(scope="module")
 def extractor(tiny_extractor: Extractor) -> Extractor:
-    return tiny_extractor if DEVICE == "cpu" else tiny_extractor.to(DEVICE)
+    return copy.deepcopy(tiny_extractor).to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions() -> Iterator[None]:
+    """On CUDA, TF32 and sums in any order would be the larger part of what is compared here."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])

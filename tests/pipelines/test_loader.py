@@ -173,10 +173,7 @@ def test_without_dali_auto_says_one_line_and_works(
         {"batch_size": 4, "backend": "tensorflow"},
         {"batch_size": 4, "shard": 2, "num_shards": 2},
         {"batch_size": 4, "seed": -1},
-        pytest.param(
-            {"batch_size": 4, "device": "cuda"},
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
+        {"batch_size": 4, "device": "cuda"},
     ],
     ids=str,
 )

@@ -52,7 +52,7 @@ def test_the_facts_are_those_of_the_modules(capsys: pytest.CaptureFixture[str]) 
     assert list(facts["optional"]) == [package for package, _ in EXTRAS.values()]
     assert facts["machine"]["threads"].startswith(f"{torch.get_num_threads()} ")
     assert f"{os.cpu_count()} CPUs" in facts["machine"]["processor"]
-    assert ("none" in facts["machine"]["GPUs"]) == (not torch.cuda.is_available())
+    assert "none" in facts["machine"]["GPUs"]
     assert facts["machine"]["cache"].startswith(str(cache_folder()).replace(str(Path.home()), "~"))
 
 
@@ -100,7 +100,6 @@ def test_a_broken_pytorch_is_reported_and_not_raised(monkeypatch: pytest.MonkeyP
     assert facts["versions"]["torch"] == metadata.version("torch")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 @pytest.mark.parametrize(
     ("environment", "unavailable"),
     [({}, ["triton"]), ({"CXX": "no-such-compiler"}, ["triton", "compiled"]), ({"TRITON_INTERPRET": "1"}, [])],

@@ -141,7 +141,9 @@ def test_where_it_draws(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     moved = []
     monkeypatch.setattr(Sampler, "to", lambda sampler, device: moved.append(device))
     sample.main(["--run", str(run), "--count", "1", "--out", str(tmp_path / "auto.npy")])
-    assert moved == [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sample.main(["--run", str(run), "--count", "1", "--out", str(tmp_path / "auto.npy")])
+    assert moved == [torch.device("cpu"), torch.device("cuda")]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "cuda.npy"
     code, errors = command(sample.main, ["--run", str(run), "--device", "cuda", "--out", str(out)], capsys)

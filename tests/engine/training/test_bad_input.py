@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers.runs import command
 
 from engine import train
@@ -132,7 +131,6 @@ def test_imagenet_is_offered_where_there_are_weights(extractor: str, offered: bo
     assert ("'imagenet'" in errors) == offered
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_line(flags, tmp_path: Path, capsys) -> None:
     code, errors = command(train.main, [*flags, "--device", "cuda", "--out", str(tmp_path / "run")], capsys)
     assert (code, errors.count("\n")) == (2, 1)

@@ -79,12 +79,16 @@ def test_a_target_says_what_float32_is_on_the_device(device: str, float32: str, 
         assert feature_fingerprint(extractor, amp_dtype) == {"precision": precision}
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_gpu_that_cannot_be_used_is_said(there: bool, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("there", "visible"), [(True, None), (True, "0"), (False, None), (True, ""), (True, "-1")])
+def test_a_gpu_that_cannot_be_used_is_said(there: bool, visible, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Unless it was hidden on purpose."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([path / "nvidia0"] if there else []))
     assert choose_device("auto").type == "cpu"
-    assert ("nvidia0" in caplog.text) == there
+    assert ("nvidia0" in caplog.text) == (there and visible in (None, "0"))
     caplog.clear()
     choose_device("cpu")
     assert not caplog.text

@@ -51,7 +51,7 @@ def measured(config: Config, plans: Planner) -> int:
 
     gc.collect()
     plans.generator.zero_grad(set_to_none=True)
-    return peak_memory(two_steps)
+    return peak_memory(two_steps, CPU)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_large_minibatches_cost_no_memory_and_grow_linearly() -> None:
         return predicted(config.replaced({"batch_size": minibatch, **flags}), plans).peak
 
     large = {}
-    allocated = peak_memory(lambda: large.update(peak=peak(2**16)))
+    allocated = peak_memory(lambda: large.update(peak=peak(2**16)), CPU)
     assert large["peak"] > 2**35
     assert allocated < 2**20
     small, middle = peak(2**10), peak(2**12)
