@@ -70,9 +70,12 @@ def _activate_tile(
     offset = row.to(tl.int64)[:, None] * features + feature[None, :]
     if not CHANGES:
         return _load(x_ptr + offset, mask, dtype), mask
-    value = _load(x_ptr + offset, mask, bias.dtype) + bias[None, :]
+    value = _load(x_ptr + offset, mask, bias.dtype)
     if residual_ptr is not None:
         value += _load(residual_ptr + offset, mask, bias.dtype)
+    value += bias[
+        None, :
+    ]  # last: added first it stays in registers longer, and unaligned float64 sums spilled on sm_90
     y = _narrow(_activate(value, ACTIVATION), x_ptr.dtype.element_ty)
     tl.store(x_ptr + offset, y, mask=mask)
     return _widen(y, dtype), mask
