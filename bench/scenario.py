@@ -30,8 +30,7 @@ from engine.generation.networks import Generator, build_generator
 from engine.methods.matching import Matching
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
-from engine.representation.feature_pass import FeaturePass
-from engine.representation.protocols import TapInput
+from engine.representation.feature_pass import Activate, FeaturePass
 from engine.representation.zoo import make_network
 from engine.training.planner import FakeMode, Footprint, fake_copy, track
 from engine.training.precision import repeatable
@@ -221,12 +220,7 @@ def plain_step(generator: nn.Module, loss: Loss, minibatch: int, dtype: torch.dt
 def activations_pass(extractor: Extractor) -> Callable[[Tensor], None]:
     """A function that runs the extractor on images, activations included, and does nothing at the taps."""
     feature_pass = FeaturePass(extractor)
-
-    class Activations:
-        def collect(self, tap: int, x: TapInput, images: slice) -> None:
-            x.activate_()
-
-    return lambda images: feature_pass.collect(images, Activations())
+    return lambda images: feature_pass.collect(images, Activate())
 
 
 @torch.no_grad()

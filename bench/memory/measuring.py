@@ -13,10 +13,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bench.memory.rows import VARIANTS, CapacityRow, MemoryRow, SavedRow, ScaleRow, Variant, shown
 from bench.rows import environment, peak_memory
 from bench.scenario import Problem, Scenario, Step, engine_step, plain_step
+from engine.representation.feature_pass import Activate, Chunk, FeaturePass
 from engine.training.planner import Footprint
 
 # What is said to fit is said with an error of at most this share, on the safe side.
@@ -166,24 +168,16 @@ def capacity_rows(
 
 
 def saved_row(problem: Problem, dtype: torch.dtype | None, device: torch.device) -> SavedRow:
-    """Measured with autograd's own hooks, as the difference between minibatches of 4 and 2."""
+    """Every storage in what the pass keeps, once, as the difference between minibatches of 4 and 2."""
     scenario = Scenario.shapes(problem, device)
-    objective = scenario.parts(4, dtype).objective
-    own = {parameter.untyped_storage().data_ptr() for parameter in objective.extractor.parameters()}
+    feature_pass = FeaturePass(scenario.extractor, dtype=dtype)
 
     def saved(minibatch: int) -> int:
-        storages: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         size = problem.image_size
-        images = torch.rand(minibatch, 3, size, size, device=device).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = objective(images)
-        del loss
-        return sum(count for address, count in storages.items() if address not in own)
+        images = torch.rand(minibatch, 3, size, size, device=device)
+        kept = feature_pass.keep(images, Chunk(slice(0, minibatch), Activate()))
+        storages = [x.untyped_storage() for x in tree_leaves(kept) if isinstance(x, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     low = dtype or torch.float32
     name = str(low).removeprefix("torch.")

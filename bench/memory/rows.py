@@ -119,7 +119,7 @@ class ScaleRow(Row):
 
 @dataclass(frozen=True)
 class SavedRow(Row):
-    """What autograd keeps of an extractor between forward and backward.
+    """What is kept of an extractor between forward and backward.
 
     Attributes:
         saved: bytes an image.

@@ -62,7 +62,7 @@ def choose_device(name: str, threads: int | None = None, float32: str = "tf32") 
 
 
 def _unusable_gpu() -> str | None:
-    """A device file that PyTorch could make nothing of, and what may be wrong; None without one, or if GPUs are hidden."""
+    """A device file that PyTorch could make nothing of, and what may be wrong; None without one, or if it is hidden."""
     file = next(iter(sorted(Path("/dev").glob("nvidia[0-9]*"))), None)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if file is None or hidden:

@@ -26,14 +26,15 @@ from engine.support.errors import InputError
 RECOMPUTE = ("none", "stages")
 
 
-class _Activate:
-    """The collector of a second forward pass: features, and nothing else."""
+class Activate:
+    """The collector that computes the features and does nothing with them, as in a second forward pass."""
 
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        """See `engine.representation.protocols.Collector`."""
         x.activate_()
 
 
-_ACTIVATE = _Activate()
+_ACTIVATE = Activate()
 
 
 def _unknown(tap: int) -> Affine | PerImage:

@@ -13,8 +13,7 @@ from torch import nn
 
 from engine.generation.networks import build_generator, run_generator
 from engine.representation.build import build_extractor
-from engine.representation.feature_pass import Chunk, FeaturePass
-from engine.representation.protocols import TapInput
+from engine.representation.feature_pass import Activate, Chunk, FeaturePass
 from engine.representation.tracing.stages import best_cuts
 
 
@@ -125,13 +124,8 @@ def test_unknown_recompute(tiny_extractor):
 def test_stages_keep_at_most_two_thirds():
     """Numbers kept between forward and backward, the inputs of stages; `best_cuts` has its own test of the rest."""
     extractor = build_extractor("vgg19+resnet18", image_size=32)
-
-    class Activates:
-        def collect(self, tap: int, x: TapInput, images: slice) -> None:
-            x.activate_()
-
     feature_pass = FeaturePass(extractor, recompute="stages")
-    kept = feature_pass.keep(torch.rand(2, 3, 32, 32), Chunk(slice(0, 2), Activates()))
+    kept = feature_pass.keep(torch.rand(2, 3, 32, 32), Chunk(slice(0, 2), Activate()))
     numbers = sum(x.numel() for network in kept for x in network) / 2
     assert numbers <= 0.65 * extractor.num_features
 
