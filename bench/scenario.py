@@ -23,7 +23,7 @@ from bench.naive import NaiveMatching
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.reference.target import fake_target
-from engine.configuration.build import make_method, make_schedule
+from engine.configuration.build import make_machinery, make_method, make_schedule
 from engine.configuration.config import Config
 from engine.configuration.planning import predict
 from engine.generation.networks import Generator, build_generator
@@ -189,8 +189,10 @@ class Scenario:
 
 
 def engine_step(parts: Parts) -> Step:
-    """One training step of the engine: the trainer's own, with the algorithms that a run is restricted to."""
-    trainer = Trainer(parts.method, make_schedule(parts.config), RunFolder("nowhere"), {})
+    """One training step of the engine: the trainer's own, with the algorithms that a run is restricted to, and on a GPU
+    replayed as a CUDA graph after a few."""
+    machinery = make_machinery(parts.config, parts.method.device)
+    trainer = Trainer(parts.method, make_schedule(parts.config), RunFolder("nowhere"), {}, **machinery)
 
     def step() -> None:
         with repeatable():
