@@ -23,6 +23,22 @@ STEPS = 20
 _WARMUP = 3
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A captured call.
+
+    Attributes:
+        call: kept, because the graph reads and writes the memory of what it holds.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    call: Callable[[], object]
+
+    def __call__(self) -> None:
+        """By one launch."""
+        self.graph.replay()
+
+
 class Cuda:
     """Events, captured calls and kernel times of the current CUDA device.
 
@@ -68,7 +84,7 @@ class Cuda:
         finally:
             # Where the capture cannot be ended, PyTorch leaves its stream the current one.
             torch.cuda.set_stream(current)
-        return graph.replay
+        return Replay(graph, call)
 
     def events(self, call: Callable[[], object]) -> Sequence[Any]:
         """Kineto's events while `call` runs, up to the end of its work on the device."""

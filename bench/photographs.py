@@ -23,9 +23,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from bench.rows import Row, print_rows, write_json
+from bench.rows import Row, environment, print_rows, write_json
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
+from engine.configuration.inputs import choose_device
 from engine.support.pixels import grid, save_png, to_float
 from engine.training.run_folder import COLUMNS, RunFolder
 
@@ -113,6 +114,7 @@ def train(pictures: Path, flags: list[str], picture: Path) -> PhotographsRow:
         extractor=config.networks.extractor,
         steps=config.training.steps,
         seconds=seconds,
+        environment=environment(choose_device(config.training.device)),
     )
 
 

@@ -249,7 +249,7 @@ def timings_of_tap(tap: TapShape, dtype: torch.dtype, device: str) -> list[Timin
             backward[name] = partial(backend.relu_moments_backward, grad, y, zero, zero)
         for name, function in plain.items():
             leaf = x.clone().requires_grad_()
-            gradients = (grad, *inputs.gradients[1:])
+            gradients = (grad, inputs.gradients[1].clone(), inputs.gradients[2].clone())
             backward[name] = partial(plain_backward, leaf, function(leaf, residual), gradients)
             forward[name] = torch.no_grad()(partial(function, x, residual))
             forward[name]()  # compiles once more, without a graph for backward

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
-from bench.rows import Row
+from bench.rows import Row, environment
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler, open_data
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
@@ -231,6 +231,7 @@ def _row(
         curve=_curve(RunFolder(folder)),
         seconds=seconds,
         smoke=plan.smoke,
+        environment=environment(plan.device),
     )
 
 

@@ -48,7 +48,7 @@ def test_rows_are_those_of_the_rounds_so_far() -> None:
 
 def test_images_go_to_the_device_that_is_asked_for(tmp_path: Path, monkeypatch) -> None:
     """Loaders, extractor and rows; on CUDA DALI decodes there, and a row says so."""
-    loaders, placed = [], []
+    loaders, timed, placed = [], [], []
     real = data.ImageLoader
 
     class Loader(real):
@@ -59,7 +59,7 @@ def test_images_go_to_the_device_that_is_asked_for(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(data, "ImageLoader", Loader)
     monkeypatch.setattr(data, "choose_device", lambda name: None)
     monkeypatch.setattr(data, "environment", lambda device: {"device": device})
-    monkeypatch.setattr(data, "seconds", lambda call, device: (call(), placed.append(device), 1.0)[2])
+    monkeypatch.setattr(data, "seconds", lambda call, device: (call(), timed.append(device), 1.0)[2])
     build = data.build_extractor
 
     def built(*arguments: object, **options: object):
@@ -70,7 +70,7 @@ def test_images_go_to_the_device_that_is_asked_for(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(data, "build_extractor", built)
     data.main(["--quick", "--device", "cuda", "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert set(loaders) == set(placed) == {"cuda"}
+    assert set(loaders) == set(timed) == set(placed) == {"cuda"}
     assert all(row["environment"] == {"device": "cuda"} for row in rows)
     assert all(row["path"].endswith(", cuda") for row in rows if "torchvision" not in row["path"])
 

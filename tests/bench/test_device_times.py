@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
 from helpers.fake_cuda import Event, FakeCuda
 
 from bench import step_profile
-from bench.cuda import STEPS, Kernel, busy_seconds, cuda_of, kernels_inside, kernels_of, replay_of, step_time
+from bench.cuda import STEPS, Cuda, Kernel, busy_seconds, cuda_of, kernels_inside, kernels_of, replay_of, step_time
 from bench.kernels import steps as kernel_steps
 from bench.kernels.steps import criterion_seconds, measure_step
 from bench.kernels.times import GRAPHED_CALLS, MOST_COPIES, Calls, Timing
@@ -21,6 +25,73 @@ SMALL = Problem("vgg-small", 32)
 
 def test_only_cuda_has_events() -> None:
     assert cuda_of("cpu") is cuda_of(torch.device("cpu")) is None
+
+
+class TestCapture:
+    """`Cuda.capture` itself, over a torch.cuda that only writes down what it is asked for."""
+
+    @pytest.fixture
+    def log(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        log: list[str] = []
+
+        class Stream:
+            def __init__(self, name: str = "side"):
+                self.name = name
+
+            def wait_stream(self, other: Stream) -> None:
+                log.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def replay(self) -> None:
+                log.append("replay")
+
+        @contextlib.contextmanager
+        def inside(what: object, stream: Stream | None = None) -> Iterator[None]:
+            name = f"on {what.name}" if isinstance(what, Stream) else f"capture on {stream.name}"
+            log.append(name)
+            yield
+            log.append(f"end of {name}")
+
+        main = Stream("main")
+        for name, value in {
+            "Stream": Stream, "CUDAGraph": Graph, "graph": inside, "stream": inside,
+            "current_stream": lambda: main, "set_stream": lambda stream: log.append(f"back to {stream.name}"),
+            "synchronize": lambda: log.append("wait"),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        return log
+
+    def test_what_is_captured_has_run_on_the_same_stream_before(self, log: list[str]) -> None:
+        replay = Cuda().capture(lambda: log.append("call"))
+        before = ["side waits for main", "on side", *["call"] * 3, "end of on side", "wait"]
+        assert log == [*before, "capture on side", "call", "end of capture on side", "back to main"]
+        log.clear()
+        replay()
+        replay()
+        assert log == ["replay"] * 2
+
+    def test_a_replay_keeps_the_memory_that_its_graph_uses(self, log: list[str]) -> None:
+        buffer = torch.zeros(3)
+        kept = weakref.ref(buffer)
+        replay = Cuda().capture(buffer.zero_)
+        del buffer
+        gc.collect()
+        assert kept() is not None
+        del replay
+        gc.collect()
+        assert kept() is None
+
+    def test_a_failed_capture_leaves_the_stream_as_it_was(self, log: list[str]) -> None:
+        calls = []
+
+        def call() -> None:
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        with pytest.raises(RuntimeError, match="not permitted"):
+            Cuda().capture(call)
+        assert log[-1] == "back to main"
 
 
 class TestSteps:

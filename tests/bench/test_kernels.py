@@ -294,7 +294,7 @@ class TestTimes:
         def addresses(calls: times.Calls, name: str) -> set[int]:
             call = calls[name]
             call = getattr(call, "__wrapped__", call)  # of torch.no_grad()
-            return {tensor.data_ptr() for tensor in tensors(call) if tensor.numel() >= 64 * 8 * 4 * 2}
+            return {tensor.data_ptr() for tensor in tensors(call) if tensor.numel() >= 8 * 4 * 2}
 
         for timing in timings_of_tap(TapShape((8, 4, 2), True), torch.float32, "cpu"):
             again = timing.again()

@@ -45,7 +45,7 @@ def test_plain(of_the_module):
     assert of_the_module == seen() == {plain}
 
 
-@pytest.mark.requires_gpu
+@pytest.mark.{mark}
 def test_marked(of_the_marked):
     assert of_the_marked == seen() == (True, "0")
 """
@@ -59,7 +59,7 @@ def test_who_sees_a_gpu(folder: str, tmp_path: Path) -> None:
     (tmp_path / "pretended.py").write_text(_PRETENDED)
     # The project's own, as it stands; the folder that it knows is the one beside it.
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
-    (room / "test_seeing.py").write_text(_SEEING.replace("{plain}", repr(plain)))
+    (room / "test_seeing.py").write_text(_SEEING.replace("{plain}", repr(plain)).replace("{mark}", "requires_gpu"))
     options = ["-p", "pretended", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", os.devnull, "-q"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(TESTS), str(TESTS.parent)])
