@@ -53,7 +53,7 @@ class Job:
 JOBS = (
     # On their own: without a device these tests would choose Triton's interpreter for a whole process. Tests of the
     # other backends compute nothing on a device.
-    Job("kernel tests", (*_TESTS, "--dist", "load", "tests/kernels", "-k", "triton or test_training"), 90, rows=False),
+    Job("kernel tests", (*_TESTS, "--dist", "load", "tests/kernels", "-k", "triton"), 90, rows=False),
     Job("tests", (*_TESTS, "-m", "requires_gpu and not slow", "tests/engine", "tests/pipelines"), 100, rows=False),
     Job("step profile", ("bench.step_profile", "--batch-sizes", "64", "1024"), 40),
     Job("kernels", ("bench.kernels", *_ON_CUDA, "--dtypes", "bfloat16"), 100),

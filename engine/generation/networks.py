@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from engine.generation.priors import check_nz
 from engine.support.errors import InputError
-from kernels.layout import feature_rows
 
 _BASE_WIDTH = 64
 _MAX_WIDTH = 512
@@ -114,7 +113,8 @@ class _Rows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
         z, weight = ctx.saved_tensors
-        rows = feature_rows(grad.contiguous(memory_format=torch.channels_last))
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        rows = grad.as_strided((len(z), weight.shape[0]), (weight.shape[0], 1))
         of_z = torch.mm(rows, weight) if ctx.needs_input_grad[0] else None
         return of_z, torch.mm(rows.t(), z), rows.sum(dim=0) if ctx.has_bias else None, None
 

@@ -170,6 +170,7 @@ class TestOldDriver:
 
         monkeypatch.setattr(torch.cuda, "is_available", is_available)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # by which tests hide GPUs
         monkeypatch.setattr(Path, "glob", lambda path, pattern: iter([path / "nvidia0"]))
 
     def test_auto_says_so_in_one_line_and_takes_the_cpu(self, old_driver: None, caplog, capsys) -> None:

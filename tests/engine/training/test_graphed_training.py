@@ -254,7 +254,7 @@ def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, mo
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0})  # no step overflows and is skipped
     assert isinstance(graphed.method, Matching)
     owner, name = {
-        "first": (graphed.method.generator, "forward"),
+        "first": (graphed.method.generator, "count_batch"),
         "optimizer": (graphed.method.optimizer, "step"),
         "scaler": (graphed.method.scaler, "update"),
     }[where]
