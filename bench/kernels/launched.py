@@ -8,6 +8,7 @@ done. So the audit compiles what is launched, and not only what somebody thought
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from bench.kernels.workloads import Call, Recorder, triton_backend
 from engine.comparison.averagers import AMA
 from engine.comparison.moment_matching import MomentMatching
@@ -84,7 +86,7 @@ class Listener:
     def backend(self) -> Any:
         """What the engine takes for a backend: the operators' own functions, which fake tensors see into."""
         ops = triton_backend()
-        names = ("relu_moments", "relu_moments_backward", "averager_step", "dataset_moments")
+        names = [name for name in kernels.__all__ if inspect.isfunction(getattr(ops, name, None))]
         return SimpleNamespace(__name__="triton", **{name: self._listening(ops, name) for name in names})
 
     def _listening(self, ops: Any, name: str) -> Callable[..., Any]:
@@ -165,10 +167,10 @@ def _of_library(extractor: Extractor, dtype: torch.dtype | None) -> list[Call]:
     extractor = fake_copy(extractor, mode, dtype)
     size = extractor.image_size
     with mode:
-        kernels = listener.backend()
+        backend = listener.backend()
         images = torch.empty(8, 3, size, size, dtype=extractor.dtype)
-        moments = MomentMatching(extractor, fake_target(extractor.num_features), AMA(), kernels=kernels)
-        distance = OnFeatures(extractor, lambda features: features.square().sum(), kernels=kernels)
+        moments = MomentMatching(extractor, fake_target(extractor.num_features), AMA(), kernels=backend)
+        distance = OnFeatures(extractor, lambda features: features.square().sum(), kernels=backend)
         for objective, kind in ((moments, MomentsKind()), (distance, BankKind("mean", 8))):
             objective(images.clone().requires_grad_()).backward()
             _look(images, objective, kind)
