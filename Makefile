@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train on real handwritten digits and draw new ones (a few minutes on 2 CPU cores)"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes, the demo's independent check among them"
-	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (two minutes)"
+	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (four minutes)"
 	@echo "make docs       build the documentation as a site, build/site/index.html; fails on a broken link"
 	@echo "make check      lint and type-check; edits nothing (.pre-commit-config.yaml runs the same)"
 	@echo "make gpu        on a CUDA device: its tests and all benchmarks in ten minutes, into one file of bench/results/"

@@ -34,8 +34,8 @@ _STREAMS = {
         "a_ptr", "b_ptr",
     ),
 }  # fmt: skip
-# Those that see no images, and so no layout.
-_OF_FEATURES = ("averager_step_kernel", "sum_partials_kernel")
+# Those that see images, and so a layout.
+_OF_IMAGES = ("relu_moments_kernel", "relu_moments_backward_kernel", "merge_splits_kernel")
 _OPTIONAL = {"bias_ptr": "bias", "residual_ptr": "shortcut", "shortcut_ptr": "shortcut", "weight_ptr": "weighted"}
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32, "ENL2": 32}
 
@@ -128,8 +128,8 @@ def _wide_accesses(call: Call) -> tuple[int, int]:
     """How many 16-byte loads and stores one thread's share of a tile, or block, needs at least: one of each tensor."""
     constants, name = call.constants, call.kernel.__name__
     threads = 32 * constants.get("num_warps", 4)
-    if name == "sum_partials_kernel" or not _is_aligned(call, _STREAMS[name]):
-        return 0, 0
+    if name not in _STREAMS or not _is_aligned(call, _STREAMS[name]):
+        return 0, 0  # sum_partials, and whatever else moves a few numbers in one program
     if name.startswith("relu_moments"):
         first = call.arguments[0]
         per_tile = max(1, constants["BLOCK_N"] * constants["BLOCK_F"] * first.element_size() // (16 * threads))
@@ -184,8 +184,8 @@ def described(call: Call) -> tuple[str, str]:
     """(dtype, variant) of a launch, as the table shows them."""
     constants, name = call.constants, call.kernel.__name__
     dtype = short(call.arguments[0].dtype)
-    if name == "sum_partials_kernel":
-        return dtype, "counts the step" if constants["ADVANCE"] else ""
+    if name not in _STREAMS:
+        return dtype, "counts the step" if constants.get("ADVANCE") else ""
     if name == "averager_step_kernel":
         details = [constants["RULE"], "" if constants["ADVANCE"] else "no step"]
     else:
@@ -208,7 +208,7 @@ def audited() -> dict[str, tuple[Call, str]]:
     """What is audited: launches and their layouts, by specialisation."""
     found: dict[str, tuple[Call, str]] = {}
     for call, layout in itertools.chain(_designed_calls(), ((call, "channels_last") for call in launched())):
-        if call.kernel.__name__ in _OF_FEATURES:
+        if call.kernel.__name__ not in _OF_IMAGES:
             layout = "any"
         key = specialisation(call)
         known, its_layout = found.setdefault(key, (call, layout))

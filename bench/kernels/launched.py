@@ -8,6 +8,7 @@ done. So the audit compiles what is launched, and not only what somebody thought
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from bench.kernels.workloads import Call, Recorder, triton_backend
 from engine.comparison.averagers import AMA
 from engine.comparison.moment_matching import MomentMatching
@@ -24,17 +26,18 @@ from engine.comparison.on_features import OnFeatures
 from engine.comparison.reference.bank import BankKind
 from engine.comparison.reference.protocols import Kind
 from engine.comparison.reference.target import MomentsKind, fake_target
-from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_schedule
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
 from engine.configuration.presets import PRESETS
-from engine.generation.priors import Noise
 from engine.methods.matching import Matching
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.zoo import network_names
 from engine.training.planner import FakeMode, fake_copy
+from engine.training.run_folder import RunFolder
+from engine.training.trainer import Trainer
 
 PRECISIONS = (None, "bf16", "fp16")
 # Multiprocessors of the devices that the audit compiles for (A100, H100, B200): they decide how wide a program is.
@@ -84,7 +87,7 @@ class Listener:
     def backend(self) -> Any:
         """What the engine takes for a backend: the operators' own functions, which fake tensors see into."""
         ops = triton_backend()
-        names = ("relu_moments", "relu_moments_backward", "averager_step", "dataset_moments")
+        names = [name for name in kernels.__all__ if inspect.isfunction(getattr(ops, name, None))]
         return SimpleNamespace(__name__="triton", **{name: self._listening(ops, name) for name in names})
 
     def _listening(self, ops: Any, name: str) -> Callable[..., Any]:
@@ -151,7 +154,7 @@ def of_run(config: Config) -> list[Call]:
         weights = torch.empty(extractor.num_features, dtype=torch.float64) if weighted else None
         target = fake_target(extractor.num_features)
         method = make_method(config, generator, extractor, target, kernels=listener.backend(), weights=weights)
-        method.step(None, Noise(config.training.seed))
+        Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, kernels=listener.backend()).train_step()
         assert isinstance(method, Matching)
         assert isinstance(method.objective, MomentMatching)
         images = torch.empty(config.training.batch_size, 3, config.data.image_size, config.data.image_size)
@@ -165,10 +168,10 @@ def _of_library(extractor: Extractor, dtype: torch.dtype | None) -> list[Call]:
     extractor = fake_copy(extractor, mode, dtype)
     size = extractor.image_size
     with mode:
-        kernels = listener.backend()
+        backend = listener.backend()
         images = torch.empty(8, 3, size, size, dtype=extractor.dtype)
-        moments = MomentMatching(extractor, fake_target(extractor.num_features), AMA(), kernels=kernels)
-        distance = OnFeatures(extractor, lambda features: features.square().sum(), kernels=kernels)
+        moments = MomentMatching(extractor, fake_target(extractor.num_features), AMA(), kernels=backend)
+        distance = OnFeatures(extractor, lambda features: features.square().sum(), kernels=backend)
         for objective, kind in ((moments, MomentsKind()), (distance, BankKind("mean", 8))):
             objective(images.clone().requires_grad_()).backward()
             _look(images, objective, kind)

@@ -295,6 +295,12 @@ def timing_of_averager(features: int, device: str) -> Timing:
     return Timing("averager_step, AMA", str(features), torch.float32, calls(), calls, 4 * features * 18)
 
 
+def _distinct(taps: Sequence[TapShape]) -> list[TapShape]:
+    """One tap of each shape, with and without a shortcut, the largest first."""
+    kinds = {(tap.shape, tap.residual): tap for tap in taps}
+    return sorted(kinds.values(), key=lambda tap: (-tap.features, tap.residual))
+
+
 def measure_operations(
     device: str, repetitions: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
 ) -> Iterator[OperationRow]:
@@ -305,7 +311,7 @@ def measure_operations(
     with contextlib.nullcontext() if cuda is None else cuda.on_stream():
         yield from timing_of_averager(sum(tap.features for tap in taps), device).rows(repetitions, device, cuda)
         for dtype in dtypes:
-            for tap in sorted(set(taps), key=lambda tap: (-tap.features, tap.residual)):
+            for tap in _distinct(taps):
                 for timing in timings_of_tap(tap, dtype, device):
                     yield from timing.rows(repetitions, device, cuda)
                     print(f"{timing.op}, {timing.shape}, {short(timing.dtype)}", file=sys.stderr)

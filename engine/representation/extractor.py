@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from engine.representation.tracing.convolutions import can_fuse, fuse, leave_biases
 from engine.representation.tracing.stages import cut
 from engine.representation.tracing.tap import TapSite, Visitor
-from engine.representation.tracing.tape import Tape
 from engine.support.errors import InputError
 
 _ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6, "none": lambda x: x}
@@ -125,17 +124,6 @@ class Extractor(nn.Module):
             graph, normalised = _unwrapped(network)
             first, *others = cut(graph, sizes)
             found.append([normalised(first), *others])
-        return found
-
-    def tapes(self, *, stages: bool = False) -> list[list[Tape]]:
-        """Every network as tapes that run one after the other: one of the whole, or one of each of its stages."""
-        sizes = [tap.num_features for tap in self.taps]
-        found: list[list[Tape]] = []
-        for network in self.networks:
-            graph, _ = _unwrapped(network)
-            first, *others = cut(graph, sizes) if stages else [graph]
-            normalisation = network.normalisation if isinstance(network, Normalised) else None
-            found.append([Tape(first, self.sites, normalisation), *(Tape(other, self.sites) for other in others)])
         return found
 
     @torch.no_grad()

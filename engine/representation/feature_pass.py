@@ -13,11 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 import kernels as kernel_backends
 from engine.representation.branches import Branches
-from engine.representation.extractor import Extractor
+from engine.representation.extractor import Extractor, Normalised
 from engine.representation.protocols import ALONE, Affine, Collector, Criterion, PerImage, Ranks, TapInput
 from engine.representation.tracing.tap import mask_
 from engine.representation.tracing.tape import Tape, Taps
@@ -98,7 +98,8 @@ class FeaturePass:
         self.chunk_size, self.max_chunks = chunk_size, max_chunks
         self.extractor = extractor if self.dtype == extractor.dtype else copy.deepcopy(extractor).to(self.dtype)
         self.prepared = self.extractor.prepared()
-        self.tapes = self.prepared.tapes(stages=recompute == "stages")
+        parts = self.prepared.stages() if recompute == "stages" else [[network] for network in self.prepared.networks]
+        self.tapes = [[_tape(part, self.prepared) for part in network] for network in parts]
         self.recompute, self.branches = recompute, Branches(extractor.device)
         self.kernels = _backend(kernels, extractor.device, self.dtype) if isinstance(kernels, str) else kernels
 
@@ -200,6 +201,13 @@ class _Taps:
             arriving.add_(shortcut)
         arriving.copy_(arriving + own.g)  # the sum in float32, if it is stored in less
         mask_(arriving, y, activation)
+
+
+def _tape(part: nn.Module, extractor: Extractor) -> Tape:
+    """Of a network or one of its stages, with the normalisation in front if that is the first thing in it."""
+    normalisation, graph = (part.normalisation, part.network) if isinstance(part, Normalised) else (None, part)
+    assert isinstance(graph, fx.GraphModule)
+    return Tape(graph, extractor.sites, normalisation)
 
 
 def _backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:

@@ -11,6 +11,9 @@ The same maths as `reference`, arranged for Inductor:
 - Small work has a kernel of its own without threads. Waking them costs more than they bring, and milliseconds where
   other processes want the cores; and left to itself Inductor would decide by the size that happens to come first.
 
+In float16 and bfloat16, where a bias or a shortcut is added, sums are of y before it is rounded to be stored: Inductor
+drops a conversion there and back.
+
 One kernel per dtype, activation and presence of bias and shortcut; Inductor's own cache keeps them between runs.
 """
 

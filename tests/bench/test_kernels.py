@@ -168,8 +168,7 @@ class TestBytes:
         run = _python(_HAND_COUNT, interpret=True)
         assert run.returncode == 0, run.stderr
         sums, backward, afterwards = (json.loads(line) for line in run.stdout.splitlines())
-        # 4 × 3 float64 partial sums read, 4 and 2 of these written; the int64 step read and written. Masked lanes move
-        # nothing.
+        # 4 × 3 float64 partial sums read, 4 + 2 written; the int64 step read and written. Masked lanes move nothing.
         assert sums == {"sums": 6 * 8, "step": 2 * 8, "partial": 4 * 3 * 8}
         # 30 values of bfloat16: the gradient read and written, y read; one program reads 10 coefficients a and b.
         assert backward == {"grad": 2 * 30 * 2, "y": 30 * 2, "a": 10 * 4, "b": 10 * 4, "partial": 0}

@@ -111,3 +111,52 @@ def test_a_variant_that_the_audit_lacks_is_found() -> None:
     assert {line.split()[0] for line in warps} == {"relu_moments_kernel", "relu_moments_backward_kernel"}
     assert merge == ["merge_splits_kernel bfloat16 1024", "merge_splits_kernel bfloat16 1024, float64 sums"]
     assert "relu_moments_kernel float16 16×128, relu, bias, float64 sums" in precision
+
+
+_OTHER_KERNELS = """
+from collections import Counter
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.kernels.workloads import taps_of
+from engine.comparison.averagers import AMA
+from engine.comparison.moment_matching import MomentMatching
+from engine.comparison.reference.target import fake_target
+from engine.representation.build import build_extractor
+from engine.training.planner import FakeMode, fake_copy
+
+counts = Counter()
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() == 4 and result.shape[1] > 3 and not func.is_view:
+            counts[func.overloadpacket.__name__] += 1
+        return result
+
+
+mode, listener = FakeMode(), launched.Listener()
+extractor = fake_copy(build_extractor("vgg19+resnet18", image_size=32), mode, torch.bfloat16)
+with mode:
+    target = fake_target(extractor.num_features)
+    objective = MomentMatching(extractor, target, AMA(), kernels=listener.backend())
+    loss = objective(torch.empty(64, 3, 32, 32, requires_grad=True))
+    with Operators():
+        loss.backward()
+backward = [call for call in listener.calls if call.kernel.__name__ == "relu_moments_backward_kernel"]
+shortcuts = sum(call.argument("shortcut_ptr") is not None for call in backward) // len(launched.PROCESSORS)
+readers = Counter(tap.readers for tap in taps_of("vgg19+resnet18", 32))
+show([f"{name} {count}" for name, count in counts.items()])
+show([f"zeros_like {readers[0]}", f"shortcuts {readers[2]}"])
+show([f"zeros_like {counts['zeros_like']}", f"shortcuts {shortcuts}"])
+"""
+
+
+def test_gradients_are_summed_where_the_bytes_table_says() -> None:
+    """Two go into the tap's kernel, zeros stand for none, and nothing else is launched for them."""
+    operators, expected, found = _python(_OTHER_KERNELS)
+    assert found == expected == ["shortcuts 7", "zeros_like 2"]
+    assert {line.split()[0] for line in operators} <= {
+        "convolution", "convolution_backward", "conv_transpose2d", "max_pool2d_with_indices_backward", "zeros_like",
+    }, "no addition, no copy"  # fmt: skip

@@ -84,6 +84,7 @@ SHAPES = {
     "tail of a block": ((9, 65, 1, 1), (7, 2)),
     "split over images": ((131, 6, 2, 2), (67, 64)),
     "more images than a tile": ((259, 3, 2, 1), (257, 2)),
+    "several tiles of a program": ((74, 131, 8, 8), (37, 37)),
 }
 
 

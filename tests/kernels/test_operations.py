@@ -25,6 +25,7 @@ SHAPES = {
     "several blocks": (2, 48, 5, 1),
     "split over images": (67, 6, 2, 2),
     "more images than a tile": (257, 3, 2, 1),
+    "several tiles of a program": (67, 131, 8, 8),
 }
 
 
