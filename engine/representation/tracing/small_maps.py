@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 MOST_PIXELS_IN, MOST_PIXELS_OUT = 16, 4
 LEAST_WORK = 2**18
-"""N·C·C' for each pixel of the larger map, from which on a call is worth more than it costs (measured)."""
+"""N·C·C' from which on a product is worth more than its call costs, and four times that for each pixel of the larger
+map where there are several products (measured, two threads)."""
 
 # Name and numbers of an activation that oneDNN applies to a product.
 Epilogue = tuple[str, list[float]]
@@ -39,7 +40,8 @@ def pays(conv: nn.Conv2d, shape: Sequence[int]) -> bool:
     pixels = len(rows) * len(columns)
     if not 0 < pixels <= MOST_PIXELS_OUT or not all(taps.start < taps.stop for _, taps in (*rows, *columns)):
         return False
-    return work >= LEAST_WORK * max(pixels, height * width)
+    most = max(pixels, height * width)
+    return work >= (LEAST_WORK if most == 1 else 4 * LEAST_WORK * most)
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, epilogue: Epilogue) -> Tensor:
