@@ -35,6 +35,12 @@ class BatchMoments:
     mean: Tensor
     m2: Tensor
 
+    def merge(self, other: BatchMoments) -> BatchMoments:
+        """Moments of both sets of images (see `engine.comparison.distances.moments.union`)."""
+        from engine.comparison.distances.moments import union
+
+        return BatchMoments(*union(self.count, self.mean, self.m2, other.count, other.mean, other.m2))
+
 
 @dataclass
 class TargetMoments:

@@ -14,8 +14,9 @@ from engine.comparison.distances.moments import Moments, check_fingerprint
 from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.memory_order import FeatureOrder
-from engine.representation.protocols import ALONE, Affine, Ranks, TapInput
+from engine.representation.protocols import Affine, Ranks, TapInput
 from engine.support.errors import InputError
+from engine.training.ranks import ALONE
 from kernels.layout import accumulation_dtype
 
 _DEVIATION_FLOOR = 0.05
@@ -175,7 +176,7 @@ class MomentMatching(nn.Module):
         In train mode with grad enabled the averager takes one step; otherwise its state is only read.
         """
         self.extractor.check_images(images)
-        if len(images) < 2:
+        if len(images) < 2 and self.ranks.size == 1:
             raise InputError("images", "a minibatch of 1 has no variance; give at least 2 images")
         criterion = MomentCriterion(self, advance=self.training and torch.is_grad_enabled())
         loss = self.feature_pass.loss(images, criterion, self.ranks)

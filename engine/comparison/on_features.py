@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from engine.comparison.pooling import POOLS, Pool, sizes
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
-from engine.representation.protocols import ALONE, PerImage, Ranks, TapInput
+from engine.representation.protocols import PerImage, Ranks, TapInput
 from engine.support.errors import InputError
+from engine.training.ranks import ALONE
 from kernels.layout import accumulation_dtype
 
 Discrepancy = Callable[[Tensor], Tensor]
@@ -109,7 +110,7 @@ class OnFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The loss of `images` [N, 3, H, W] in [-1, 1], a scalar."""
         self.extractor.check_images(images)
-        if len(images) < 2:
+        if len(images) < 2 and self.ranks.size == 1:
             raise InputError("images", "a distance of sets needs at least 2 images")
         differentiable = torch.is_grad_enabled() and images.requires_grad
         return self.feature_pass.loss(images, FeatureCriterion(self, len(images), differentiable), self.ranks)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.generation.low_precision import LowPrecision
-from engine.generation.networks import Generator, run_generator
+from engine.generation.networks import Generator, run_generator, share_batches
 from engine.generation.priors import Noise, Prior
 from engine.generation.sampling import Sampler
 from engine.representation.protocols import Objective
+from engine.training.ranks import ALONE, Ranks
 
 _SCALER = "scaler."
 
@@ -27,11 +28,13 @@ class Matching:
         generator: on the device, in training mode.
         prior: the law of z.
         objective: the loss of generated images.
-        batch_size: N.
+        batch_size: N, over all ranks.
         lr, betas: of the generator's Adam.
         amp_dtype: low precision of the generator's arithmetic, None for its own.
         recompute_generator: compute the generator's activations again in backward instead of keeping them.
         batch_statistics: see `Sampler`.
+        ranks: the processes that share the minibatch.
+        global_batches: whether BatchNorm's batches are those of all ranks, or each its own.
     """
 
     reads: Literal["nothing", "images"] = "nothing"
@@ -48,11 +51,15 @@ class Matching:
         amp_dtype: torch.dtype | None = None,
         recompute_generator: bool = False,
         batch_statistics: bool = False,
+        ranks: Ranks = ALONE,
+        global_batches: bool = True,
     ):
         self.generator, self.prior, self.objective = generator, prior, objective
         self.batch_size, self.amp_dtype = batch_size, amp_dtype
         self.recompute_generator, self.batch_statistics = recompute_generator, batch_statistics
-        self.modules = nn.ModuleDict({"generator": generator})
+        self.modules, self.ranks = nn.ModuleDict({"generator": generator}), ranks
+        if ranks.size > 1 and global_batches:
+            share_batches(generator, ranks)
         self.device = next(generator.parameters()).device
         self.one = torch.ones((), device=self.device)
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
@@ -68,7 +75,7 @@ class Matching:
 
     def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
         """See `Method.step`."""
-        z = noise.draw(self.prior, self.batch_size)
+        z = noise.draw(self.prior, self.batch_size)[self.ranks.share(self.batch_size)]
         recompute = self.recompute_generator
         if self.low is None:
             images = run_generator(self.generator, z, recompute=recompute)
@@ -79,6 +86,8 @@ class Matching:
         self.scaler.scale(loss).backward(self.one)
         if self.low is not None:
             self.low.collect_gradients()
+        # The sum, never the mean: every rank's gradient is that of the one loss of all images (identity 4).
+        self.ranks.sum_([weight.grad for weight in self.generator.parameters() if weight.grad is not None])
         try:
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 import kernels as kernel_backends
 from engine.representation.branches import Branches
 from engine.representation.extractor import Extractor, Normalised
-from engine.representation.protocols import ALONE, Affine, Collector, Criterion, PerImage, Ranks, TapInput
+from engine.representation.protocols import Affine, Collector, Criterion, PerImage, Ranks, TapInput
 from engine.representation.tracing.tap import mask_
 from engine.representation.tracing.tape import Tape, Taps
 from engine.support.errors import InputError
+from engine.training.ranks import ALONE
 
 RECOMPUTE = ("none", "stages")
 

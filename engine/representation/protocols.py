@@ -7,13 +7,12 @@ the upstream gradient are the business of `engine.representation.feature_pass` a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from engine.training.ranks import Ranks
 from kernels.plain import activate_
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,37 +60,6 @@ class TapInput:
         """`x ← activation(x + bias + residual)` in place, the features y; returns x."""
         activate_(self.x, self.bias, self.residual, self.activation)
         return self.x
-
-
-class Ranks(Protocol):
-    """The processes of a job, as far as a criterion has to know them."""
-
-    rank: int
-    size: int
-
-    def merge(self, moments: T) -> T:
-        """Moments of the images of all ranks, of each rank's own."""
-        ...
-
-    def gather(self, features: Tensor) -> tuple[Tensor, slice]:
-        """Everybody's rows in rank order, and which of them are this rank's."""
-        ...
-
-
-class Alone:
-    """One process: every method returns its argument."""
-
-    rank, size = 0, 1
-
-    def merge(self, moments: T) -> T:
-        return moments
-
-    def gather(self, features: Tensor) -> tuple[Tensor, slice]:
-        """`features`, all of them one's own."""
-        return features, slice(0, len(features))
-
-
-ALONE = Alone()
 
 
 class Collector(Protocol):

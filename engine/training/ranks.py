@@ -1,13 +1,15 @@
-"""The processes of a job under `torchrun`: who is who, and how one of them ends all."""
+"""The processes of a job under `torchrun`: who is who, what they tell each other, and how one of them ends all."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,21 @@ import torch.distributed as dist
 from engine.support.errors import InputError
 
 T = TypeVar("T")
+
+
+class Mergeable(Protocol):
+    """Moments of a set of images, a dataclass with further fields that all ranks share."""
+
+    count: int
+    mean: torch.Tensor
+    m2: torch.Tensor
+
+    def merge(self: M, other: M) -> M:
+        """Moments of both sets."""
+        ...
+
+
+M = TypeVar("M", bound=Mergeable)
 
 _POLL = 0.2
 _GATHERING = timedelta(minutes=10)
@@ -28,8 +45,11 @@ class EndedElsewhere(Exception):
 class Ranks:
     """This process among those of a job. Without `torchrun` it is the only one, and everything here does nothing.
 
-    Ranks talk through the launcher's key-value store, so a rank that waits notices within a second that another one
-    has failed; the process group (gloo, on the CPU) only carries tensors.
+    Ranks are chunks (docs/method.md, identity 4): a rank has its `share` of every minibatch, and with `merge`, `gather`
+    and `sum_` it takes the step of a single process. Alone, each of them returns its argument.
+
+    Messages go through the launcher's key-value store, so a rank that waits notices within a second that another one
+    has failed; tensors go through one lasting process group, gloo on CPUs and NCCL on GPUs.
 
     Args:
         rank: from 0.
@@ -40,6 +60,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None):
         self.rank, self.size, self.store = rank, size, store
         self._checked = 0.0
+        self._group = False
 
     @classmethod
     def join(cls) -> Ranks:
@@ -86,23 +107,100 @@ class Ranks:
             return [state]
         shapes = self.meet("shapes", {name: list(tensor.shape) for name, tensor in state.items()})
         state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        self._open()
+        states: list[Mapping[str, torch.Tensor]] = [state]
+        for rank in range(1, self.size):
+            received = {}
+            for name, own in state.items():
+                if self.rank == rank:
+                    dist.send(own, dst=0)
+                elif self.rank == 0:
+                    received[name] = own.new_empty(shapes[rank][name])
+                    dist.recv(received[name], src=rank)
+            if self.rank == 0:
+                states.append(received)
+        return states
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        """A copy of what belongs to a job (a generator to sample from, say) is this process's alone."""
+        return ALONE
+
+    def share(self, count: int) -> slice:
+        """Which of `count` images are this rank's: as even as can be, in rank order."""
+        least, more = divmod(count, self.size)
+        start = self.rank * least + min(self.rank, more)
+        return slice(start, start + least + (self.rank < more))
+
+    def counts(self, own: int) -> list[int]:
+        """Everybody's number, in rank order. A message between CPUs: the device is not waited for."""
+        if self.store is None:
+            return [own]
+        return self._everybody(torch.tensor([own])).flatten().tolist()
+
+    def merge(self, moments: M) -> M:
+        """Moments of the images of all ranks, of each rank's own; the same bits on all of them.
+
+        Every rank gets mean and M2 of all, 2·D numbers of each, and merges them in rank order.
+        """
+        if self.store is None:
+            return moments
+        counts = self.counts(moments.count)
+        everybody = self._everybody(torch.cat((moments.mean, moments.m2)))
+        parts = [
+            dataclasses.replace(moments, count=count, mean=mean, m2=m2)  # type: ignore[type-var]
+            for count, (mean, m2) in zip(counts, everybody.unflatten(1, (2, -1)).unbind(), strict=True)
+            if count
+        ]
+        return functools.reduce(lambda merged, part: merged.merge(part), parts)
+
+    def gather(self, features: torch.Tensor) -> tuple[torch.Tensor, slice]:
+        """Everybody's rows of `features` [n, F] in rank order, and which of them are this rank's."""
+        if self.store is None:
+            return features, slice(0, len(features))
+        counts = self.counts(len(features))
+        most, start = max(counts), sum(counts[: self.rank])
+        padded = features.new_zeros(most, *features.shape[1:])
+        padded[: len(features)] = features
+        rows = torch.cat([part[:count] for part, count in zip(self._everybody(padded), counts, strict=True)])
+        return rows, slice(start, start + len(features))
+
+    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """In place, every tensor becomes its sum over all ranks; the same bits on all of them, in one exchange."""
+        if self.store is None or not tensors:
+            return
+        self._open()
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(
+            list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        )
+
+    def agree(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. A message between CPUs."""
+        return any(self.counts(int(flag)))
+
+    def _everybody(self, own: torch.Tensor) -> torch.Tensor:
+        """Every rank's tensor of one shape, [W, *shape]."""
+        self._open()
+        flat = own.new_empty(self.size * own.numel())
+        dist.all_gather_single(flat, own.flatten())
+        return flat.view(self.size, *own.shape)
+
+    def _open(self) -> None:
+        """Join the lasting group, once."""
+        if self._group:
+            return
         store = dist.PrefixStore("tensors", self.store)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
-        try:
-            states: list[Mapping[str, torch.Tensor]] = [state]
-            for rank in range(1, self.size):
-                received = {}
-                for name, own in state.items():
-                    if self.rank == rank:
-                        dist.send(own, dst=0)
-                    elif self.rank == 0:
-                        received[name] = own.new_empty(shapes[rank][name])
-                        dist.recv(received[name], src=rank)
-                if self.rank == 0:
-                    states.append(received)
-            return states
-        finally:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
+        self._group = True
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._group:
             dist.destroy_process_group()
+            self._group = False
 
     def check(self) -> None:
         """EndedElsewhere if another rank has failed. Asks at most once in a second."""

@@ -16,6 +16,19 @@ from engine.support.files import check_file, read_tensors, save_safetensors
 _FORMAT = "gfmn-moments-1"
 
 
+def union(
+    count: int, mean: Tensor, m2: Tensor, other_count: int, other_mean: Tensor, other_m2: Tensor
+) -> tuple[int, Tensor, Tensor]:
+    """(n, mean, M2) of the union of two disjoint sets (Chan, Golub, LeVeque 1979), neither of them empty:
+
+    δ = mean_B − mean_A,  n = n_A + n_B,  mean = mean_A + δ n_B/n,  M2 = M2_A + M2_B + δ² n_A n_B/n
+    """
+    total = count + other_count
+    delta = other_mean - mean
+    merged = mean + delta * (other_count / total)
+    return total, merged, m2 + other_m2 + delta.square() * (count * other_count / total)
+
+
 class Moments:
     """Count, mean and centred second moment of every feature over a set of images.
 
@@ -74,10 +87,7 @@ class Moments:
         return self.m2 / (self.count - correction)
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of the union of two disjoint sets (Chan, Golub, LeVeque 1979):
-
-        δ = mean_B − mean_A,  n = n_A + n_B,  mean = mean_A + δ n_B/n,  M2 = M2_A + M2_B + δ² n_A n_B/n
-        """
+        """Moments of the union of two disjoint sets (see `union`)."""
         if other.num_features != self.num_features:
             raise InputError("other", f"has {other.num_features} features, not {self.num_features}")
         if self.fingerprint is not None and other.fingerprint is not None:
@@ -88,11 +98,8 @@ class Moments:
         if self.count == 0 or other.count == 0:
             filled = other if self.count == 0 else self
             return Moments(filled.count, filled.mean, filled.m2, fingerprint, skipped)
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / count)
-        return Moments(count, mean, m2, fingerprint, skipped)
+        merged = union(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        return Moments(*merged, fingerprint, skipped)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
