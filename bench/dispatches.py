@@ -37,11 +37,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 from bench.rows import Row, table, write_json
 from engine.comparison.reference.target import fake_target
-from engine.configuration.build import bare_extractor, make_generator, make_method, make_schedule
+from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
 from engine.configuration.presets import PRESETS
+from engine.configuration.running import make_schedule
 from engine.training.planner import FakeMode, fake_copy
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer

@@ -23,9 +23,10 @@ from bench.naive import NaiveMatching
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.reference.target import fake_target
-from engine.configuration.build import make_machinery, make_method, make_schedule
+from engine.configuration.build import make_method
 from engine.configuration.config import Config
 from engine.configuration.planning import predict
+from engine.configuration.running import make_machinery, make_schedule
 from engine.generation.networks import Generator, build_generator
 from engine.methods.matching import Matching
 from engine.representation.build import build_extractor

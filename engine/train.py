@@ -19,22 +19,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from engine.comparison.reference.cache import write_bad_images
-from engine.configuration.build import (
-    make_extractor,
-    make_generator,
-    make_machinery,
-    make_method,
-    make_reference,
-    make_schedule,
-    make_validation,
-    pretrained_files,
-)
+from engine.configuration.build import make_extractor, make_generator, make_method, make_reference, pretrained_files
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, check_graph, check_precision, choose_device, open_data
 from engine.configuration.planning import choose_chunk, planned_device, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
+from engine.configuration.running import make_machinery, make_schedule, make_validation
 from engine.configuration.train_command import resume_command
 from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.files import check_file

@@ -26,10 +26,11 @@ from engine.comparison.on_features import OnFeatures
 from engine.comparison.reference.bank import BankKind
 from engine.comparison.reference.protocols import Kind
 from engine.comparison.reference.target import MomentsKind, fake_target
-from engine.configuration.build import bare_extractor, make_generator, make_method, make_schedule
+from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
 from engine.configuration.presets import PRESETS
+from engine.configuration.running import make_schedule
 from engine.methods.matching import Matching
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor

@@ -172,9 +172,7 @@ class Ranks:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(
-            list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-        )
+        torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank. A message between CPUs."""

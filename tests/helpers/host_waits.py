@@ -31,9 +31,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from engine.configuration.build import bare_extractor, make_generator, make_method, make_schedule
+from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.training.planner import FakeMode, fake_copy
 from engine.training.run_folder import RunFolder

@@ -17,10 +17,11 @@ from torch import Tensor
 from engine.comparison.distances.moments import Moments
 from engine.comparison.pooling import POOLS, sizes
 from engine.comparison.reference.bank import FeatureBank
-from engine.configuration.build import bare_extractor, make_generator, make_method, make_schedule
+from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.groups import METHODS
 from engine.configuration.presets import PRESETS
+from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import DrawnAhead
 from engine.representation.extractor import Extractor
 from engine.training.run_folder import RunFolder

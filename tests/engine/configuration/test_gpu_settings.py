@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import kernels
 from engine import precompute, pretrain, train
-from engine.configuration import build
+from engine.configuration import running
 from engine.configuration.config import Config
 from engine.configuration.inputs import check_graph, check_precision, choose_device
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
@@ -62,7 +62,7 @@ class TestCudaGraph:
             assert error.value.argument == "cuda_graph"
 
     def test_on_a_cpu_nothing_is_captured_or_drawn_ahead(self) -> None:
-        found = build.make_machinery(config(seed=5), CPU)
+        found = running.make_machinery(config(seed=5), CPU)
         assert type(found["noise"]) is Noise
         assert torch.equal(found["noise"].draw(Gaussian(3), 2), Noise(5).draw(Gaussian(3), 2))
         assert found["graphs"] is None
@@ -80,17 +80,17 @@ class TestCudaGraph:
     )
     def test_on_a_gpu_it_comes_with_triton(self, wanted, backend: str, captures: bool, monkeypatch) -> None:
         chosen = kernels if backend == "triton" else reference  # any other module will do for Triton's
-        monkeypatch.setattr(build, "select", lambda name, device, dtype: chosen)
-        found = build.make_machinery(config(cuda_graph=wanted), CUDA)
+        monkeypatch.setattr(running, "select", lambda name, device, dtype: chosen)
+        found = running.make_machinery(config(cuda_graph=wanted), CUDA)
         assert isinstance(found["graphs"], CudaGraphs) == captures
         assert found["kernels"] is chosen
         assert isinstance(found["noise"], DrawnAhead)
         assert isinstance(found["noise"].lane, CudaLane)
 
     def test_where_triton_cannot_run_it_is_refused(self, monkeypatch) -> None:
-        monkeypatch.setattr(build, "select", lambda name, device, dtype: reference)
+        monkeypatch.setattr(running, "select", lambda name, device, dtype: reference)
         with pytest.raises(InputError, match="cannot run here") as error:
-            build.make_machinery(config(cuda_graph=True), CUDA)
+            running.make_machinery(config(cuda_graph=True), CUDA)
         assert error.value.argument == "cuda_graph"
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -19,9 +19,10 @@ from helpers.runs import command, same_run
 
 from engine import train
 from engine.comparison.distances.moments import Moments
-from engine.configuration.build import make_method, make_schedule
+from engine.configuration.build import make_method
 from engine.configuration.config import Config
 from engine.configuration.planning import Planner
+from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import DrawnAhead
 from engine.methods.matching import Matching
 from engine.support.errors import InputError

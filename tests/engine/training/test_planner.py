@@ -16,11 +16,12 @@ from bench.rows import peak_memory
 from engine import train
 from engine.comparison.distances.moments import Moments
 from engine.configuration import planning
-from engine.configuration.build import make_method, make_schedule
+from engine.configuration.build import make_method
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.planning import Planner, choose_chunk, predict
+from engine.configuration.running import make_schedule
 from engine.generation.networks import build_generator
 from engine.support.errors import InputError
 from engine.training.planner import Footprint, StorageTracker

@@ -1,0 +1,90 @@
+"""How a configured run is run: its length, what takes its steps on a device, what judges it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.configuration.command import arguments_as
+from engine.configuration.config import Config
+from engine.configuration.inputs import amp_dtype, open_data
+from engine.generation.drawn_ahead import CudaLane, DrawnAhead
+from engine.generation.priors import Noise
+from engine.support.errors import InputError
+from engine.training.graphs import CudaGraphs
+from engine.training.trainer import Schedule
+from kernels import reference as reference_kernels
+from kernels import select
+from pipelines import read_pixels
+
+if TYPE_CHECKING:
+    from engine.training.validation import Validation
+
+log = logging.getLogger("gfmn")
+
+
+def make_schedule(config: Config) -> Schedule:
+    """How long the run is, and when it writes what."""
+    training, output = config.training, config.output
+    return Schedule(
+        steps=training.steps,
+        batch_size=training.batch_size,
+        seed=training.seed,
+        generator_ema=training.generator_ema,
+        log_every=output.log_every,
+        sample_every=output.sample_every,
+        checkpoint_every=output.checkpoint_every,
+        keep_checkpoints=output.keep_checkpoints,
+        profile=output.profile,
+    )
+
+
+def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
+    """How steps run on `device`, for a method that has been made: the trainer's `noise`, `kernels` and `graphs`.
+
+    InputError if a CUDA graph is asked for, and the Triton kernels cannot run.
+    """
+    training = config.training
+    if device.type != "cuda":
+        return {"noise": Noise(training.seed, device), "kernels": reference_kernels, "graphs": None}
+    backend = select(config.matching.backend, device, amp_dtype(config) or torch.float32)
+    graphs = CudaGraphs(device) if training.cuda_graph is not False and backend is not reference_kernels else None
+    if training.cuda_graph and graphs is None:
+        raise InputError("cuda_graph", "needs the Triton kernels, which cannot run here")
+    return {"noise": DrawnAhead(training.seed, CudaLane(device)), "kernels": backend, "graphs": graphs}
+
+
+def make_validation(config: Config, device: torch.device) -> Validation | None:
+    """Evaluation during training: against all images of the run's data set, none of them mirrored; None for none.
+
+    Warns if the network is the one whose features are matched. InputError if it is unavailable.
+    """
+    asked = config.validation
+    if asked.evaluate_every is None:
+        return None
+    # torch-fidelity takes a second to import.
+    from engine.configuration.provenance import was_trained_on
+    from engine.evaluation.judges import evaluation_network
+    from engine.training.validation import Validation
+
+    with arguments_as(name="evaluate_extractor", feature_extractor="evaluate_extractor", weights="evaluate_weights"):
+        network = evaluation_network(
+            asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
+        )
+    if was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
+        log.warning(
+            "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
+            "are",
+            network.label,
+        )
+    dataset = open_data(config.replaced({"horizontal_flip": False}))
+    return Validation(
+        network,
+        read_pixels(dataset, backend=config.data.loader),
+        every=asked.evaluate_every,
+        samples=asked.evaluate_samples,
+        adapt_lr=asked.lr_adapt == "kid",
+        device=device,
+    )
