@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
 import argparse
 import contextlib
 import logging
-import os
 import platform
 import shlex
 import time
@@ -23,7 +22,14 @@ from engine.configuration.build import make_extractor, make_generator, make_meth
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
-from engine.configuration.inputs import amp_dtype, check_graph, check_precision, choose_device, open_data
+from engine.configuration.inputs import (
+    amp_dtype,
+    check_graph,
+    check_precision,
+    check_ranks,
+    choose_device,
+    open_data,
+)
 from engine.configuration.planning import choose_chunk, planned_device, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
 from engine.configuration.running import make_machinery, make_schedule, make_validation
@@ -34,6 +40,7 @@ from engine.support.pixels import save_png
 from engine.training.checkpoint import Checkpoint
 from engine.training.logbook import plot_metrics
 from engine.training.planner import release_memory
+from engine.training.ranks import ALONE, Ranks, job
 from engine.training.run_folder import RunFolder, saved_step
 from engine.training.trainer import Trainer
 
@@ -90,8 +97,25 @@ def own_folder(out: str | None, preset: str) -> Iterator[RunFolder]:
         yield run
 
 
-def build(config: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None) -> Trainer:
-    """Make everything that a run of `config` needs, and start its folder or restore it from `checkpoint`."""
+@contextlib.contextmanager
+def shared_folder(out: str | None, preset: str, ranks: Ranks) -> Iterator[RunFolder]:
+    """The run's folder: rank 0 owns it, the others read there what they are told to."""
+    if ranks.rank > 0:
+        path, *_ = ranks.meet("folder", None)
+        yield RunFolder(path)
+        return
+    with own_folder(out, preset) as run:
+        ranks.meet("folder", str(run.path))
+        yield run
+
+
+def build(
+    config: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None, ranks: Ranks = ALONE
+) -> Trainer:
+    """Make everything that a run of `config` needs, and start its folder or restore it from `checkpoint`.
+
+    Only rank 0 writes to the folder.
+    """
     target = config.matching.target
     if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
         check_file(target, "no such target file; make one with engine.precompute")
@@ -103,14 +127,18 @@ def build(config: Config, run: RunFolder, device: torch.device, checkpoint: Chec
     extractor = make_extractor(config, dataset, device, pretrained)
     was = None if checkpoint is None else checkpoint.fingerprint
     reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was)
-    method = make_method(config, generator, extractor, reference)
+    method = make_method(config, generator, extractor, reference, ranks)
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**(reference.fingerprint or {}), **config.fixed()}
-    validation, machinery = make_validation(config, device), make_machinery(config, device)
-    trainer = Trainer(method, make_schedule(config), run, fingerprint, validation, **machinery)
+    validation = make_validation(config, device) if ranks.rank == 0 else None
+    machinery = make_machinery(config, device)
+    trainer = Trainer(method, make_schedule(config), run, fingerprint, validation, ranks=ranks, **machinery)
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
             trainer.restore(checkpoint)
+    release_memory(device)
+    if ranks.rank > 0:
+        return trainer
     if run.config.exists():
         run.rewind(trainer.step)
     run.write_config(config.to_json())
@@ -118,7 +146,6 @@ def build(config: Config, run: RunFolder, device: torch.device, checkpoint: Chec
     if reference.nbytes <= KEPT_BYTES:
         reference.save(run.target)
     write_bad_images(run.bad_images, reference)
-    release_memory(device)
     log.info("run folder: %s", run.path)
     log.info(
         "%s, %s on %s, %s: %d features of %d images, minibatch %d",
@@ -149,25 +176,30 @@ def _check_new(run: RunFolder) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, build, train, close."""
     arguments = parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("training runs in one process; start it without torchrun")
+    with job() as ranks:
+        _main(arguments, ranks)
+
+
+def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     asked = configure(arguments)
     if arguments.plan:
         print_plans(asked, planned_device(asked))
         return
-    device = choose_device(asked.training.device, asked.training.threads, asked.training.float32)
+    check_ranks(asked, ranks)
+    device = ranks.device(choose_device(asked.training.device, asked.training.threads, asked.training.float32))
     check_precision(amp_dtype(asked), device)
     check_graph(asked, device)
     if asked.validation.evaluate_every is not None:
         require("torch_fidelity", "evaluation")  # rather missing now than after the extractor has been trained
-    with own_folder(arguments.out, asked.preset) as run:
+    with shared_folder(arguments.out, asked.preset, ranks) as run:
         if not arguments.resume:
-            _check_new(run)
-            _train(asked, run, device, None)
+            if ranks.rank == 0:
+                _check_new(run)
+            _train(asked, run, device, None, ranks)
             return
         checkpoint = run.newest_checkpoint()
         if checkpoint is None or not _is_finished(run, checkpoint, asked.training.steps):
-            _train(asked, run, device, checkpoint)
+            _train(asked, run, device, checkpoint, ranks)
 
 
 def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
@@ -190,10 +222,14 @@ def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
     return True
 
 
-def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None) -> None:
+def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Checkpoint | None, ranks: Ranks) -> None:
     begun = time.perf_counter()
     # What is kept is what "auto" chose: a resumed run takes the same chunk, and so goes on in the same bits.
-    trainer = build(choose_chunk(asked, device), run, device, checkpoint)
+    config = choose_chunk(asked, device, ranks)
+    # Rank 0 first: it downloads, pretrains and passes over the data set, and the others find the results.
+    trainer = ranks.first("built", lambda: build(config, run, device, checkpoint, ranks))
+    ranks.meet("begun", trainer.step)
+    ranks.watch()
     try:
         if trainer.step < asked.training.steps:
             trainer.fit()
@@ -204,6 +240,8 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
     except WriteError as error:
         again = f"once it can be written, resume with: {resume_command(run.path)}"
         raise WriteError(error.argument, f"{error.message}; {again}") from None
+    if ranks.rank > 0:
+        return
     plotted = _plot(run)
     save_png(run.final_samples, trainer.picture())
     log.info(

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -38,10 +38,8 @@ from engine.representation.protocols import Objective
 from engine.representation.weights import read_state_dict
 from engine.representation.zoo import brings_weights, has_imagenet_weights
 from engine.support.errors import InputError, Interrupted, WriteError
+from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset, cache_is_kept, cached, temporary_folder
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("gfmn")
 
@@ -302,15 +300,23 @@ def reference_kind(config: Config) -> Kind[Any]:
     return _KINDS[config.method.method](config)
 
 
-def make_method(config: Config, generator: Generator, extractor: Extractor, reference: Any, **options: Any) -> Method:
+def make_method(
+    config: Config,
+    generator: Generator,
+    extractor: Extractor,
+    reference: Any,
+    ranks: Ranks = ALONE,
+    **options: Any,
+) -> Method:
     """The configured method; its networks are on their device.
 
     Args:
+        ranks: the processes that share every minibatch.
         options: take the place of what the configuration says for the objective's arguments of these names.
     """
     dtype, training, networks = amp_dtype(config), config.training, config.networks
     make = _OBJECTIVES[config.method.method]
-    objective = make(config, extractor, reference, {**_pass_options(config, dtype), **options})
+    objective = make(config, extractor, reference, {**_pass_options(config, dtype), "ranks": ranks, **options})
     return Matching(
         generator,
         make_prior(networks.prior, networks.nz),
@@ -321,4 +327,6 @@ def make_method(config: Config, generator: Generator, extractor: Extractor, refe
         amp_dtype=dtype,
         recompute_generator=training.recompute_generator,
         batch_statistics=networks.sample_bn == "batch",
+        ranks=ranks,
+        global_batches=networks.generator_bn == "global",
     )

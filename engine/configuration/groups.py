@@ -98,6 +98,13 @@ class NetworksConfig(Settings):
         choices=tuple(UPSAMPLINGS),
         since="0.2",
     )
+    generator_bn: str = option(
+        "global",
+        "batches of the generator's BatchNorm on several ranks: all their images, or each rank its own (cheaper, and "
+        "then the number of ranks changes the result)",
+        choices=("global", "local"),
+        since="0.2",
+    )
     nz: int = option(100, "dimensions of the generator's input z", at_least=1, at_most=MAX_NZ, metavar="N")
     prior: str = option("gaussian", "law of z", choices=tuple(PRIORS), since="0.2")
     sample_bn: str = option(

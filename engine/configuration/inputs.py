@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from engine import __version__
 from engine.configuration.config import Config
 from engine.configuration.train_command import resume_command
 from engine.generation.saved import SavedSampler, load_sampler
 from engine.support.errors import InputError
 from engine.support.files import what_is
 from engine.training.precision import AMP_DTYPES
+from engine.training.ranks import Ranks
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, open_dataset
 
@@ -118,6 +120,23 @@ def check_graph(config: Config, device: torch.device) -> None:
         raise InputError("cuda_graph", f"needs a CUDA device, and this run is on the {device.type.upper()}")
     if config.matching.backend not in ("auto", "triton"):
         raise InputError("cuda_graph", f"needs the Triton kernels, not --kernels {config.matching.backend}")
+
+
+def check_ranks(config: Config, ranks: Ranks) -> None:
+    """InputError unless all ranks run the same code with the same settings, and each has an image of every minibatch."""
+    if ranks.size == 1:
+        return
+    batch = config.training.batch_size
+    if batch < ranks.size:
+        raise InputError("batch_size", f"a minibatch of {batch} is too small for {ranks.size} processes")
+    if config.networks.extractor_bn == "batch":
+        raise InputError("extractor_bn", f"batch statistics need the whole minibatch in one process, not {ranks.size}")
+    own = {"version": __version__, **{name: str(value) for name, value in config.flat().items()}}
+    first, *others = ranks.meet("settings", own)
+    for rank, theirs in enumerate(others, start=1):
+        found = [f"{name} {theirs.get(name)}, not {own}" for name, own in first.items() if theirs.get(name) != own]
+        if found:
+            raise InputError("", f"process {rank} was started otherwise than process 0, with {'; '.join(found)}")
 
 
 def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:

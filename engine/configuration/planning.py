@@ -40,6 +40,7 @@ from engine.training.planner import (
     shown_bytes,
     track,
 )
+from engine.training.ranks import ALONE, Ranks
 from kernels import reference
 
 log = logging.getLogger("gfmn")
@@ -252,14 +253,21 @@ class Planner:
         return "; a smaller --batch-size needs less"
 
 
-def choose_chunk(config: Config, device: torch.device) -> Config:
-    """`config` with a number in place of `--chunk-size auto`; InputError if it cannot fit `--memory-budget`, or all the
-    memory of a machine without a GPU.
+def choose_chunk(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Config:
+    """`config` with a number in place of `--chunk-size auto`, the smallest that any of `ranks` takes for its share of
+    the minibatch; InputError if it cannot fit `--memory-budget`, or all the memory of a machine without a GPU.
 
     To be asked before anything is on a GPU: what comes there before training is either part of the model (the networks,
     the target) or given back (`release_memory`).
     """
     automatic = config.matching.chunk_size == "auto"
+    if ranks.size > 1:
+        share = -(-config.training.batch_size // ranks.size)
+        own = choose_chunk(config.replaced({"batch_size": max(share, 2)}), device)
+        if not automatic:
+            return config
+        chunks = ranks.meet("chunk", own.matching.chunk_size or share)
+        return config.replaced({"chunk_size": min(chunks) if min(chunks) < share else None})
     if not automatic and config.matching.memory_budget is None:
         if device.type == "cpu":
             _check_machine(config)

@@ -36,6 +36,7 @@ def make_schedule(config: Config) -> Schedule:
         log_every=output.log_every,
         sample_every=output.sample_every,
         checkpoint_every=output.checkpoint_every,
+        evaluate_every=config.validation.evaluate_every,
         keep_checkpoints=output.keep_checkpoints,
         profile=output.profile,
     )

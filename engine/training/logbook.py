@@ -170,6 +170,21 @@ class Logbook:
         )
 
 
+class NoLogbook:
+    """The log of a process that another one writes for."""
+
+    def __enter__(self) -> NoLogbook:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def write(self, entry: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> None: ...
+
+    def picture(self, name: str, picture: Tensor, step: int) -> None: ...
+
+
 def plot_metrics(path: Path, metrics: Sequence[dict[str, Any]]) -> bool:
     """Write a PNG of every series of the log over the steps: the loss and its parts, and what is of another scale.
 

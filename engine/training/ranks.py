@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from engine.support.errors import InputError
+from engine.support.errors import InputError, Interrupted
 
 T = TypeVar("T")
 
@@ -36,6 +39,8 @@ M = TypeVar("M", bound=Mergeable)
 _POLL = 0.2
 _GATHERING = timedelta(minutes=10)
 _ENDING = 20.0
+# A rank that another one's failure finds in a collective has so long to come out of it by itself.
+_GRACE = 5.0
 
 
 class EndedElsewhere(Exception):
@@ -61,6 +66,7 @@ class Ranks:
         self.rank, self.size, self.store = rank, size, store
         self._checked = 0.0
         self._group = False
+        self._ended = threading.Event()
 
     @classmethod
     def join(cls) -> Ranks:
@@ -170,7 +176,8 @@ class Ranks:
             return
         self._open()
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        with self._together():
+            dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
@@ -182,7 +189,8 @@ class Ranks:
         """Every rank's tensor of one shape, [W, *shape]."""
         self._open()
         flat = own.new_empty(self.size * own.numel())
-        dist.all_gather_single(flat, own.flatten())
+        with self._together():
+            dist.all_gather_single(flat, own.flatten())
         return flat.view(self.size, *own.shape)
 
     def _open(self) -> None:
@@ -194,11 +202,42 @@ class Ranks:
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
         self._group = True
 
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """A collective that another rank doesn't come to: that one has failed, which it says, or was killed."""
+        try:
+            yield
+        except RuntimeError:
+            time.sleep(_POLL)  # let it say so
+            with contextlib.suppress(RuntimeError):
+                self._raise_failure()
+            raise InputError(
+                "", "another process of this job has ended (killed, or out of memory); start the job again to resume"
+            ) from None
+
+    def watch(self) -> None:
+        """From now on a thread ends this process if another rank fails and this one waits for it in a collective."""
+        if self.store is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(5 * _POLL):
+            try:
+                failed = self.store.add("failures", 0) > 0
+            except RuntimeError:  # the launcher has gone
+                failed = True
+            if failed:
+                if not self._ended.wait(_GRACE):
+                    os._exit(2)
+                return
+
     def close(self) -> None:
         """Leave the group."""
+        self._ended.set()
         if self._group:
             dist.destroy_process_group()
             self._group = False
+        self._ended = threading.Event()
 
     def check(self) -> None:
         """EndedElsewhere if another rank has failed. Asks at most once in a second."""
@@ -211,8 +250,11 @@ class Ranks:
         """Tell the others that this rank has failed, and let them come to an end. Whether it was the first to fail."""
         if self.store is None:
             return True
+        self._ended.set()
         try:
             first = self.store.add("failures", 1) == 1
+            if not torch.cuda.is_available():
+                self.close()  # what others wait for won't come, and with gloo they see that
             self._leave()
         except RuntimeError:  # the launcher, and with it the store, has gone
             return True
@@ -220,6 +262,7 @@ class Ranks:
 
     def leave(self) -> None:
         """End together with the others, so that the launcher sees no straggler; waits a few seconds at most."""
+        self._ended.set()
         if self.store is not None:
             try:
                 self._leave()
@@ -248,3 +291,27 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def job() -> Iterator[Ranks]:
+    """This process's place among those of a job that stops in agreement. An error in one ends all, and one tells it."""
+    ranks = Ranks.join()
+    try:
+        yield ranks
+    except EndedElsewhere:
+        ranks.leave()
+        sys.exit(2)
+    except Interrupted as interruption:
+        ranks.leave()
+        if ranks.rank == 0:
+            raise
+        sys.exit(interruption.status)
+    except BaseException as error:
+        if ranks.fail():
+            raise
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    else:
+        ranks.leave()
+    finally:
+        ranks.close()

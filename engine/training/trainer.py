@@ -23,9 +23,10 @@ from engine.support.errors import InputError, Interrupted, WriteError, differenc
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from engine.training.graphs import EAGER_STEPS, GraphedStep, Graphs
-from engine.training.logbook import Logbook
+from engine.training.logbook import Logbook, NoLogbook
 from engine.training.precision import peak_memory, repeatable, reset_peak_memory
 from engine.training.profiling import StepProfiler
+from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import COLUMNS, RunFolder, saved_step
 from engine.training.stopping import StopRequest
 from engine.training.weight_average import WeightAverage
@@ -53,6 +54,7 @@ class Schedule:
         seed: of everything random.
         generator_ema: decay of the moving average of the generator's weights that is sampled from; None for none.
         log_every, sample_every, checkpoint_every: steps between two lines, grids, checkpoints.
+        evaluate_every: steps between two evaluations; None for none.
         keep_checkpoints: how many.
         profile: steps to trace with torch.profiler; None for none.
     """
@@ -64,6 +66,7 @@ class Schedule:
     log_every: int = 10
     sample_every: int = 250
     checkpoint_every: int = 500
+    evaluate_every: int | None = None
     keep_checkpoints: int = 2
     profile: int | None = None
 
@@ -84,6 +87,7 @@ class Trainer:
         kernels: the backend that watches the loss.
         graphs: captures the step after a few, and replays it; None for a step that always runs as it is written. The
             result is the same.
+        ranks: the processes that take the steps together. The first of them writes, and evaluates.
     """
 
     def __init__(
@@ -97,10 +101,12 @@ class Trainer:
         noise: Noise | None = None,
         kernels: ModuleType = reference,
         graphs: Graphs | None = None,
+        ranks: Ranks = ALONE,
     ):
         if method.reads != "nothing":
             raise ValueError(f"method: reads {method.reads}, which this trainer does not deliver")
-        self.method, self.schedule, self.run = method, schedule, run
+        self.method, self.schedule, self.run, self.ranks = method, schedule, run, ranks
+        self.writes = ranks.rank == 0
         self.validation = validation
         self.fingerprint = {**fingerprint, **(validation.fingerprint if validation is not None else {})}
         generator = method.sampler().generator
@@ -161,14 +167,14 @@ class Trainer:
                 )
             profiler = StepProfiler(None, self.run.profile)  # a resumed run has no room for it any more
         clock, clock_step = time.perf_counter(), self.step
-        logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total)
+        logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total) if self.writes else NoLogbook()
         reset_peak_memory(self.device)
         with StopRequest() as stop, self._saved_before_failing(), logbook, profiler, repeatable():
-            while self.step < total and not stop.requested:
+            while self.step < total and not self._is_stopped(stop):
                 scalars = self.train_step()
                 logbook.advance()
                 last = self.step == total
-                evaluate = self.validation is not None and self.validation.due(self.step, last)
+                evaluate = schedule.evaluate_every is not None and (last or self.step % schedule.evaluate_every == 0)
                 evaluation: Evaluation | None = None
                 if last or evaluate or self.step % schedule.log_every == 0:
                     self.check_finite()
@@ -192,6 +198,12 @@ class Trainer:
             if self.step < total:
                 self.save()
                 raise Interrupted(f"stopped at step {self.step} of {total}", stop.status)
+
+    def _is_stopped(self, stop: StopRequest) -> bool:
+        """Whether any rank was told to stop. All of them ask after the same steps, where the host waits anyway."""
+        if self.ranks.size > 1 and self.device.type != "cpu" and self.step % self.schedule.log_every:
+            return False
+        return self.ranks.agree(stop.requested)
 
     @contextlib.contextmanager
     def _saved_before_failing(self) -> Iterator[None]:
@@ -217,15 +229,20 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, then the generator, unless something in them is not finite."""
+        if not self.writes:
+            return
         self._check_weights()
         self.run.save_checkpoint(self._checkpoint(), keep=self.schedule.keep_checkpoints)
         self.save_generator()
 
     def save_generator(self) -> None:
         """Write the generator alone."""
-        save_sampler(self.run.generator, self.sampler(), self.step)
+        if self.writes:
+            save_sampler(self.run.generator, self.sampler(), self.step)
 
     def _save_best(self) -> None:
+        if not self.writes:
+            return
         self._check_weights()
         self._checkpoint().save(self.run.best_checkpoint)
         save_sampler(self.run.best_generator, self.sampler(), self.step)
@@ -274,7 +291,7 @@ class Trainer:
         self._steps_on_device.fill_(self.step)
         if self.graphed is not None:
             self.graphed.reset()
-        if saved_step(self.run.best_checkpoint) == self.step:
+        if self.writes and saved_step(self.run.best_checkpoint) == self.step:
             # A kill may have come between that checkpoint and its generator.
             save_sampler(self.run.best_generator, self.sampler(), self.step)
 
@@ -292,14 +309,17 @@ class Trainer:
             f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate, in another folder",
         )
 
-    def _evaluate(self) -> Evaluation:
-        """Compare samples of fresh z with the real images; lower the rate if it is time."""
-        assert self.validation is not None
-        seed = self.schedule.seed
-        of_samples = (seed + _EVALUATION_SEEDS * self.step) % 2**63
-        draw = self.sampler().draw_pixels
-        evaluation = self.validation.evaluate(lambda count: draw(count, of_samples), self.step, seed)
-        self._scale_lr(evaluation.lr_factor)
+    def _evaluate(self) -> Evaluation | None:
+        """Compare samples of fresh z with the real images; lower the rate if it is time. Further ranks wait."""
+        evaluation: Evaluation | None = None
+        if self.writes:
+            assert self.validation is not None
+            seed = self.schedule.seed
+            of_samples = (seed + _EVALUATION_SEEDS * self.step) % 2**63
+            draw = self.sampler().draw_pixels
+            evaluation = self.validation.evaluate(lambda count: draw(count, of_samples), self.step, seed)
+        factor, *_ = self.ranks.meet(f"evaluated {self.step}", None if evaluation is None else evaluation.lr_factor)
+        self._scale_lr(factor)
         return evaluation
 
     @property
@@ -322,7 +342,9 @@ class Trainer:
             if self.graphed is not None:
                 self.graphed.reset()  # a number of Python's is part of what was captured
 
-    def _log(self, logbook: Logbook, scalars: Mapping[str, Tensor], rate: float, evaluation: Evaluation | None) -> None:
+    def _log(
+        self, logbook: Logbook | NoLogbook, scalars: Mapping[str, Tensor], rate: float, evaluation: Evaluation | None
+    ) -> None:
         entry: dict[str, Any] = {"step": self.step}
         for name, value in scalars.items():
             squared = name.endswith(SQUARED)
@@ -332,7 +354,9 @@ class Trainer:
             entry["lr"] = self.lr
         logbook.write(entry, None if evaluation is None else evaluation.metrics)
 
-    def _sample(self, logbook: Logbook) -> None:
+    def _sample(self, logbook: Logbook | NoLogbook) -> None:
+        if not self.writes:
+            return
         picture = self.picture()
         save_png(self.run.samples / f"step_{self.step:08d}.png", picture)
         logbook.picture("samples", picture, self.step)

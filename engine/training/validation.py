@@ -107,10 +107,6 @@ class Validation:
         """Of the network, for the run's: a resumed run is judged by the same one."""
         return {"evaluation_weights": self.network.digest} if self.network.digest else {}
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether to evaluate after `step` steps."""
-        return last or step % self.every == 0
-
     def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation:
         """Evaluate `draw(n)`, uint8 [n, 3, H, W] of fresh random z, after `step` steps; `seed` decides KID's subsets.
 
@@ -126,7 +122,7 @@ class Validation:
             **self._distances(samples, seed),
         }
         lower = False
-        if self.rate is not None and self.due(step, last=False):
+        if self.rate is not None and step % self.every == 0:
             p_value, lower = self.rate.update(samples)
             if p_value is not None:
                 metrics["three_sample_p"] = p_value
