@@ -131,7 +131,8 @@ def where() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.parent != Path(__file__).parent:
+        ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+        if ours and path.parent != Path(__file__).parent:
             line = linecache.getline(str(path), frame.f_lineno).strip()
             node = torch._C._current_autograd_node()
             backward = "" if node is None else f" (backward: {node.name()})"

@@ -120,9 +120,9 @@ class FrozenConv2d(nn.Module):
         bias = conv.bias if self.bias else None
         return torch.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
-    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """∂L/∂x [`shape`] from ∂L/∂(the convolution's own result)."""
-        conv = self.conv
+    def input_gradient(self, grad: Tensor, of: Tensor | torch.Size) -> Tensor:
+        """∂L/∂x from ∂L/∂(the convolution's own result), for an x like `of`, or of that shape."""
+        conv, shape = self.conv, of.shape if isinstance(of, Tensor) else of
         assert not isinstance(conv.padding, str)
         reached = [
             (grad.shape[2 + axis] - 1) * conv.stride[axis] - 2 * conv.padding[axis]
@@ -155,13 +155,15 @@ class FusedConv2d(FrozenConv2d):
             x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups, *self.epilogue, ""
         )
 
-    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """∂L/∂x [`shape`] from ∂L/∂(the convolution's own result)."""
-        conv = self.conv
+    def input_gradient(self, grad: Tensor, of: Tensor | torch.Size) -> Tensor:
+        """∂L/∂x from ∂L/∂(the convolution's own result), for an x like `of`, or of that shape."""
+        conv, shape = self.conv, of.shape if isinstance(of, Tensor) else of
         if small_maps.pays(conv, shape):
             return small_maps.input_gradient(conv, grad, shape)
         # Of x only the shape is needed, but a tensor without memory of its own would be filled.
-        x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
+        x = of
+        if not isinstance(x, Tensor):
+            x = torch.empty(shape, dtype=grad.dtype, memory_format=torch.channels_last)
         return torch.ops.aten.convolution_backward(
             grad, x, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
             [True, False, False],

@@ -134,16 +134,16 @@ class _Visit:
 
 
 class _Convolution:
-    """A frozen convolution, which needs the shape of its input alone."""
+    """A frozen convolution. Of its input it needs the shape; where the input is kept anyway, that will do."""
 
     owned = True
 
-    def __init__(self, module: FrozenConv2d):
-        self.module = module
+    def __init__(self, module: FrozenConv2d, input_is_kept: bool):
+        self.module, self.input_is_kept = module, input_is_kept
 
     def forward(self, values: Sequence[Any], taps: Taps, keep: bool) -> tuple[Tensor, Any]:
         (x,) = values
-        return self.module.run(x), x.shape
+        return self.module.run(x), x if keep and self.input_is_kept else x.shape
 
     def backward(self, kept: Any, arriving: Sequence[Arriving], taps: Taps) -> Gradients:
         return [[self.module.input_gradient(arriving[0].gradient(), kept)]]
@@ -348,7 +348,7 @@ def _call(graph: fx.GraphModule, sites: Sequence[TapSite], node: fx.Node) -> Cal
         assert isinstance(index, int)
         return _Visit(sites[index], len(sources))
     if isinstance(module, FrozenConv2d):
-        return _Convolution(module)
+        return _Convolution(module, input_is_kept=is_visit(sources[0]))
     if type(module) is nn.MaxPool2d and not module.return_indices:
         return _MaxPool(module)
     if node.op == "call_function" and node.target in ADDITIONS and len(sources) == len(node.args) == 2:
