@@ -123,7 +123,7 @@ def check_graph(config: Config, device: torch.device) -> None:
 
 
 def check_ranks(config: Config, ranks: Ranks) -> None:
-    """InputError unless all ranks run the same code with the same settings, and each has an image of every minibatch."""
+    """InputError unless all ranks run one version with one set of settings, and each has images of a minibatch."""
     if ranks.size == 1:
         return
     batch = config.training.batch_size

@@ -181,10 +181,6 @@ class Ranks:
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
-    def agree(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. A message between CPUs."""
-        return any(self.counts(int(flag)))
-
     def _everybody(self, own: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor of one shape, [W, *shape]."""
         self._open()

@@ -170,7 +170,8 @@ class Trainer:
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total) if self.writes else NoLogbook()
         reset_peak_memory(self.device)
         with StopRequest() as stop, self._saved_before_failing(), logbook, profiler, repeatable():
-            while self.step < total and not self._is_stopped(stop):
+            status = 0
+            while self.step < total and not (status := self._stopped(stop)):
                 scalars = self.train_step()
                 logbook.advance()
                 last = self.step == total
@@ -197,13 +198,16 @@ class Trainer:
                 profiler.step()
             if self.step < total:
                 self.save()
-                raise Interrupted(f"stopped at step {self.step} of {total}", stop.status)
+                raise Interrupted(f"stopped at step {self.step} of {total}", status)
 
-    def _is_stopped(self, stop: StopRequest) -> bool:
-        """Whether any rank was told to stop. All of them ask after the same steps, where the host waits anyway."""
+    def _stopped(self, stop: StopRequest) -> int:
+        """The exit status of whichever rank was told to stop, 0 if none was.
+
+        All of them ask after the same steps, where the host waits anyway.
+        """
         if self.ranks.size > 1 and self.device.type != "cpu" and self.step % self.schedule.log_every:
-            return False
-        return self.ranks.agree(stop.requested)
+            return 0
+        return max(self.ranks.counts(stop.status if stop.requested else 0))
 
     @contextlib.contextmanager
     def _saved_before_failing(self) -> Iterator[None]:

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import rank_worker
+from helpers.jobs import ends, start_job
 from helpers.rank_worker import CASES
 from oracle import relative_error
 from torch import Tensor
 
 from engine.training.ranks import ALONE, Ranks
-
-TESTS = Path(__file__).parents[2]
-
-
-def launch(folder: Path, size: int, cases: list[str]) -> None:
-    """`rank_worker.py` in `size` processes, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, rank_worker.__file__, str(folder), *cases]
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(size)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +18,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], lis
     """(case, W) → what every rank has at the end."""
     folder = tmp_path_factory.mktemp("ranks")
     for size in (2, 3, 4):
-        launch(folder, size, list(CASES))
+        for status, errors in ends(start_job(size, [rank_worker.__file__, str(folder), *CASES])):
+            assert status == 0, errors
     return {
         (case, size): [torch.load(folder / f"{case}.{size}.{rank}.pt") for rank in range(size)]
         for case in CASES
@@ -83,8 +56,6 @@ class TestAlone:
         assert ALONE.merge(x) is x
         assert ALONE.gather(x) == (x, slice(0, 3))
         assert ALONE.counts(4) == [4]
-        assert ALONE.agree(True)
-        assert not ALONE.agree(False)
         kept = x.clone()
         ALONE.sum_([x])
         assert torch.equal(x, kept)

@@ -94,13 +94,6 @@ def test_out_that_cannot_be_written_is_found_before_any_work(
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_several_ranks_are_refused(tmp_path: Path, no_work, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, errors = command(train.main, ["--out", str(tmp_path / "run")], capsys)
-    assert (code, errors.count("\n")) == (2, 1)
-    assert not (tmp_path / "run").exists()
-
-
 def test_runs_of_the_same_second_have_their_own_folders(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
