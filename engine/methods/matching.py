@@ -75,7 +75,9 @@ class Matching:
 
     def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
         """See `Method.step`."""
-        z = noise.draw(self.prior, self.batch_size)[self.ranks.share(self.batch_size)]
+        z = noise.draw(self.prior, self.batch_size)
+        if self.ranks.size > 1:  # one stream, of which each rank has its rows
+            z = z[self.ranks.share(self.batch_size)]
         recompute = self.recompute_generator
         if self.low is None:
             images = run_generator(self.generator, z, recompute=recompute)

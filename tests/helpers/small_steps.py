@@ -71,6 +71,7 @@ _OF_ALL: dict[str, dict[str, Any]] = {
     "two-networks": {"extractor": "vgg-small+resnet18", **_AMP},
     "extractor-bn": {"extractor": "resnet18", "extractor_bn": "batch"},
     "sample-bn": {"sample_bn": "batch"},
+    "own-batches": {"generator_bn": "local"},
     **PRECISIONS,
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

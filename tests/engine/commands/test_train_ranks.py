@@ -110,7 +110,7 @@ def until_steps(run: Path, steps: int) -> None:
     raise AssertionError(f"{run} has not come to step {steps}")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_all_and_nothing_is_lost(victim: int, two: Path, tmp_path: Path) -> None:
     run, draw = tmp_path / "run", random.Random(victim)
     job = start_job(2, ["-m", "engine.train", *SMALL, "--steps", "12", "--out", str(run)])
