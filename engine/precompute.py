@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, Interrupted):
             sys.exit(error.status)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    finally:
+        ranks.close()
 
 
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:

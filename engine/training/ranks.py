@@ -233,7 +233,6 @@ class Ranks:
         if self._group:
             dist.destroy_process_group()
             self._group = False
-        self._ended = threading.Event()
 
     def check(self) -> None:
         """EndedElsewhere if another rank has failed. Asks at most once in a second."""
@@ -260,10 +259,9 @@ class Ranks:
         """End together with the others, so that the launcher sees no straggler; waits a few seconds at most."""
         self._ended.set()
         if self.store is not None:
-            try:
+            with contextlib.suppress(RuntimeError):
                 self._leave()
-            except RuntimeError:
-                return
+        self.close()
 
     def _leave(self) -> None:
         self.store.add("ended", 1)
