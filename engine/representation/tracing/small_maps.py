@@ -45,13 +45,14 @@ def pays(conv: nn.Conv2d, shape: Sequence[int]) -> bool:
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, epilogue: Epilogue) -> Tensor:
-    """The convolution of `x` [N, C, H, W] and its activation, [N, C', H', W'] channels_last and no view."""
+    """The convolution of `x` [N, C, H, W] and its activation, [N, C', H', W'] channels_last."""
+    inputs, weight = x.permute(0, 2, 3, 1), conv.weight.permute(0, 2, 3, 1)
+    if _is_pointwise(conv):
+        product = _product(inputs.flatten(0, 2), weight.flatten(1), conv.bias, epilogue)
+        return product.view(*inputs.shape[:3], conv.out_channels).permute(0, 3, 1, 2)
     rows, columns = (_seen(*axis) for axis in _axes(conv, x.shape[2], x.shape[3]))
     y = _empty_map(x, (len(x), conv.out_channels, len(rows), len(columns)))
-    inputs, outputs, weight = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1), conv.weight.permute(0, 2, 3, 1)
-    if _is_pointwise(conv):
-        outputs.flatten(0, 2).copy_(_product(inputs.flatten(0, 2), weight.flatten(1), conv.bias, epilogue))
-        return y
+    outputs = y.permute(0, 2, 3, 1)
     for i, (above, row_taps) in enumerate(rows):
         for j, (beside, column_taps) in enumerate(columns):
             seen = inputs[:, above, beside].flatten(1)
@@ -60,13 +61,14 @@ def convolve(conv: nn.Conv2d, x: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def input_gradient(conv: nn.Conv2d, grad: Tensor, shape: Sequence[int]) -> Tensor:
-    """∂L/∂x [`shape`], channels_last and no view, of the convolution alone, from ∂L/∂(its result)."""
+    """∂L/∂x [`shape`], channels_last, of the convolution alone, from ∂L/∂(its result)."""
+    given, weight = grad.permute(0, 2, 3, 1), conv.weight.permute(2, 3, 0, 1)
+    if _is_pointwise(conv):
+        product = _product(given.flatten(0, 2), weight[0, 0].t())
+        return product.view(*given.shape[:3], conv.in_channels).permute(0, 3, 1, 2)
     rows, columns = (_seeing(*axis) for axis in _axes(conv, shape[2], shape[3]))
     gradient = _empty_map(grad, shape)
-    given, wanted, weight = grad.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), conv.weight.permute(2, 3, 0, 1)
-    if _is_pointwise(conv):
-        wanted.flatten(0, 2).copy_(_product(given.flatten(0, 2), weight[0, 0].t()))
-        return gradient
+    wanted = gradient.permute(0, 2, 3, 1)
     for i, (above, row_taps) in enumerate(rows):
         for j, (beside, column_taps) in enumerate(columns):
             if row_taps and column_taps:
