@@ -11,6 +11,7 @@ from pipelines.digests import cache_folder, cache_is_kept, cached, named_cache_f
 from pipelines.errors import BadImage, DataError
 from pipelines.in_memory import read_pixels
 from pipelines.loading.loader import Batch, ImageLoader, release_pools
+from pipelines.loading.stream import ImageStream
 from pipelines.registry import DATASETS, open_dataset
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DataError",
     "ImageDataset",
     "ImageLoader",
+    "ImageStream",
     "cache_folder",
     "cache_is_kept",
     "cached",

@@ -1,11 +1,12 @@
-"""`ImageLoader`: the images of a dataset in batches, each exactly once per epoch over all shards together."""
+"""`ImageLoader`: the images of a dataset in batches, each exactly once per epoch over all shards and parts together."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,15 +31,22 @@ class Batch(NamedTuple):
 class ImageLoader:
     """Streams a dataset in batches.
 
+    Several loaders can share an epoch in two ways. Shards cut the order of the images into pieces, each with batches of
+    its own: right where batches don't matter. Parts share every batch: its rows, in order, are dealt out as evenly as
+    can be (`rows_of`), so all parts together yield the batches of a single loader, with any number of parts.
+
     Args:
         dataset: from `open_dataset`.
-        batch_size: images per batch; the last batch of an epoch may be shorter, and is never empty.
+        batch_size: images per batch, over all parts; the last batch of an epoch may be shorter, and is never empty.
         device: where the images go. On CUDA the DALI backend decodes there too.
         backend: "dali", "torch", or "auto": DALI where it can be imported, else torch with one warning. For arrays in
             memory both give the same bits on a CPU (on a GPU DALI may round product and sum at once), and torch, which
             slices one tensor, is the faster one.
         shuffle: a new permutation in every epoch, decided by `seed` and the epoch's number alone.
-        shard, num_shards: this loader yields part `shard` of `num_shards` nearly equal parts of the same order.
+        shard, num_shards: this loader yields piece `shard` of `num_shards` nearly equal pieces of the same order.
+        part, num_parts: this loader yields share `part` of `num_parts` of the rows of every batch. With several, all of
+            them yield as many batches, so a share that is empty, or has no good image, is an empty batch.
+        drop_last: leave out a last batch that is shorter than `batch_size`.
         workers: decoding threads (DALI: one per CPU) or processes (torch: 2). The images do not depend on it.
 
     Raises:
@@ -57,12 +65,17 @@ class ImageLoader:
         seed: int = 0,
         shard: int = 0,
         num_shards: int = 1,
+        part: int = 0,
+        num_parts: int = 1,
+        drop_last: bool = False,
         workers: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, not {batch_size}")
         if not 0 <= shard < num_shards:
             raise DataError(f"shard must be from 0 to num_shards - 1 = {num_shards - 1}, not {shard}")
+        if not 0 <= part < num_parts:
+            raise DataError(f"part must be from 0 to num_parts - 1 = {num_parts - 1}, not {part}")
         if seed < 0:
             raise DataError(f"seed must not be negative, not {seed}")
         if workers is not None and workers < 0:
@@ -77,12 +90,15 @@ class ImageLoader:
         self.seed = seed
         self.shard = shard
         self.num_shards = num_shards
+        self.part = part
+        self.num_parts = num_parts
+        self.drop_last = drop_last
         self.workers = workers
         self.epoch = 0
         """Number of the next epoch; set it to repeat or to continue an interrupted sequence of epochs."""
         self.position = 0
         """Batches of the current epoch that were yielded or had no good image: `batches(position)` of the same epoch
-        continues from here."""
+        continues from here, with any number of parts."""
         self._bad_images: dict[int, BadImage] = {}
 
     @property
@@ -92,11 +108,12 @@ class ImageLoader:
 
     @property
     def num_images(self) -> int:
-        """Images in one epoch of this shard, bad ones included."""
-        return len(self._part(np.arange(len(self.dataset))))
+        """Images in one epoch of this shard and part, bad ones included."""
+        return sum(map(len, self._batches(np.arange(len(self.dataset)), 0)))
 
     def __len__(self) -> int:
-        return (self.num_images + self.batch_size - 1) // self.batch_size
+        count = len(self._piece(np.arange(len(self.dataset))))
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
@@ -107,10 +124,8 @@ class ImageLoader:
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.dataset))
         self.epoch += 1
-        part = self._part(order)
-        starts = range(first * self.batch_size, len(part), self.batch_size)
         self.position = first
-        return self._run([part[start : start + self.batch_size] for start in starts])
+        return self._run(self._batches(order, first))
 
     def fingerprint(self) -> Fingerprint:
         """The dataset's fingerprint and the decoder: JPEG decoders and resizers differ in the last bits."""
@@ -119,11 +134,30 @@ class ImageLoader:
             decoder = "pil" if self.backend == "torch" else f"dali-{self.device.type}"
         return self.dataset.fingerprint() | {"decoder": decoder}
 
-    def _part(self, order: np.ndarray) -> np.ndarray:
+    def _piece(self, order: np.ndarray) -> np.ndarray:
         count = len(order)
         return order[self.shard * count // self.num_shards : (self.shard + 1) * count // self.num_shards]
 
+    def _batches(self, order: np.ndarray, first: int) -> list[np.ndarray]:
+        """This part's rows of every batch from number `first` on, for the images of an epoch in their order."""
+        piece = self._piece(order)
+        starts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        batches = (piece[start : start + self.batch_size] for start in starts)
+        return [batch[rows_of(len(batch), self.part, self.num_parts)] for batch in batches]
+
     def _run(self, batches: list[np.ndarray]) -> Iterator[Batch]:
+        with contextlib.closing(self._read([batch for batch in batches if len(batch)])) as reading:
+            for wanted in batches:
+                read = next(reading) if len(wanted) else None
+                self.position += 1
+                if read is not None and len(read[1]):
+                    yield Batch(read[0], torch.from_numpy(read[1]))
+                elif self.num_parts > 1:
+                    yield self._nothing()
+            next(reading, None)  # lets it come to its end
+
+    def _read(self, batches: list[np.ndarray]) -> Generator[tuple[torch.Tensor, np.ndarray], None, None]:
+        """The good images, and their indices, of batches that ask for at least one image each."""
         if not batches:
             return
         if self.backend == "dali":
@@ -132,10 +166,18 @@ class ImageLoader:
             run = dali_loader.run
         else:
             run = torch_loader.run
-        for images, indices in run(self.dataset, batches, self.device, self.workers, self._bad_images):
-            self.position += 1
-            if len(indices):
-                yield Batch(images, torch.from_numpy(indices))
+        yield from run(self.dataset, batches, self.device, self.workers, self._bad_images)
+
+    def _nothing(self) -> Batch:
+        size = self.dataset.image_size
+        return Batch(torch.empty((0, 3, size, size), device=self.device), torch.empty(0, dtype=torch.int64))
+
+
+def rows_of(count: int, part: int, num_parts: int) -> slice:
+    """Which of the `count` rows of a batch are those of `part`: consecutive, in the parts' order, as even as can be."""
+    least, more = divmod(count, num_parts)
+    start = part * least + min(part, more)
+    return slice(start, start + least + (part < more))
 
 
 def dali_is_importable() -> bool:
