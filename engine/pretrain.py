@@ -11,7 +11,9 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,15 @@ from engine.configuration.command import Parser, arguments_as, memory_advice, ru
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
-from engine.configuration.inputs import check_precision, choose_device
+from engine.configuration.inputs import check_precision, check_same_settings, choose_device
 from engine.configuration.presets import PRESETS, preset_for
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
 from engine.support.files import check_output, locked
 from engine.training.precision import AMP_DTYPES
-from pipelines import open_dataset
+from engine.training.ranks import Ranks, job
+from pipelines import ImageDataset, open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]
 
@@ -45,7 +48,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m engine.pretrain", description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m engine.pretrain",
+        description=f"{__doc__.splitlines()[0]}. In several processes, the same run on any number of them: torchrun "
+        "--nproc-per-node N -m engine.pretrain ...",
+    )
     add = parser.add_argument
     add("--preset", choices=tuple(PRESETS), help="data set and settings (default: photos with --data, else digits)")
     add("--out", type=Path, required=True, metavar="FILE", help="the weights, safetensors")
@@ -74,7 +81,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, pretrain the network, and save its weights."""
     arguments = _parser().parse_args(argv)
-    check_output(arguments.out, "out", example="extractor.safetensors", plain=True)
+    with job() as ranks:
+        _main(arguments, ranks)
+
+
+def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     given = given_flags(arguments)
     preset = arguments.preset or preset_for(given)
     data = Config.build(preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
@@ -85,24 +96,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "steps" in vars(arguments):
         values.pop("epochs", None)
     values["flip"] = given.get("horizontal_flip", values.pop("horizontal_flip", False))
-    with locked(arguments.out.with_name(f".{arguments.out.name}.lock"), lambda: _busy(arguments.out)):
-        _pretrain(arguments, data, values)
+    own = {name: getattr(arguments, name) for name in ("out", "resume", "device", "threads")}
+    check_same_settings({**dataclasses.asdict(data), **values, **own}, ranks)
+    with _owned(arguments.out, ranks):
+        _pretrain(arguments, data, values, ranks)
 
 
-def _pretrain(arguments: argparse.Namespace, data: DataConfig, values: dict[str, Any]) -> None:
-    checkpoint = _check_out(arguments.out, arguments.resume)
-    if checkpoint is None:
-        print(f"{arguments.out}: is complete, nothing to resume")
+@contextlib.contextmanager
+def _owned(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, this job alone writes `out`; rank 0 does it."""
+    if ranks.rank > 0:
+        yield
         return
-    device = choose_device(arguments.device, arguments.threads)
+    check_output(out, "out", example="extractor.safetensors", plain=True)
+    with locked(out.with_name(f".{out.name}.lock"), lambda: _busy(out)):
+        yield
+
+
+def _pretrain(arguments: argparse.Namespace, data: DataConfig, values: dict[str, Any], ranks: Ranks) -> None:
+    out, resume = arguments.out, arguments.resume
+    checkpoint = out.with_name(f"{out.name}.checkpoint")
+    done, *_ = ranks.meet("done", ranks.rank == 0 and _is_done(out, checkpoint, resume))
+    if done:
+        if ranks.rank == 0:
+            print(f"{out}: is complete, nothing to resume")
+        return
+    device = ranks.device(choose_device(arguments.device, arguments.threads))
     check_precision(AMP_DTYPES["bf16"] if values.get("amp") else None, device, "amp")
-    dataset = open_dataset(
-        data.dataset,
-        data.data,
-        image_size=data.image_size,
-        center_crop=data.center_crop,
-        skip_bad_images=data.skip_bad_images,
-    )
+    # Rank 0 first: it downloads and digests, and the others find the results in the cache.
+    dataset = ranks.first("dataset", lambda: _open(data, digest=ranks.size > 1))
+    ranks.watch()
     try:
         with arguments_as(architecture="arch", flip="horizontal_flip"):
             result = pretrain(
@@ -112,14 +135,30 @@ def _pretrain(arguments: argparse.Namespace, data: DataConfig, values: dict[str,
                 loader=data.loader,
                 device=device,
                 checkpoint=checkpoint,
-                resume=arguments.resume,
+                resume=resume,
+                ranks=ranks,
             )
     except Interrupted as interruption:
         raise Interrupted(f"{interruption}; --resume continues from there", interruption.status) from None
-    result.save(arguments.out)
+    if ranks.rank > 0:
+        return
+    result.save(out)
     checkpoint.unlink(missing_ok=True)
     print(f"{result.metric.replace('_', ' ')} on held-out images: {result.validation:.4f}")
-    print(f"weights of {result.metadata['architecture']}: {arguments.out}")
+    print(f"weights of {result.metadata['architecture']}: {out}")
+
+
+def _open(data: DataConfig, *, digest: bool) -> ImageDataset:
+    dataset = open_dataset(
+        data.dataset,
+        data.data,
+        image_size=data.image_size,
+        center_crop=data.center_crop,
+        skip_bad_images=data.skip_bad_images,
+    )
+    if digest:
+        dataset.fingerprint()
+    return dataset
 
 
 _PRETRAIN_FLAGS = (
@@ -127,16 +166,14 @@ _PRETRAIN_FLAGS = (
 )  # fmt: skip
 
 
-def _check_out(out: Path, resume: bool) -> Path | None:
-    """The checkpoint's file, or None if the run is complete; raise InputError if something would be overwritten."""
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    if resume and out.exists() and not checkpoint.exists():
-        return None
-    if not resume:
-        for file in (out, checkpoint):
-            if file.exists():
-                raise InputError("out", f"{file} exists; resume that run (--resume), delete it, or name another file")
-    return checkpoint
+def _is_done(out: Path, checkpoint: Path, resume: bool) -> bool:
+    """Whether the run that is resumed is complete; InputError if something would be overwritten."""
+    if resume:
+        return out.exists() and not checkpoint.exists()
+    for file in (out, checkpoint):
+        if file.exists():
+            raise InputError("out", f"{file} exists; resume that run (--resume), delete it, or name another file")
+    return False
 
 
 def _busy(out: Path) -> None:

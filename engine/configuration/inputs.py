@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -131,10 +133,16 @@ def check_ranks(config: Config, ranks: Ranks) -> None:
         raise InputError("batch_size", f"a minibatch of {batch} is too small for {ranks.size} processes")
     if config.networks.extractor_bn == "batch":
         raise InputError("extractor_bn", f"batch statistics need the whole minibatch in one process, not {ranks.size}")
-    own = {"version": __version__, **{name: str(value) for name, value in config.flat().items()}}
+    check_same_settings(config.flat(), ranks)
+
+
+def check_same_settings(settings: Mapping[str, Any], ranks: Ranks) -> None:
+    """InputError unless all ranks run one version of the engine with these settings."""
+    own = {"version": __version__, **{name: str(value) for name, value in settings.items()}}
     first, *others = ranks.meet("settings", own)
     for rank, theirs in enumerate(others, start=1):
-        found = [f"{name} {theirs.get(name)}, not {own}" for name, own in first.items() if theirs.get(name) != own]
+        names = [name for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
+        found = [f"{name} {theirs.get(name)}, not {first.get(name)}" for name in names]
         if found:
             raise InputError("", f"process {rank} was started otherwise than process 0, with {'; '.join(found)}")
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.representation.pretraining.shares import Rows
 from engine.support.errors import InputError
 from engine.support.pixels import to_float, to_uint8
 from engine.training.progress import Progress
+from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset, ImageLoader, sent
 from pipelines.dataset import ArrayDataset
 
@@ -41,25 +43,29 @@ class Augmentation:
     padding: int
     flip: bool
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment `images` [n, 3, H, W]; the random numbers come from `generator`, a CPU generator."""
+    def __call__(self, images: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
+        """Augment `images` [n, 3, H, W], which are `rows` of a minibatch, or all of it.
+
+        The random numbers come from `generator`, a CPU generator: those of the whole minibatch, whoever has the others.
+        """
         count, _, height, width = images.shape
+        rows = Rows.all_of(images) if rows is None else rows
         pad, device = self.padding, images.device
-        offsets = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
-        mirrored = torch.rand((1, count, 1), generator=generator) < (0.5 if self.flip else 0.0)
+        offsets = torch.randint(0, 2 * pad + 1, (2, rows.total, 1), generator=generator)
+        mirrored = torch.rand((1, rows.total, 1), generator=generator) < (0.5 if self.flip else 0.0)
         # One copy of three numbers an image; what follows from them is computed on the device.
-        top, left, mirrored = sent(torch.cat([offsets, mirrored]), device)
+        top, left, mirrored = sent(torch.cat([offsets, mirrored])[:, rows.start : rows.stop], device)
         across = torch.arange(width, device=device)
-        rows = top + torch.arange(height, device=device)
+        lines = top + torch.arange(height, device=device)
         columns = left + torch.where(mirrored.bool(), across.flip(0), across)
         padded = F.pad(images, (pad, pad, pad, pad), value=_BLACK).permute(0, 2, 3, 1)
         every = torch.arange(count, device=device)[:, None, None]
         # One gather in the order (N, H, W, C): crop and flip at once, and channels_last without a copy.
-        return padded[every, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return padded[every, lines[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class TrainingImages(Protocol):
-    """A source of batches.
+    """A source of batches, of which a rank gets its share: as even as can be, in rank order, and empty if need be.
 
     Attributes:
         steps_per_epoch: batches of one pass over the training images.
@@ -84,22 +90,26 @@ def open_images(
     device: torch.device,
     loader: str = "auto",
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainingImages:
     """Images in memory if they fit, streamed from their files otherwise.
 
     Args:
+        batch_size: of the whole minibatch.
         loader: backend of `ImageLoader`.
         progress: tell how far it is while files are read into memory.
+        ranks: the processes that share every minibatch. In memory each has all images, which they read together.
 
     Raises InputError if there are too few images to hold some out.
     """
     _check_count(dataset, dataset.num_pictures)
     if isinstance(dataset, ArrayDataset) or dataset.num_pictures * dataset.image_size**2 * 3 <= IN_MEMORY_BYTES:
-        images, shown = _read(dataset, loader, progress)
+        images, shown = _read(dataset, loader, progress, ranks)
         _check_count(dataset, len(images))
         fits = device.type != "cuda" or 4 * images.nbytes <= torch.cuda.mem_get_info(device)[0]
-        return _InMemory(images.to(device) if fits else images, shown, batch_size, seed=seed, device=device)
-    return _Streamed(dataset, batch_size, seed=seed, device=device, loader=loader)
+        images = images.to(device) if fits else images
+        return _InMemory(images, shown, batch_size, seed=seed, device=device, ranks=ranks)
+    return _Streamed(dataset, batch_size, seed=seed, device=device, loader=loader, ranks=ranks)
 
 
 def _check_count(dataset: ImageDataset, count: int) -> None:
@@ -114,8 +124,18 @@ def _check_count(dataset: ImageDataset, count: int) -> None:
 class _InMemory:
     """All images as one uint8 tensor [N, H, W, 3], on `device` or on the CPU, and their numbers, int64 [N]."""
 
-    def __init__(self, images: Tensor, shown: Tensor, batch_size: int, *, seed: int, device: torch.device):
+    def __init__(
+        self,
+        images: Tensor,
+        shown: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ):
         self.images, self.shown, self.batch_size, self.seed, self.device = images, shown, batch_size, seed, device
+        self.ranks = ranks
         # The same images are held out whatever the seed, so that runs compare.
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
         self.outside, self.inside = order.tensor_split([len(images) // _HELD_OUT])
@@ -134,39 +154,53 @@ class _InMemory:
             yield self._images(chosen)
 
     def _images(self, chosen: Tensor) -> Images:
+        chosen = chosen[self.ranks.share(len(chosen))]
         pictures = self.images[sent(chosen, self.images.device)]
         if pictures.device.type != self.device.type:
             pictures = sent(pictures, self.device)
         return to_float(pictures.permute(0, 3, 1, 2)), self.shown[chosen]
 
 
-def _read(dataset: ImageDataset, backend: str, progress: bool) -> tuple[Tensor, Tensor]:
+def _read(dataset: ImageDataset, backend: str, progress: bool, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """All pictures uint8 [N, H, W, 3], and their numbers int64 [N], without those that had to be skipped."""
     if isinstance(dataset, ArrayDataset):
         return torch.from_numpy(dataset.images), torch.arange(dataset.num_pictures)
     size = dataset.image_size
     images = torch.empty(dataset.num_pictures, size, size, 3, dtype=torch.uint8)
     seen = torch.zeros(dataset.num_pictures, dtype=torch.bool)
-    loader = ImageLoader(dataset, _READING_BATCH, backend=backend)
-    with Progress("reading images", len(dataset), unit="images", show=progress) as bar:
+    together = _READING_BATCH * ranks.size
+    loader = ImageLoader(dataset, together, backend=backend, part=ranks.rank, num_parts=ranks.size)
+    show = progress and ranks.rank == 0
+    with Progress("reading images", len(dataset), unit="images", show=show) as bar:
         for batch in loader:
             pictures, mirrored = (torch.from_numpy(array) for array in dataset.pictures(batch.indices.numpy()))
-            values = to_uint8(batch.images)
-            images[pictures[~mirrored]] = values[~mirrored]
-            seen[pictures[~mirrored]] = True
-            bar.advance(len(batch.indices))
+            numbers, _ = ranks.gather(pictures[~mirrored])
+            images[numbers], _ = ranks.gather(to_uint8(batch.images)[~mirrored])
+            seen[numbers] = True
+            bar.advance(len(batch.indices) * ranks.size)
     return images[seen], seen.nonzero().flatten()
 
 
 class _Streamed:
     """Every epoch decodes all images again, and drops the held-out ones from its batches."""
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, *, seed: int, device: torch.device, loader: str):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        loader: str,
+        ranks: Ranks = ALONE,
+    ):
         self.dataset = dataset
-        self.loader = ImageLoader(dataset, batch_size, device=device, backend=loader, shuffle=True, seed=seed)
+        options: Any = {"device": device, "backend": loader, "shuffle": True}
+        options |= {"part": ranks.rank, "num_parts": ranks.size}
+        self.loader = ImageLoader(dataset, batch_size, seed=seed, **options)
         self.steps_per_epoch = len(self.loader)
         # The first tenth of one fixed permutation.
-        self.outside = ImageLoader(dataset, _READING_BATCH, device=device, shuffle=True, shard=0, num_shards=_HELD_OUT)
+        self.outside = ImageLoader(dataset, _READING_BATCH, shard=0, num_shards=_HELD_OUT, **options)
         order = np.random.default_rng([0, 0]).permutation(len(dataset))[: len(dataset) // _HELD_OUT]
         self.is_outside = np.zeros(dataset.num_pictures, dtype=bool)
         self.is_outside[dataset.pictures(order)[0]] = True

@@ -5,6 +5,8 @@ Every task trains a whole architecture (`engine.representation.architectures`), 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.generation.networks import GENERATOR_SIZES, build_generator
 from engine.representation.architectures import Architecture
+from engine.representation.pretraining.shares import Rows
 from engine.support.errors import InputError
 from pipelines import ImageDataset
 
@@ -36,8 +39,14 @@ class Task(Protocol):
     lr: float
     weight_decay: float
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """The training loss, a mean over the images [N, 3, H, W] in [-1, 1]; `labels` int64 [N] if there are any."""
+    def loss(self, images: Tensor, labels: Tensor | None, rows: Rows) -> Tensor:
+        """These images' share of the training loss, which is a mean over the minibatch: L = 1/N Σ_n loss_n.
+
+        Args:
+            images: [n, 3, H, W] in [-1, 1].
+            labels: int64 [n], if there are any.
+            rows: which of the minibatch's N images they are. The losses, and the gradients, of all rows add up.
+        """
         ...
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -54,14 +63,14 @@ class _Scores:
     def __init__(self, architecture: Architecture, image_size: int, num_classes: int):
         self.module = self.network = architecture.make(num_classes, image_size)
 
-    def posed(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def posed(self, images: Tensor, labels: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """The images as the network sees them, and the classes that it should find, int64."""
         raise NotImplementedError
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Mean cross entropy of the classes, in float32."""
-        images, classes = self.posed(images, labels)
-        return F.cross_entropy(self.module(images).float(), classes)
+    def loss(self, images: Tensor, labels: Tensor | None, rows: Rows) -> Tensor:
+        """Mean cross entropy of the classes, at least in float32."""
+        images, classes = self.posed(images, labels, rows)
+        return F.cross_entropy(_wide(self.module(images)), classes, reduction="sum") / rows.total
 
 
 class Classify(_Scores):
@@ -76,7 +85,7 @@ class Classify(_Scores):
             )
         super().__init__(architecture, dataset.image_size, dataset.num_classes)
 
-    def posed(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def posed(self, images: Tensor, labels: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """The images and labels, unchanged."""
         assert labels is not None
         return images, labels
@@ -92,9 +101,11 @@ class Rotate(_Scores):
     def __init__(self, architecture: Architecture, dataset: ImageDataset):
         super().__init__(architecture, dataset.image_size, 4)
 
-    def posed(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One quarter of the batch for each turn: the batches are random already."""
-        quarters = images.tensor_split(4)
+    def posed(self, images: Tensor, labels: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """One quarter of the minibatch for each turn: minibatches are random already."""
+        least, more = divmod(rows.total, 4)
+        ends = [turns * least + min(turns, more) for turns in range(5)]
+        quarters = images.split([rows.within(*quarter) for quarter in itertools.pairwise(ends)])
         turned = torch.cat([quarter.rot90(turns, (2, 3)) for turns, quarter in enumerate(quarters)])
         classes = torch.cat(
             [torch.full((len(quarter),), turns, device=images.device) for turns, quarter in enumerate(quarters)]
@@ -138,13 +149,18 @@ class Autoencode:
         self.network = architecture.make(latent, size)
         self.module: nn.Module = Autoencoder(self.network, size, latent)
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """Mean squared error of the reconstructed pixels, in float32."""
-        return F.mse_loss(self.module(images).float(), images)
+    def loss(self, images: Tensor, labels: Tensor | None, rows: Rows) -> Tensor:
+        """Mean squared error of the reconstructed pixels, at least in float32."""
+        error = F.mse_loss(_wide(self.module(images)), images, reduction="sum")
+        return error / (rows.total * math.prod(images.shape[1:]))
 
     def score(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """Mean squared error of each image, summed over the images."""
-        return (self.module(images).float() - images).square().mean(dim=(1, 2, 3)).sum()
+        return (_wide(self.module(images)) - images).square().mean(dim=(1, 2, 3)).sum()
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 TASKS: dict[str, Callable[[Architecture, ImageDataset], Task]] = {

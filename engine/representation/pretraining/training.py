@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from engine.representation.architectures import find_architecture
 from engine.representation.pretraining.images import Augmentation, TrainingImages, open_images
 from engine.representation.pretraining.recipe import Recipe, one_cycle
 from engine.representation.pretraining.result import PretrainResult
+from engine.representation.pretraining.shares import Rows, share_batches
 from engine.representation.pretraining.tasks import Task, make_task
 from engine.support.errors import InputError, Interrupted, differences, one_line
 from engine.support.files import read_safetensors, save_safetensors
 from engine.training.checkpoint import flatten_optimizer, restore_optimizer
 from engine.training.precision import repeatable
 from engine.training.progress import Progress
+from engine.training.ranks import ALONE, Ranks
 from engine.training.stopping import StopRequest
 from pipelines import ImageDataset, sent
 
@@ -49,6 +52,7 @@ def pretrain(
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
     progress: bool = True,
+    ranks: Ranks = ALONE,
     **recipe: Any,
 ) -> PretrainResult:
     """Train `architecture` on nine tenths of `dataset` and judge it by the last tenth.
@@ -65,27 +69,41 @@ def pretrain(
             remove it once the result is saved.
         resume: continue from `checkpoint` if it exists, with the bits of an uninterrupted run.
         progress: show a progress bar on a terminal, and lines elsewhere.
+        ranks: the processes that share every minibatch, and take the steps of a single one. All have the result; rank 0
+            writes the checkpoint, from which any number of them can resume.
         recipe: the fields of `Recipe`: task, epochs or steps, batch_size, lr, momentum, weight_decay, crop_padding,
             flip, seed and amp.
 
-    Raises InputError for settings that do not fit each other or the dataset, and if the loss stops being finite;
-    UnfitCheckpoint for a checkpoint that cannot be continued; Interrupted after Ctrl-C, once the checkpoint is written.
+    Raises InputError for settings that do not fit each other or the dataset, or that other ranks do not have, and if
+    the loss stops being finite; UnfitCheckpoint for a checkpoint that cannot be continued; Interrupted after Ctrl-C
+    (of any rank), once the checkpoint is written.
     """
     if image_size not in (None, dataset.image_size):
         raise InputError("image_size", f"is {image_size}, but the dataset's images have {dataset.image_size} pixels")
     settings = Recipe(**recipe)
     if settings.crop_padding > dataset.image_size:
         raise InputError("crop_padding", f"must be at most the images' {dataset.image_size} pixels")
+    if settings.batch_size < ranks.size:
+        raise InputError("batch_size", f"a minibatch of {settings.batch_size} is too small for {ranks.size} processes")
     task = _make_task(architecture, dataset, settings)
+    fingerprint = dataset.fingerprint()
+    _check_alike(ranks, zlib.crc32(repr((architecture, settings, sorted(fingerprint.items()))).encode()))
     source = open_images(
-        dataset, settings.batch_size, seed=settings.seed, device=torch.device(device), loader=loader, progress=progress
+        dataset,
+        settings.batch_size,
+        seed=settings.seed,
+        device=torch.device(device),
+        loader=loader,
+        progress=progress,
+        ranks=ranks,
     )
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)[: dataset.num_pictures]
-    pretraining = Pretraining(task, source, labels, settings, device=device)
+    pretraining = Pretraining(task, source, labels, settings, device=device, ranks=ranks)
     metadata = _metadata(architecture, dataset, settings, task, pretraining.steps)
     file = None if checkpoint is None else Path(checkpoint)
     if resume and file is not None and file.exists():
         pretraining.load(file, metadata)
+    _check_begun(ranks, pretraining.step, file)
     pretraining.run(file, metadata, every=checkpoint_seconds, progress=progress)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in task.network.state_dict().items()}
     history = pretraining.history
@@ -104,6 +122,25 @@ def _make_task(architecture: str, dataset: ImageDataset, recipe: Recipe) -> Task
     task.lr = task.lr if recipe.lr is None else recipe.lr
     task.weight_decay = task.weight_decay if recipe.weight_decay is None else recipe.weight_decay
     return task
+
+
+def _check_alike(ranks: Ranks, digest: int) -> None:
+    """InputError unless all ranks have the same settings and images."""
+    first, *others = ranks.counts(digest)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise InputError("dataset", f"process {rank} has other images or settings than process 0")
+
+
+def _check_begun(ranks: Ranks, step: int, file: Path | None) -> None:
+    """InputError unless all ranks go on from the same step."""
+    first, *others = ranks.counts(step)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            raise InputError(
+                file or "",
+                f"process {rank} would go on from step {other}, process 0 from step {first}; let all read one checkpoint",
+            )
 
 
 def _metadata(architecture: str, dataset: ImageDataset, recipe: Recipe, task: Task, steps: int) -> dict[str, str]:
@@ -142,6 +179,7 @@ class Pretraining:
         labels: int64, one of every picture; None if there are none.
         recipe: rates are the task's by now, everything else is read here.
         device: where the network goes.
+        ranks: the processes that take the steps together, and have the same network at every moment. The first writes.
 
     Attributes:
         step: training steps taken.
@@ -157,11 +195,14 @@ class Pretraining:
         recipe: Recipe,
         *,
         device: str | torch.device,
+        ranks: Ranks = ALONE,
     ):
-        self.task, self.source, self.labels = task, source, labels
+        self.task, self.source, self.labels, self.ranks = task, source, labels, ranks
         self.augmentation = Augmentation(recipe.crop_padding, recipe.flip)
         self.steps, self.seed, self.amp = recipe.total_steps(source.steps_per_epoch), recipe.seed, recipe.amp
         self.device = torch.device(device)
+        if ranks.size > 1:
+            share_batches(task.module, ranks)
         task.module.to(self.device).to(memory_format=torch.channels_last)
         # One kernel for all parameters on a GPU. On a CPU the fused ones round differently, and gain nothing.
         shared: dict[str, Any] = {"weight_decay": task.weight_decay, "fused": self.device.type == "cuda"}
@@ -180,8 +221,10 @@ class Pretraining:
         """Train up to the last step; write a checkpoint to `file` every so many seconds."""
         self._saved = time.monotonic()
         what = f"pretraining {metadata['architecture']}"
-        progress_of = Progress(what, self.steps, done=self.step, unit="steps", show=progress)
-        with progress_of as bar, StopRequest() as stop, repeatable():
+        show = progress and self.ranks.rank == 0
+        progress_of = Progress(what, self.steps, done=self.step, unit="steps", show=show)
+        # Launchers send the same signal more than once.
+        with progress_of as bar, StopRequest(patient=self.ranks.size > 1) as stop, repeatable():
             while self.step < self.steps:
                 epoch, first = divmod(self.step, self.source.steps_per_epoch)
                 last = min((epoch + 1) * self.source.steps_per_epoch, self.steps)
@@ -201,35 +244,54 @@ class Pretraining:
         """Between two steps: write the checkpoint if it is due, and stop after Ctrl-C."""
         if self.step == self.steps:
             return
-        if file is not None and (stop.requested or time.monotonic() - self._saved >= every):
-            self._mean_loss()
-            try:
-                self.save(file, metadata)
-            except InputError as error:
-                if stop.requested:
-                    raise
-                log.warning("warning: %s; if pretraining is interrupted now, steps are lost", error)
-            self._saved = time.monotonic()
-        if stop.requested:
+        status = self._stopped(stop)
+        if file is not None and (status or time.monotonic() - self._saved >= every):
+            self._save_now(file, metadata, stopping=status != 0)
+        if status:
             where = "nothing was written" if file is None else f"the checkpoint is {file}"
-            raise Interrupted(f"interrupted at step {self.step} of {self.steps}; {where}", stop.status)
+            raise Interrupted(f"interrupted at step {self.step} of {self.steps}; {where}", status)
+
+    def _stopped(self, stop: StopRequest) -> int:
+        """The exit status of whichever rank was told to stop, 0 if none was.
+
+        All of them ask after the same steps, where the host waits anyway.
+        """
+        if self.ranks.size > 1 and self.device.type != "cpu" and self.step % _LOG_EVERY:
+            return 0
+        return max(self.ranks.counts(stop.status if stop.requested else 0))
+
+    def _save_now(self, file: Path, metadata: dict[str, str], *, stopping: bool) -> None:
+        self._mean_loss()
+        try:
+            if self.ranks.rank == 0:
+                self.save(file, metadata)
+        except InputError as error:
+            if stopping:
+                raise
+            log.warning("warning: %s; if pretraining is interrupted now, steps are lost", error)
+        self._saved = time.monotonic()
 
     def _take_step(self, images: Tensor, shown: Tensor) -> None:
         rate = self.task.lr * one_cycle(self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.step += 1
-        if len(images) < 2:
+        rows = Rows.of_ranks(len(images), self.ranks)
+        if rows.total < 2:
             return  # nearly everything of a streamed batch may be held out
         random = torch.Generator().manual_seed(step_seed(self.seed, self.step))
-        images = self.augmentation(images, random)
+        images = self.augmentation(images, random, rows)
         self.task.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            loss = self.task.loss(images, self._labels(shown))
+            loss = self.task.loss(images, self._labels(shown), rows)
         loss.backward()
+        loss = loss.detach()
+        # The sum, never the mean: every rank's loss is its share of the one loss of all images (docs/method.md).
+        gradients = [weight.grad for weight in self.task.module.parameters() if weight.grad is not None]
+        self.ranks.sum_([*gradients, loss])
         self.optimizer.step()
-        self.losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+        self.losses += torch.stack([loss, torch.ones_like(loss)])
 
     def _labels(self, shown: Tensor) -> Tensor | None:
         return None if self.labels is None else sent(self.labels[shown], self.device)
@@ -250,14 +312,18 @@ class Pretraining:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """The task's metric on the held-out images."""
+        """The task's metric on the held-out images, which the ranks share."""
         self.task.module.eval()
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        # Of the metric, and how many images it is of.
+        sums, count = torch.zeros(2, dtype=torch.float64, device=self.device), 0
         for images, shown in self.source.held_out():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                total += self.task.score(images, self._labels(shown))
+                sums[0] += self.task.score(images, self._labels(shown))
             count += len(images)
-        return total.item() / max(count, 1)
+        sums[1] += count
+        self.ranks.sum_([sums])
+        total, images_in_all = sums.tolist()
+        return total / max(images_in_all, 1)
 
     def save(self, file: Path, metadata: dict[str, str]) -> None:
         """Write a checkpoint, whole or not at all; raise InputError if the loss is no longer finite."""

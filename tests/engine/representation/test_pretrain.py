@@ -17,6 +17,7 @@ from engine.representation.pretraining import images as sources
 from engine.representation.pretraining import pretrain, training
 from engine.representation.pretraining.images import Augmentation, open_images
 from engine.representation.pretraining.recipe import one_cycle
+from engine.representation.pretraining.shares import Rows
 from engine.representation.pretraining.tasks import TASKS, Rotate
 from engine.support.errors import InputError, Interrupted
 from pipelines import open_dataset
@@ -146,7 +147,7 @@ def test_augmentation_is_a_window_of_the_padded_image(padding, flip):
 
 def test_rotate_names_the_quarter_turns():
     images = torch.rand(6, 3, 5, 5)
-    turned, classes = Rotate.posed(None, images, None)
+    turned, classes = Rotate.posed(None, images, None, Rows.all_of(images))
     assert classes.tolist() == [0, 0, 1, 1, 2, 3]
     for image, result, turns in zip(images, turned, classes.tolist(), strict=True):
         np.testing.assert_array_equal(np.rot90(image.numpy(), turns, (1, 2)), result.numpy())
