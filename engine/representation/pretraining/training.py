@@ -139,7 +139,8 @@ def _check_begun(ranks: Ranks, step: int, file: Path | None) -> None:
         if other != first:
             raise InputError(
                 file or "",
-                f"process {rank} would go on from step {other}, process 0 from step {first}; let all read one checkpoint",
+                f"process {rank} would go on from step {other}, process 0 from step {first}; let all processes read "
+                "the same checkpoint",
             )
 
 
