@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -65,7 +66,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None):
         self.rank, self.size, self.store = rank, size, store
-        self._checked, self._exchanges = 0.0, 0
+        self._checked = 0.0
+        self._named: Counter[str] = Counter()
         self._group = False
         self._ended = threading.Event()
 
@@ -89,6 +91,7 @@ class Ranks:
 
     def first(self, name: str, make: Callable[[], T]) -> T:
         """`make()` on rank 0 and then on the others, which find in the caches what rank 0 left there."""
+        name = self._once(name)
         if self.rank > 0:
             self._await([name])
         result = make()
@@ -104,6 +107,7 @@ class Ranks:
         """
         if self.store is None:
             return [message]
+        name = self._once(name)
         self.store.set(f"{name} {self.rank}", json.dumps(message))
         keys = [f"{name} {rank}" for rank in range(self.size)]
         self._await(keys, give_up)
@@ -113,7 +117,7 @@ class Ranks:
         """On rank 0 everybody's `state` (of the same names, of any shapes) in rank order, elsewhere one's own alone."""
         if self.store is None:
             return [state]
-        shapes = self._exchange({name: list(tensor.shape) for name, tensor in state.items()})
+        shapes = self.meet("shapes", {name: list(tensor.shape) for name, tensor in state.items()})
         state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         self._open()
         states: list[Mapping[str, torch.Tensor]] = [state]
@@ -145,17 +149,17 @@ class Ranks:
         """Rank 0's `data` on every rank; the others' is of no interest. Waits for all ranks, as long as it takes."""
         if self.store is None:
             return data
-        size, *_ = self._exchange(len(data))
+        size, *_ = self.meet("bytes", len(data))
         own = torch.empty(size, dtype=torch.uint8)
         if self.rank == 0:
             own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own
         self.copy_first([own])
         return own.numpy().tobytes()
 
-    def _exchange(self, message: Any) -> list[Any]:
-        """`meet` under a name of its own: what an earlier exchange left in the store is not taken for this one's."""
-        self._exchanges += 1
-        return self.meet(f"exchange {self._exchanges}", message)
+    def _once(self, name: str) -> str:
+        """A key of its own each time: what an earlier exchange of this name left is not taken for a new one."""
+        self._named[name] += 1
+        return f"{name} {self._named[name]}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """A copy of what belongs to a job (a generator to sample from, say) is this process's alone."""
