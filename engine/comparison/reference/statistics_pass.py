@@ -168,7 +168,7 @@ def _check_same(entries: dict[str, str], ranks: Ranks) -> None:
     first, *others = ranks.meet("passed over", entries)
     for rank, theirs in enumerate(others, start=1):
         if different := differences(theirs, first):
-            raise InputError("", f"process {rank} would not pass over what process 0 does: {different}")
+            raise InputError("", f"process {rank} would pass over something else than process 0: {different}")
 
 
 def _continued(images: ImageLoader, position: int) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -116,7 +117,8 @@ def test_training_killed_in_the_pass_resumes_it_on_every_rank(folder: Path, tmp_
     monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "alone"))
     precompute.main([*map(str, argv), "--out", str(tmp_path / "one.safetensors")])
     cache = tmp_path / "cache"
-    run = [*argv, "--out", tmp_path / "run"]
+    judge = ["--evaluate-extractor", "vgg-small", "--evaluate-weights", folder / "judge.safetensors"]
+    run = [*argv, "--out", tmp_path / "run", "--evaluate-every", 1, "--evaluate-samples", 12, *judge]
     (target,) = (tmp_path / "alone/targets").iterdir()  # its name is of what it is made of
     partials = [cache / f"targets/{target.name}{rank}.partial" for rank in ("", ".1")]
     job = start_job(2, command("engine.train", run), GFMN_CACHE=str(cache))
@@ -135,6 +137,9 @@ def test_training_killed_in_the_pass_resumes_it_on_every_rank(folder: Path, tmp_
     assert (made.count, made.fingerprint) == (61, expected.fingerprint)
     np.testing.assert_allclose(made.mean.numpy(), expected.mean.numpy(), rtol=1e-6)
     np.testing.assert_allclose(made.m2.numpy(), expected.m2.numpy(), rtol=1e-5, atol=1e-12)
+    (step,) = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(step)["evaluation"].items() >= {"samples": 12, "real": 61}.items()
+    assert (tmp_path / "run/generator_best.safetensors").exists()
 
 
 @pytest.mark.parametrize("module", ["engine.train", pytest.param("engine.precompute", marks=pytest.mark.slow)])
@@ -165,11 +170,15 @@ def iter_targets(cache: Path, job: Sequence[subprocess.Popen[str]]):
 def test_ranks_that_see_other_images_are_refused(tiny_extractor, folder: Path) -> None:
     class Two(Ranks):
         def meet(self, name, message, give_up=lambda: False):
-            return [message, {**message, "data_images": "3"}] if name == "passed over" else [message]
+            return [message, {**message, "data_count": "3"}] if name == "passed over" else [message]
 
     dataset = open_dataset("images", folder / "2.npy", image_size=8)
-    with pytest.raises(InputError, match="process 1 would not pass over what process 0 does: data_images"):
-        statistics_pass.compute_reference(MomentsKind(), tiny_extractor, ImageLoader(dataset, 2), ranks=Two())
+    with pytest.raises(
+        InputError, match="process 1 would pass over something else than process 0: the number of images"
+    ):
+        statistics_pass.compute_reference(
+            MomentsKind(), tiny_extractor, ImageLoader(dataset, 2), kernels="reference", ranks=Two()
+        )
 
 
 def test_evaluate_says_that_it_runs_in_one_process(folder: Path) -> None:
