@@ -45,6 +45,7 @@ from engine.evaluation.metrics import (
 from engine.generation.saved import SavedSampler
 from engine.support.errors import InputError
 from engine.support.files import total_memory, write_atomically
+from engine.training.ranks import job
 from engine.training.run_folder import RunFolder
 from pipelines import DataError, ImageDataset, open_dataset, read_pixels
 from pipelines.dataset import EncodedDataset
@@ -111,6 +112,13 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Check everything that costs nothing, then compare samples or images with real ones, and print."""
     arguments = parser().parse_args(argv)
+    with job() as ranks:
+        if ranks.size > 1:
+            raise InputError("", "engine.evaluate runs in one process; start it without torchrun")
+        _main(arguments)
+
+
+def _main(arguments: Any) -> None:
     _check(arguments)
     fidelity()  # rather missing now than after the samples have been drawn
     metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))

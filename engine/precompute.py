@@ -8,24 +8,25 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from engine.comparison.reference.cache import exclusive, put_in_cache, write_bad_images
-from engine.comparison.reference.protocols import Kind
-from engine.comparison.reference.saved_pass import forget_partial
-from engine.comparison.reference.statistics_pass import compute_reference, fingerprint, reference_loader
-from engine.configuration.build import make_extractor, pass_batch_size, reference_kind
+import torch
+
+from engine.comparison.reference.cache import made_once, put_in_cache, write_bad_images
+from engine.comparison.reference.protocols import Reference
+from engine.comparison.reference.statistics_pass import compute_reference, fingerprint
+from engine.configuration.build import make_extractor, pass_images, reference_kind
 from engine.configuration.command import Parser, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, check_precision, choose_device, open_data
 from engine.configuration.presets import PRESETS
-from engine.support.errors import InputError, Interrupted
+from engine.representation.extractor import Extractor
+from engine.support.errors import InputError
 from engine.support.files import check_output
-from engine.training.ranks import EndedElsewhere, Ranks
+from engine.training.ranks import Ranks, job
+from pipelines import ImageLoader
 
 log = logging.getLogger("gfmn")
 
@@ -46,61 +47,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_flags(parser)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
-    ranks = Ranks.join()
-    try:
+    with job() as ranks:
         check_output(out, "out", example="target.safetensors", plain=True)
         config = Config.build(arguments.preset, given_flags(arguments))
         if config.matching.target is not None:
             raise InputError("target", "is what this command writes; name the file with --out")
         _precompute(config, out, ranks)
-    except EndedElsewhere:
-        ranks.leave()
-        sys.exit(2)
-    except BaseException as error:
-        if ranks.fail():
-            raise
-        if isinstance(error, Interrupted):
-            sys.exit(error.status)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-    finally:
-        ranks.close()
 
 
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
     device = ranks.device(choose_device(config.training.device, config.training.threads, config.training.float32))
     dtype, kind = amp_dtype(config), reference_kind(config)
     check_precision(dtype, device)
+    # Rank 0 first: it downloads, digests and pretrains, and the others find the results in the cache.
+    extractor, images, entries = ranks.first("prepared", lambda: _prepare(config, device, dtype, ranks))
 
-    def prepare():
-        dataset = open_data(config)
-        extractor = make_extractor(config, dataset, device)
-        images = reference_loader(
-            extractor,
-            dataset,
-            batch_size=pass_batch_size(config),
-            seed=config.training.seed,
-            loader=config.data.loader,
-            shard=ranks.rank,
-            num_shards=ranks.size,
-        )
-        return extractor, images, fingerprint(kind, extractor, images, dtype)
+    def find() -> Reference | None:
+        """What `out` holds, if that is a target of exactly this; any other file is about to be replaced."""
+        try:
+            found = kind.load(out) if out.exists() else None
+        except InputError:
+            return None
+        if found is None or found.fingerprint != entries:
+            return None
+        log.info("%s: holds exactly this target already", out)
+        return found
 
-    with exclusive(_own(out, ranks)):
-        # Rank 0 first: it downloads, digests and pretrains, and the others find the results in the cache.
-        extractor, images, entries = ranks.first("prepared", prepare)
-        done = ranks.rank == 0 and _is_done(kind, out, entries)
-        if any(ranks.meet("done", done)):
-            log.info("%s: holds exactly this target already", out)
-            forget_partial(_partial(out, ranks), ranks)
-            return
+    def make(partial: Path) -> Reference:
         target = compute_reference(
-            kind,
-            extractor,
-            images,
-            amp_dtype=dtype,
-            kernels=config.matching.backend,
-            partial=_partial(out, ranks),
-            ranks=ranks,
+            kind, extractor, images, amp_dtype=dtype, kernels=config.matching.backend, partial=partial, ranks=ranks
         )
         if ranks.rank == 0:
             # First what `out` depends on: once `out` is there, nothing is left to do.
@@ -108,28 +83,19 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
             put_in_cache(target, fingerprint(kind, extractor, images, dtype))
             target.save(out)
             log.info("%s: %d features of %d images", out, extractor.num_features, target.count)
-        forget_partial(_partial(out, ranks), ranks)
+        return target
+
+    made_once(out, find, make, ranks)
 
 
-def _own(out: Path, ranks: Ranks) -> Path:
-    """`out`, or on further ranks the name beside it that stands for their share."""
-    return out if ranks.rank == 0 else out.with_name(f"{out.name}.{ranks.rank}")
-
-
-def _partial(out: Path, ranks: Ranks) -> Path:
-    """Where this rank keeps the state of its pass, beside `out`."""
-    own = _own(out, ranks)
-    return own.with_name(f"{own.name}.partial")
-
-
-def _is_done(kind: Kind[Any], out: Path, entries: dict[str, str]) -> bool:
-    """Whether `out` holds a target of exactly this; any other file is about to be replaced."""
-    if not out.exists():
-        return False
-    try:
-        return kind.load(out).fingerprint == entries
-    except InputError:
-        return False
+def _prepare(
+    config: Config, device: torch.device, dtype: torch.dtype | None, ranks: Ranks
+) -> tuple[Extractor, ImageLoader, dict[str, str]]:
+    """The extractor, this rank's images, and the fingerprint of what comes of them."""
+    dataset = open_data(config)
+    extractor = make_extractor(config, dataset, device)
+    images = pass_images(config, extractor, dataset, ranks)
+    return extractor, images, fingerprint(reference_kind(config), extractor, images, dtype)
 
 
 if __name__ == "__main__":

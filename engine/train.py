@@ -14,6 +14,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,8 @@ from engine.configuration.planning import choose_chunk, planned_device, print_pl
 from engine.configuration.presets import PRESETS, usual_steps
 from engine.configuration.running import make_machinery, make_schedule, make_validation
 from engine.configuration.train_command import resume_command
+from engine.generation.networks import Generator
+from engine.representation.extractor import Extractor
 from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.files import check_file
 from engine.support.pixels import save_png
@@ -43,6 +46,7 @@ from engine.training.planner import release_memory
 from engine.training.ranks import ALONE, Ranks, job
 from engine.training.run_folder import RunFolder, saved_step
 from engine.training.trainer import Trainer
+from pipelines import ImageDataset
 
 log = logging.getLogger("gfmn")
 
@@ -114,23 +118,19 @@ def build(
 ) -> Trainer:
     """Make everything that a run of `config` needs, and start its folder or restore it from `checkpoint`.
 
-    Only rank 0 writes to the folder.
+    All ranks share the passes over the data set. Only rank 0 writes to the folder.
     """
     target = config.matching.target
     if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
         check_file(target, "no such target file; make one with engine.precompute")
-    dataset = open_data(config)
-    # Before the networks that draw their weights: a run's seed decides them.
-    torch.manual_seed(config.training.seed)
-    generator = make_generator(config).to(device)
-    pretrained = pretrained_files(config, dataset, device, run.extractor)
-    extractor = make_extractor(config, dataset, device, pretrained)
+    # Rank 0 first: it downloads and pretrains, and the others find the results.
+    dataset, generator, extractor, pretrained = ranks.first("prepared", lambda: _networks(config, run, device))
     was = None if checkpoint is None else checkpoint.fingerprint
-    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was)
+    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was, ranks)
     method = make_method(config, generator, extractor, reference, ranks)
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**(reference.fingerprint or {}), **config.fixed()}
-    validation = make_validation(config, device) if ranks.rank == 0 else None
+    validation = make_validation(config, device, ranks)
     machinery = make_machinery(config, device)
     trainer = Trainer(method, make_schedule(config), run, fingerprint, validation, ranks=ranks, **machinery)
     if checkpoint is not None:
@@ -159,6 +159,18 @@ def build(
     )
     log.info("%d steps; %s", config.training.steps, usual_steps(config.data.image_size))
     return trainer
+
+
+def _networks(
+    config: Config, run: RunFolder, device: torch.device
+) -> tuple[ImageDataset, Generator, Extractor, dict[str, Path]]:
+    """The data set, the networks, and the files of those that are pretrained on it."""
+    dataset = open_data(config)
+    # Before the networks that draw their weights: a run's seed decides them.
+    torch.manual_seed(config.training.seed)
+    generator = make_generator(config).to(device)
+    pretrained = pretrained_files(config, dataset, device, run.extractor)
+    return dataset, generator, make_extractor(config, dataset, device, pretrained), pretrained
 
 
 def _check_new(run: RunFolder) -> None:
@@ -226,8 +238,7 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
     begun = time.perf_counter()
     # What is kept is what "auto" chose: a resumed run takes the same chunk, and so goes on in the same bits.
     config = choose_chunk(asked, device, ranks)
-    # Rank 0 first: it downloads, pretrains and passes over the data set, and the others find the results.
-    trainer = ranks.first("built", lambda: build(config, run, device, checkpoint, ranks))
+    trainer = build(config, run, device, checkpoint, ranks)
     ranks.meet("begun", trainer.step)
     ranks.watch()
     try:

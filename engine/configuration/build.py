@@ -19,7 +19,7 @@ from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import OnFeatures
 from engine.comparison.reference.bank import BankKind, FeatureBank
-from engine.comparison.reference.cache import cached_reference, exclusive
+from engine.comparison.reference.cache import cached_reference, exclusive, handed_out
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import fingerprint, reference_loader
 from engine.comparison.reference.target import MomentsKind
@@ -39,7 +39,7 @@ from engine.representation.weights import read_state_dict
 from engine.representation.zoo import brings_weights, has_imagenet_weights
 from engine.support.errors import InputError, Interrupted, WriteError
 from engine.training.ranks import ALONE, Ranks
-from pipelines import ImageDataset, cache_is_kept, cached, temporary_folder
+from pipelines import ImageDataset, ImageLoader, cache_is_kept, cached, temporary_folder
 
 log = logging.getLogger("gfmn")
 
@@ -187,6 +187,7 @@ def make_reference(
     dtype: torch.dtype | None,
     kept: Path | None = None,
     was: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Reference:
     """What the method knows of the real images: what the run kept, a given file, or computed once and cached.
 
@@ -194,11 +195,46 @@ def make_reference(
         kept: where a run that is resumed keeps it (`RunFolder.target`). Who decoded its images decides nothing any
             more, everything else must be as it was.
         was: the fingerprint in that run's checkpoint, compared before anything is computed.
+        ranks: the processes that share the pass. All get what rank 0 found or made, bit for bit.
     """
     kind = reference_kind(config)
-    batch_size, seed, loader = pass_batch_size(config), config.training.seed, config.data.loader
-    images = reference_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
-    expected = fingerprint(kind, extractor, images, dtype)
+    known = _known_reference(config, kind, extractor, dataset, dtype, kept, was) if ranks.rank == 0 else None
+    if any(ranks.meet("known", known is not None)):
+        return handed_out(kind, known, ranks)
+    return cached_reference(
+        kind,
+        extractor,
+        pass_images(config, extractor, dataset, ranks),
+        amp_dtype=dtype,
+        kernels=config.matching.backend,
+        ranks=ranks,
+    )
+
+
+def pass_images(config: Config, extractor: Extractor, dataset: ImageDataset, ranks: Ranks = ALONE) -> ImageLoader:
+    """This rank's share of the images of the statistics pass."""
+    return reference_loader(
+        extractor,
+        dataset,
+        batch_size=pass_batch_size(config),
+        seed=config.training.seed,
+        loader=config.data.loader,
+        shard=ranks.rank,
+        num_shards=ranks.size,
+    )
+
+
+def _known_reference(
+    config: Config,
+    kind: Kind[Any],
+    extractor: Extractor,
+    dataset: ImageDataset,
+    dtype: torch.dtype | None,
+    kept: Path | None,
+    was: Mapping[str, str] | None,
+) -> Reference | None:
+    """What the run kept, or the given file; None if there is neither. InputError if it doesn't fit."""
+    expected = fingerprint(kind, extractor, pass_images(config, extractor, dataset), dtype)
     if kept is not None and kept.exists():
         try:
             found = kind.load(kept)
@@ -213,16 +249,7 @@ def make_reference(
         found = kind.load(given)
         check_target(config, expected, found.fingerprint or {}, Path(given), extractor.device)
         return found
-    return cached_reference(
-        kind,
-        extractor,
-        dataset,
-        amp_dtype=dtype,
-        kernels=config.matching.backend,
-        batch_size=batch_size,
-        seed=seed,
-        loader=loader,
-    )
+    return None
 
 
 def make_averager(config: Config) -> Averager:

@@ -14,6 +14,7 @@ from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Noise
 from engine.support.errors import InputError
 from engine.training.graphs import CudaGraphs
+from engine.training.ranks import ALONE, Ranks
 from engine.training.trainer import Schedule
 from kernels import reference as reference_kernels
 from kernels import select
@@ -57,10 +58,11 @@ def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
     return {"noise": DrawnAhead(training.seed, CudaLane(device)), "kernels": backend, "graphs": graphs}
 
 
-def make_validation(config: Config, device: torch.device) -> Validation | None:
+def make_validation(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Validation | None:
     """Evaluation during training: against all images of the run's data set, none of them mirrored; None for none.
 
-    Warns if the network is the one whose features are matched. InputError if it is unavailable.
+    The ranks share the images; all of them have to come. Warns if the network is the one whose features are matched.
+    InputError if it is unavailable.
     """
     asked = config.validation
     if asked.evaluate_every is None:
@@ -71,10 +73,13 @@ def make_validation(config: Config, device: torch.device) -> Validation | None:
     from engine.training.validation import Validation
 
     with arguments_as(name="evaluate_extractor", feature_extractor="evaluate_extractor", weights="evaluate_weights"):
-        network = evaluation_network(
-            asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
+        network = ranks.first(  # which downloads it
+            "judge",
+            lambda: evaluation_network(
+                asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
+            ),
         )
-    if was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
+    if ranks.rank == 0 and was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
         log.warning(
             "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
             "are",
@@ -83,9 +88,10 @@ def make_validation(config: Config, device: torch.device) -> Validation | None:
     dataset = open_data(config.replaced({"horizontal_flip": False}))
     return Validation(
         network,
-        read_pixels(dataset, backend=config.data.loader),
+        read_pixels(dataset, backend=config.data.loader, shard=ranks.rank, num_shards=ranks.size),
         every=asked.evaluate_every,
         samples=asked.evaluate_samples,
         adapt_lr=asked.lr_adapt == "kid",
         device=device,
+        ranks=ranks,
     )

@@ -16,6 +16,8 @@ from engine.support.pixels import to_uint8
 _BATCH, _SIDE = 256, 32
 """Images in a batch, and their side; see `Sampler.batch_size`."""
 
+_ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -45,6 +47,11 @@ class Sampler:
         side = self.generator.spec.image_size
         return _BATCH if self.batch_statistics else max(_BATCH * _SIDE**2 // side**2, 16)
 
+    @property
+    def indivisible(self) -> int:
+        """Consecutive images that have to be drawn together to be the same: a batch with batch statistics, else 1."""
+        return self.batch_size if self.batch_statistics else 1
+
     def images(self, z: Tensor) -> Tensor:
         """Images [N, 3, H, W] of `z` [N, nz], float32, in [-1, 1]."""
         return torch.cat([images.float() for images in self._batches(z.split(self.batch_size))])
@@ -53,12 +60,15 @@ class Sampler:
         """`count` images of random z; `seed` decides them."""
         return self.images(self.prior.draw(count, seed))
 
-    def draw_pixels(self, count: int, seed: int) -> Tensor:
-        """The images of `draw` as uint8 [count, 3, H, W] on the CPU."""
-        side = self.generator.spec.image_size
-        pixels = torch.empty(count, 3, side, side, dtype=torch.uint8)
-        for part, batch in zip(pixels.split(self.batch_size), self.pixel_batches(count, seed), strict=True):
-            part.copy_(batch.permute(0, 3, 1, 2))
+    def draw_pixels(self, count: int, seed: int, rows: slice = _ALL) -> Tensor:
+        """The images of `draw` as uint8 [count, 3, H, W] on the CPU; with `rows` only those, which start at a multiple
+        of `indivisible`."""
+        side, z = self.generator.spec.image_size, self.prior.draw(count, seed)[rows]
+        pixels = torch.empty(len(z), 3, side, side, dtype=torch.uint8)
+        if len(z):
+            batches = map(to_uint8, self._batches(z.split(self.batch_size)))
+            for part, batch in zip(pixels.split(self.batch_size), batches, strict=True):
+                part.copy_(batch.permute(0, 3, 1, 2))
         return pixels
 
     def pixel_batches(self, count: int, seed: int) -> Iterator[Tensor]:

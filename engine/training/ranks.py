@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -41,6 +42,7 @@ _GATHERING = timedelta(minutes=10)
 _ENDING = 20.0
 # A rank that another one's failure finds in a collective has so long to come out of it by itself.
 _GRACE = 5.0
+_INTERRUPTED = "interrupted"
 
 
 class EndedElsewhere(Exception):
@@ -65,6 +67,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None):
         self.rank, self.size, self.store = rank, size, store
         self._checked = 0.0
+        self._named: Counter[str] = Counter()
         self._group = False
         self._ended = threading.Event()
 
@@ -88,6 +91,7 @@ class Ranks:
 
     def first(self, name: str, make: Callable[[], T]) -> T:
         """`make()` on rank 0 and then on the others, which find in the caches what rank 0 left there."""
+        name = self._once(name)
         if self.rank > 0:
             self._await([name])
         result = make()
@@ -98,10 +102,12 @@ class Ranks:
     def meet(self, name: str, message: Any, give_up: Callable[[], bool] = lambda: False) -> list[Any]:
         """Wait for all ranks; returns the messages of all (what JSON can hold), in rank order.
 
-        Waits for as long as it takes: until another rank fails (EndedElsewhere), or `give_up()` (KeyboardInterrupt).
+        Waits for as long as it takes: until another rank fails (EndedElsewhere) or was told to stop (Interrupted), or
+        until `give_up()` (KeyboardInterrupt).
         """
         if self.store is None:
             return [message]
+        name = self._once(name)
         self.store.set(f"{name} {self.rank}", json.dumps(message))
         keys = [f"{name} {rank}" for rank in range(self.size)]
         self._await(keys, give_up)
@@ -115,27 +121,60 @@ class Ranks:
         state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
         self._open()
         states: list[Mapping[str, torch.Tensor]] = [state]
-        for rank in range(1, self.size):
-            received = {}
-            for name, own in state.items():
-                if self.rank == rank:
-                    dist.send(own, dst=0)
-                elif self.rank == 0:
-                    received[name] = own.new_empty(shapes[rank][name])
-                    dist.recv(received[name], src=rank)
-            if self.rank == 0:
-                states.append(received)
+        with self._together():
+            for rank in range(1, self.size):
+                received = {}
+                for name, own in state.items():
+                    if self.rank == rank:
+                        dist.send(own, dst=0)
+                    elif self.rank == 0:
+                        received[name] = own.new_empty(shapes[rank][name])
+                        dist.recv(received[name], src=rank)
+                if self.rank == 0:
+                    states.append(received)
         return states
+
+    def copy_first(self, tensors: Sequence[torch.Tensor]) -> None:
+        """In place, every tensor becomes that of rank 0, of the same shape."""
+        if self.store is None:
+            return
+        self._open()
+        with torch.no_grad(), self._together():
+            for tensor in tensors:
+                flat = tensor.flatten()
+                dist.broadcast(flat, src=0)
+                tensor.copy_(flat.view_as(tensor))
+
+    def from_first(self, data: bytes) -> bytes:
+        """Rank 0's `data` on every rank; the others' is of no interest. Waits for all ranks, as long as it takes."""
+        if self.store is None:
+            return data
+        size, *_ = self.meet("bytes", len(data))
+        own = torch.empty(size, dtype=torch.uint8)
+        if self.rank == 0:
+            own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own
+        self.copy_first([own])
+        return own.numpy().tobytes()
+
+    def _once(self, name: str) -> str:
+        """A key of its own each time: what an earlier exchange of this name left is not taken for a new one."""
+        self._named[name] += 1
+        return f"{name} {self._named[name]}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """A copy of what belongs to a job (a generator to sample from, say) is this process's alone."""
         return ALONE
 
-    def share(self, count: int) -> slice:
-        """Which of `count` images are this rank's: as even as can be, in rank order."""
-        least, more = divmod(count, self.size)
+    def share(self, count: int, unit: int = 1) -> slice:
+        """Which of `count` images are this rank's: as even as can be, in rank order.
+
+        Args:
+            unit: so many consecutive images stay together; the last ones may be fewer.
+        """
+        least, more = divmod(-(-count // unit), self.size)
         start = self.rank * least + min(self.rank, more)
-        return slice(start, start + least + (self.rank < more))
+        end = start + least + (self.rank < more)
+        return slice(min(start * unit, count), min(end * unit, count))
 
     def counts(self, own: int) -> list[int]:
         """Everybody's number, in rank order. A message between CPUs: the device is not waited for."""
@@ -235,7 +274,7 @@ class Ranks:
             self._group = False
 
     def check(self) -> None:
-        """EndedElsewhere if another rank has failed. Asks at most once in a second."""
+        """EndedElsewhere if another rank has failed, Interrupted if it was told to stop. Asks once in a second."""
         now = time.monotonic()
         if self.store is not None and now >= self._checked + 1:
             self._checked = now
@@ -255,11 +294,17 @@ class Ranks:
             return True
         return first
 
-    def leave(self) -> None:
-        """End together with the others, so that the launcher sees no straggler; waits a few seconds at most."""
+    def leave(self, status: int = 0) -> None:
+        """End together with the others, so that the launcher sees no straggler; waits a few seconds at most.
+
+        Args:
+            status: of a process that was told to stop: others that wait for it, or `check`, are Interrupted as well.
+        """
         self._ended.set()
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
+                if status:
+                    self.store.set(_INTERRUPTED, str(status))
                 self._leave()
         self.close()
 
@@ -282,6 +327,8 @@ class Ranks:
     def _raise_failure(self) -> None:
         if self.store.add("failures", 0):
             raise EndedElsewhere
+        if self.store.check([_INTERRUPTED]):
+            raise Interrupted("another process of this job was told to stop", int(self.store.get(_INTERRUPTED)))
 
 
 ALONE = Ranks()
@@ -289,7 +336,8 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def job() -> Iterator[Ranks]:
-    """This process's place among those of a job that stops in agreement. An error in one ends all, and one tells it."""
+    """This process's place among those of a job. An error in one ends all, and one tells it; so does a signal, with its
+    status, and rank 0 says where it stopped."""
     ranks = Ranks.join()
     try:
         yield ranks
@@ -297,7 +345,7 @@ def job() -> Iterator[Ranks]:
         ranks.leave()
         sys.exit(2)
     except Interrupted as interruption:
-        ranks.leave()
+        ranks.leave(interruption.status)
         if ranks.rank == 0:
             raise
         sys.exit(interruption.status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -87,7 +88,7 @@ class Trainer:
         kernels: the backend that watches the loss.
         graphs: captures the step after a few, and replays it; None for a step that always runs as it is written. The
             result is the same.
-        ranks: the processes that take the steps together. The first of them writes, and evaluates.
+        ranks: the processes that take the steps together, and draw and judge samples. The first of them writes.
     """
 
     def __init__(
@@ -314,17 +315,30 @@ class Trainer:
         )
 
     def _evaluate(self) -> Evaluation | None:
-        """Compare samples of fresh z with the real images; lower the rate if it is time. Further ranks wait."""
-        evaluation: Evaluation | None = None
-        if self.writes:
-            assert self.validation is not None
-            seed = self.schedule.seed
-            of_samples = (seed + _EVALUATION_SEEDS * self.step) % 2**63
-            draw = self.sampler().draw_pixels
-            evaluation = self.validation.evaluate(lambda count: draw(count, of_samples), self.step, seed)
+        """Compare samples of fresh z with the real images; lower the rate if it is time.
+
+        Every rank draws its share of the samples; what was found is rank 0's to know.
+        """
+        assert self.validation is not None
+        ranks, seed, sampler = self.ranks, self.schedule.seed, self._sampler_of_first()
+        of_samples = (seed + _EVALUATION_SEEDS * self.step) % 2**63
+
+        def draw(count: int) -> Tensor:
+            return sampler.draw_pixels(count, of_samples, ranks.share(count, sampler.indivisible))
+
+        evaluation = self.validation.evaluate(draw, self.step, seed)
         factor, *_ = self.ranks.meet(f"evaluated {self.step}", None if evaluation is None else evaluation.lr_factor)
         self._scale_lr(factor)
         return evaluation
+
+    def _sampler_of_first(self) -> Sampler:
+        """Rank 0's sampler, which is the one that is saved: ranks may have other running statistics."""
+        sampler = self.sampler()
+        if self.ranks.size == 1:
+            return sampler
+        generator = copy.deepcopy(sampler.generator)
+        self.ranks.copy_first([*generator.parameters(), *generator.buffers()])
+        return dataclasses.replace(sampler, generator=generator)
 
     @property
     def lr(self) -> float:

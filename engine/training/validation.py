@@ -15,6 +15,7 @@ from engine.evaluation.fidelity import fidelity
 from engine.evaluation.judges import EvaluationNetwork
 from engine.evaluation.metrics import KID_SUBSET, common_names
 from engine.evaluation.three_sample import three_sample_test
+from engine.training.ranks import ALONE, Ranks
 
 log = logging.getLogger("gfmn")
 
@@ -76,13 +77,17 @@ class KernelRate:
 class Validation:
     """Compares samples with real images every `config.evaluate_every` steps.
 
+    The ranks of a job share the images, real and drawn, and compute features of their own; rank 0 compares, of all
+    images in rank order, so that the numbers are those of a single process.
+
     Args:
         network: whose features are compared.
-        real: uint8 [M, 3, H, W].
+        real: uint8 [M, 3, H, W], this rank's share.
         every: steps between two evaluations.
         samples: of each.
         adapt_lr: whether the three-sample test lowers the learning rate.
         device: where features are computed.
+        ranks: the processes that share the images.
     """
 
     def __init__(
@@ -94,26 +99,32 @@ class Validation:
         samples: int,
         adapt_lr: bool = False,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ):
-        self.network, self.every, self.samples, self.device = network, every, samples, device
-        self.real = network.features(real, device=device)
+        self.network, self.every, self.samples, self.device, self.ranks = network, every, samples, device, ranks
         self.fidelity = fidelity()
-        self.real_statistics = self.fidelity.metric_fid.fid_features_to_statistics(self.real)
         self.best = float("inf")
-        self.rate = KernelRate(self.real) if adapt_lr else None
+        self.rate: KernelRate | None = None
+        self.real = self._features(real)
+        if ranks.rank == 0:
+            self.real_statistics = self.fidelity.metric_fid.fid_features_to_statistics(self.real)
+            self.rate = KernelRate(self.real) if adapt_lr else None
 
     @property
     def fingerprint(self) -> dict[str, str]:
         """Of the network, for the run's: a resumed run is judged by the same one."""
         return {"evaluation_weights": self.network.digest} if self.network.digest else {}
 
-    def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation:
-        """Evaluate `draw(n)`, uint8 [n, 3, H, W] of fresh random z, after `step` steps; `seed` decides KID's subsets.
+    def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation | None:
+        """Evaluate `draw(n)`, this rank's share of n images of fresh random z, uint8 [., 3, H, W], after `step` steps;
+        `seed` decides KID's subsets. All ranks have to come; rank 0 gets what was found, the others None.
 
         The last step of a run may lie between two evaluations: it changes no rate, so that a resumed run is
         the one that never stopped. What is `best` is so for later evaluations once `keep` was called.
         """
-        samples = self.network.features(draw(self.samples), device=self.device)
+        samples = self._features(draw(self.samples))
+        if self.ranks.rank > 0:
+            return None
         metrics: dict[str, Any] = {
             "network": self.network.label,
             "is_inception": self.network.is_inception,
@@ -128,6 +139,13 @@ class Validation:
                 metrics["three_sample_p"] = p_value
         best = metrics["kernel_distance"] < self.best
         return Evaluation(metrics, best, FACTOR if lower else 1.0)
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Of everybody's images, in rank order, on rank 0; on others of their own."""
+        own = torch.empty(0, self.network.num_features)
+        if len(images):
+            own = self.network.features(images, device=self.device)
+        return torch.cat([state["features"] for state in self.ranks.to_first({"features": own})])
 
     @contextlib.contextmanager
     def keep(self, evaluation: Evaluation) -> Iterator[None]:

@@ -7,19 +7,21 @@ import glob
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from engine.comparison.reference.protocols import Kind, Reference
-from engine.comparison.reference.saved_pass import forget_partial
-from engine.comparison.reference.statistics_pass import compute_reference, fingerprint, reference_loader
+from engine.comparison.reference.saved_pass import forget_partials, own_path, partial_path
+from engine.comparison.reference.statistics_pass import compute_reference, fingerprint
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
 from engine.support.files import locked, write_atomically
-from pipelines import ImageDataset, cache_is_kept, cached
+from engine.training.ranks import ALONE, Ranks
+from pipelines import ImageLoader, cache_is_kept, cached
 
 log = logging.getLogger("gfmn")
 
@@ -29,32 +31,79 @@ R = TypeVar("R", bound=Reference)
 def cached_reference(
     kind: Kind[R],
     extractor: Extractor,
-    dataset: ImageDataset,
+    images: ImageLoader,
     *,
     amp_dtype: torch.dtype | None = None,
     kernels: str = "auto",
-    batch_size: int = 64,
-    seed: int = 0,
-    loader: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> R:
     """`compute_reference`, or its result from the cache folder if it was computed before from exactly the same things.
 
-    An interrupted computation resumes from its last saved state. Of several processes that want the same reference, one
-    computes it and the others wait for it.
+    An interrupted computation resumes from its last saved state. Of several jobs that want the same reference, one
+    computes it and the others wait for it. All ranks of a job share the pass, and get rank 0's result, bit for bit.
+
+    Args:
+        images: from `reference_loader`, this rank's shard of them.
+
+    The other arguments, and what is raised, are `compute_reference`'s.
     """
-    images = reference_loader(extractor, dataset, batch_size=batch_size, seed=seed, loader=loader)
-    expected = fingerprint(kind, extractor, images, amp_dtype)
+    # Rank 0 first: it digests, and the others find that in the cache.
+    expected = ranks.first("digested", lambda: fingerprint(kind, extractor, images, amp_dtype))
     path = cache_path(expected)
-    if (found := _from_cache(kind, path, expected)) is not None:
-        return found
-    with exclusive(path):
-        if (found := _from_cache(kind, path, expected)) is not None:
-            return found
-        partial = path.with_suffix(".partial") if cache_is_kept() else None
-        made = compute_reference(kind, extractor, images, amp_dtype=amp_dtype, kernels=kernels, partial=partial)
-        put_in_cache(made, fingerprint(kind, extractor, images, amp_dtype))
-        forget_partial(partial)
-    return made
+
+    def find() -> R | None:
+        return _from_cache(kind, path, expected)
+
+    def make(partial: Path) -> R:
+        made = compute_reference(
+            kind,
+            extractor,
+            images,
+            amp_dtype=amp_dtype,
+            kernels=kernels,
+            partial=partial if cache_is_kept() else None,
+            ranks=ranks,
+        )
+        if ranks.rank == 0:
+            put_in_cache(made, fingerprint(kind, extractor, images, amp_dtype))
+        return made
+
+    found = find() if ranks.rank == 0 else None  # before it is locked: a cache may be read-only
+    if not any(ranks.meet("cached", found is not None)):
+        found = made_once(path, find, make, ranks)
+    return handed_out(kind, found, ranks)
+
+
+def made_once(path: Path, find: Callable[[], R | None], make: Callable[[Path], R], ranks: Ranks = ALONE) -> R | None:
+    """On rank 0 what `find()` gives, or else what `make(partial)` puts at `path`; on others it is of no interest.
+
+    One job at a time is at `path`, and all its ranks make. Each keeps what a later job resumes from in its `partial`
+    beside `path`, which is removed once the result is there.
+    """
+    with contextlib.ExitStack() as alone:
+        # Rank 0 first: two jobs could wait for each other's ranks.
+        ranks.first("alone", lambda: alone.enter_context(exclusive(own_path(path, ranks))))
+        found = find() if ranks.rank == 0 else None
+        if not any(ranks.meet("found", found is not None)):
+            found = make(partial_path(path, ranks))
+        forget_partials(path, ranks)
+    return found
+
+
+def handed_out(kind: Kind[R], reference: R | None, ranks: Ranks = ALONE) -> R:
+    """Rank 0's `reference` on all ranks, the same bits; the others' argument is of no interest."""
+    if ranks.size == 1:
+        assert reference is not None
+        return reference
+    with tempfile.TemporaryDirectory(prefix="gfmn-") as folder:
+        file = Path(folder) / "reference.safetensors"
+        if ranks.rank == 0:
+            assert reference is not None
+            reference.save(file)
+            ranks.from_first(file.read_bytes())
+            return reference
+        file.write_bytes(ranks.from_first(b""))
+        return kind.load(file)
 
 
 def cache_path(entries: dict[str, str]) -> Path:

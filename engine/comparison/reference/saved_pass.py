@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 from collections.abc import Sequence
@@ -70,13 +71,25 @@ class SavedPass:
             log.warning("%s; if this pass is interrupted, it begins anew", error)
             self.path = None
 
-    def remove(self) -> None:
-        """The reference is safe: the state is not needed any more."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+
+def own_path(path: Path, ranks: Ranks = ALONE) -> Path:
+    """`path`, or on further ranks the name beside it that stands for their share."""
+    return path if ranks.rank == 0 else path.with_name(f"{path.name}.{ranks.rank}")
 
 
-def forget_partial(partial: str | Path | None, ranks: Ranks = ALONE) -> None:
-    """Remove the state of a pass whose result is safe, on every rank once rank 0 has written it."""
+def partial_path(path: Path, ranks: Ranks = ALONE) -> Path:
+    """Where this rank keeps the state of a pass whose result comes to `path`: beside it."""
+    own = own_path(path, ranks)
+    return own.with_name(f"{own.name}.partial")
+
+
+def forget_partials(path: Path, ranks: Ranks = ALONE) -> None:
+    """Remove the state of a pass whose result is safe, on every rank once rank 0 has written it.
+
+    Rank 0 also removes what jobs of more ranks left.
+    """
     ranks.meet("written", "")
-    SavedPass(path=None if partial is None else Path(partial)).remove()
+    partial_path(path, ranks).unlink(missing_ok=True)
+    if ranks.rank == 0:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.[0-9]*.partial"):
+            left.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.saved_pass import SavedPass
 from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.feature_pass import FeaturePass
-from engine.support.errors import InputError, Interrupted
+from engine.support.errors import InputError, Interrupted, differences
 from engine.training.progress import Progress
 from engine.training.ranks import ALONE, EndedElsewhere, Ranks
 from engine.training.stopping import StopRequest
@@ -94,15 +94,17 @@ def compute_reference(
         kernels: backend, see `kernels.select`.
         progress: a bar on a terminal, lines elsewhere.
         partial: file of the pass's state, written every `SAVE_EVERY` seconds and on Ctrl-C, and resumed from if it is
-            there and fits. It stays: call `forget_partial` once the result is safe. None keeps nothing.
+            there and fits. It stays: call `forget_partials` once the result is safe. None keeps nothing.
         ranks: the processes that share the dataset.
 
     Returns the reference of all ranks, merged in rank order, on rank 0; on other ranks that of their own images.
 
-    Raises InputError or DataError for unusable images, Interrupted after Ctrl-C, EndedElsewhere on other ranks' errors.
+    Raises InputError or DataError for unusable images, Interrupted after Ctrl-C on any rank, EndedElsewhere on other
+    ranks' errors.
     """
     feature_pass = FeaturePass(extractor, dtype=amp_dtype, kernels=kernels)
     entries = fingerprint(kind, extractor, images, amp_dtype)
+    _check_same(entries, ranks)
     shard = f"{images.shard} of {images.num_shards}"
     own = {**entries, "batch_size": str(images.batch_size), "shard": shard}
     state = SavedPass(path=None if partial is None else Path(partial), of=own)
@@ -111,6 +113,9 @@ def compute_reference(
 
     def all_skipped() -> list[str]:
         return _unique([*skipped, *map(str, images.bad_images)])
+
+    def stopped(status: int) -> Interrupted:
+        return Interrupted(_where(collector.count, images, state), status)
 
     saved = time.monotonic()
     # Launchers send the same signal more than once, so several ranks don't count.
@@ -132,17 +137,19 @@ def compute_reference(
                 ranks.check()
             else:
                 position = len(images)
-        except EndedElsewhere:
+        except (EndedElsewhere, Interrupted) as ended:
             state.save(collector, position, all_skipped())
-            raise
+            raise stopped(ended.status) if isinstance(ended, Interrupted) else ended from None
         if stop.requested or ranks.size > 1:
             state.save(collector, position, all_skipped())
         if stop.requested and position < len(images):
-            raise Interrupted(_where(collector.count, images, state), stop.status)
+            raise stopped(stop.status)
         try:
             lists = ranks.meet("skipped", [collector.count, all_skipped()], lambda: stop.requested)
         except KeyboardInterrupt:
-            raise Interrupted(_where(collector.count, images, state), stop.status or 130) from None
+            raise stopped(stop.status or 130) from None
+        except Interrupted as elsewhere:
+            raise stopped(elsewhere.status) from None
     if not images.dataset.skip_bad_images and fingerprint(kind, extractor, images, amp_dtype) != entries:
         raise DataError("the dataset changed while it was read, so its moments are of neither version; run this again")
     lines = _unique(line for _, lines in lists for line in lines)
@@ -155,6 +162,13 @@ def compute_reference(
         part.restore(other)
         result = result.merge(part.result(entries, lines))
     return result
+
+
+def _check_same(entries: dict[str, str], ranks: Ranks) -> None:
+    first, *others = ranks.meet("passed over", entries)
+    for rank, theirs in enumerate(others, start=1):
+        if different := differences(theirs, first):
+            raise InputError("", f"process {rank} would pass over something else than process 0: {different}")
 
 
 def _continued(images: ImageLoader, position: int) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,13 @@ COUNT = 61
 KIND = MomentsKind()
 # The plain kernels, unless a test says otherwise.
 compute_target = functools.partial(statistics_pass.compute_reference, KIND, kernels="reference")
-cached_target = functools.partial(cache.cached_reference, KIND)
+
+
+def cached_target(
+    extractor: Extractor, dataset: ImageDataset, *, amp_dtype: torch.dtype | None = None, **options: Any
+) -> Moments:
+    images = statistics_pass.reference_loader(extractor, dataset, **{"batch_size": 64, "seed": 0, **options})
+    return cache.cached_reference(KIND, extractor, images, amp_dtype=amp_dtype)
 
 
 @pytest.fixture(autouse=True)

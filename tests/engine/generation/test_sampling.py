@@ -44,7 +44,11 @@ def test_batches_of_images_are_the_images_of_one_call(sampler: Sampler, batch_st
     batches = list(sampler.pixel_batches(count, 4))
     assert [len(batch) for batch in batches] == [sampler.batch_size, 3]
     assert torch.equal(torch.cat(batches), drawn)
-    assert torch.equal(sampler.draw_pixels(count, 4), drawn.permute(0, 3, 1, 2))
+    pixels = sampler.draw_pixels(count, 4)
+    assert torch.equal(pixels, drawn.permute(0, 3, 1, 2))
+    assert sampler.indivisible == (sampler.batch_size if batch_statistics else 1)
+    for part in (slice(0, sampler.batch_size), slice(sampler.batch_size, count), slice(count, count)):
+        assert torch.equal(sampler.draw_pixels(count, 4, part), pixels[part])
     rows = sampler.batch_size // 8 + 2
     paths = list(sampler.path_batches(rows, 8, 4))
     assert len(paths) == 2

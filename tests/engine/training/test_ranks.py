@@ -56,15 +56,19 @@ class TestAlone:
         assert ALONE.merge(x) is x
         assert ALONE.gather(x) == (x, slice(0, 3))
         assert ALONE.counts(4) == [4]
+        assert ALONE.from_first(b"word") == b"word"
         kept = x.clone()
         ALONE.sum_([x])
+        ALONE.copy_first([x])
         assert torch.equal(x, kept)
 
 
+@pytest.mark.parametrize("unit", [1, 2, 10])
 @pytest.mark.parametrize(("count", "size"), [(7, 3), (3, 3), (64, 7), (2, 5), (1, 1)])
-def test_shares_are_even_and_complete(count: int, size: int) -> None:
-    shares = [Ranks(rank, size).share(count) for rank in range(size)]
+def test_shares_are_even_and_complete(count: int, size: int, unit: int) -> None:
+    shares = [Ranks(rank, size).share(count, unit) for rank in range(size)]
     rows = list(range(count))
     assert [row for share in shares for row in rows[share]] == rows
-    lengths = [len(rows[share]) for share in shares]
+    lengths = [-(-len(rows[share]) // unit) for share in shares]
     assert max(lengths) - min(lengths) <= 1
+    assert all(share.start % unit == 0 for share in shares if rows[share])
