@@ -97,8 +97,8 @@ def scaling(results: Results) -> str:
     assumed = rows[0]["assumed"]
     sentence = (
         f"Modelled with D = {assumed['features']:,} features, P = {assumed['weights']:,} weights and "
-        f"{assumed['norms']} BatchNorms in the generator, and {1e6 * assumed['image_seconds']:.1f} µs of kernels an image "
-        "on one GPU."
+        f"{assumed['norms']} BatchNorms in the generator, and for each image {1e6 * assumed['image_seconds']:.1f} µs of "
+        "kernels on one GPU."
     )
     return "\n\n".join([*tables, sentence])
 

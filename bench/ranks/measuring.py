@@ -82,7 +82,7 @@ def time_rows(problem: Problem, minibatch: int, repetitions: int) -> Iterator[Ti
         steps = {name: (lambda job=job: max(job.ask("step"))) for name, job in calls.items()}
         taken: Mapping[tuple[int, int], list[Any]] = interleaved(steps, repetitions, lambda step: step(), warmup=2)
         (alone,) = jobs[0].ask("alone")
-    shared = {"extractor": problem.extractor, "image_size": problem.image_size, "minibatch": minibatch}
+    shared = _options(problem, minibatch)
     where, rows = environment(), []
     for (size, threads), seconds in taken.items():
         p20, p50, p80 = percentiles(seconds)
