@@ -95,10 +95,10 @@ def scaling(results: Results) -> str:
         lines = [[size, *(_step(column.get(size)) for column in own.values())] for size in sizes]
         tables.append(f"*{title}: modelled ms a step, and efficiency.*\n\n{table(headings, lines)}")
     assumed = rows[0]["assumed"]
+    image = 1e6 * assumed["image_seconds"]
     sentence = (
         f"Modelled with D = {assumed['features']:,} features, P = {assumed['weights']:,} weights and "
-        f"{assumed['norms']} BatchNorms in the generator, and for each image {1e6 * assumed['image_seconds']:.1f} µs of "
-        "kernels on one GPU."
+        f"{assumed['norms']} BatchNorms in the generator, and {image:.1f} µs of kernels an image on one GPU."
     )
     return "\n\n".join([*tables, sentence])
 
