@@ -35,6 +35,7 @@ from engine.representation.feature_pass import Activate, FeaturePass
 from engine.representation.zoo import make_network
 from engine.training.planner import FakeMode, Footprint, fake_copy, track
 from engine.training.precision import repeatable
+from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
 
@@ -160,11 +161,20 @@ class Scenario:
         return Config.build("cifar10", {**given, **flags})
 
     def parts(
-        self, minibatch: int, dtype: torch.dtype | None = None, *, generator: Generator | None = None, **flags: Any
+        self,
+        minibatch: int,
+        dtype: torch.dtype | None = None,
+        *,
+        generator: Generator | None = None,
+        ranks: Ranks = ALONE,
+        **flags: Any,
     ) -> Parts:
-        """Build a training step's parts; arguments as for `config`, and a new generator if none is given."""
+        """Build a training step's parts; arguments as for `config`, and a new generator if none is given.
+
+        `ranks` are the processes that share the minibatch.
+        """
         config = self.config(minibatch, dtype, **flags)
-        method = make_method(config, generator or self.generator(), self.extractor, self.target)
+        method = make_method(config, generator or self.generator(), self.extractor, self.target, ranks)
         assert isinstance(method, Matching)
         return Parts(config, method)
 
@@ -193,7 +203,9 @@ def engine_step(parts: Parts) -> Step:
     """One training step of the engine: the trainer's own, with the algorithms that a run is restricted to, and on a GPU
     replayed as a CUDA graph after a few."""
     machinery = make_machinery(parts.config, parts.method.device)
-    trainer = Trainer(parts.method, make_schedule(parts.config), RunFolder("nowhere"), {}, **machinery)
+    trainer = Trainer(
+        parts.method, make_schedule(parts.config), RunFolder("nowhere"), {}, ranks=parts.method.ranks, **machinery
+    )
 
     def step() -> None:
         with repeatable():

@@ -194,10 +194,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     asked = configure(arguments)
-    if arguments.plan:
-        print_plans(asked, planned_device(asked))
-        return
     check_ranks(asked, ranks)
+    if arguments.plan:
+        print_plans(asked, planned_device(asked), ranks)
+        return
     device = ranks.device(choose_device(asked.training.device, asked.training.threads, asked.training.float32))
     check_precision(amp_dtype(asked), device)
     check_graph(asked, device)

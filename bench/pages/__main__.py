@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.pages import kernels, performance, photographs
+from bench.pages import kernels, performance, photographs, ranks
 from bench.pages.regions import fill, read_results
 from engine.configuration.command import Parser, run_command
 from engine.support.errors import InputError
@@ -25,7 +25,7 @@ from engine.support.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("performance.md", "kernels.md", "photographs.md")
-TABLES = {**performance.TABLES, **kernels.TABLES, **photographs.TABLES}
+TABLES = {**performance.TABLES, **kernels.TABLES, **photographs.TABLES, **ranks.TABLES}
 
 
 def write(name: str, results: Path) -> str:

@@ -6,10 +6,11 @@ import functools
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -30,12 +31,14 @@ from engine.representation.zoo import make_network
 from engine.support.errors import InputError
 from engine.training.planner import (
     GPU_LIBRARIES,
+    RANKS_LIBRARY,
     FakeMode,
     Footprint,
     available_memory,
     fake_copy,
     gpu_block,
     memory_limit,
+    modelled_ranks,
     num_bytes,
     shown_bytes,
     track,
@@ -76,7 +79,9 @@ def _fake_reference(config: Config, extractor: Extractor) -> Any:
     return fake_target(extractor.num_features)
 
 
-def predict(config: Config, generator: Generator, extractor: Extractor, device: torch.device = CPU) -> Footprint:
+def predict(
+    config: Config, generator: Generator, extractor: Extractor, device: torch.device = CPU, size: int = 1
+) -> Footprint:
     """The footprint of training as `config` says, on tensors of no memory, in about a second.
 
     It models the fused kernels, or with `--kernels reference` the plain ones and what they allocate. For a GPU it
@@ -88,6 +93,8 @@ def predict(config: Config, generator: Generator, extractor: Extractor, device: 
         config: `chunk_size` must be a number or None.
         generator, extractor: on the CPU, of the right shapes; they are only looked at.
         device: where training is to run.
+        size: number of ranks. The footprint is one rank's, of the largest share of the minibatch; what all ranks tell
+            it, W·2·D moments or N·F pooled features, is there as long as it is in a step.
     """
     mode, on_gpu = FakeMode(), device.type == "cuda"
     block = gpu_block if on_gpu else int
@@ -104,10 +111,11 @@ def predict(config: Config, generator: Generator, extractor: Extractor, device: 
             options["weights"] = torch.empty(extractor.num_features, dtype=torch.float64)
         if isinstance(known, FeatureBank):
             options["scales"] = torch.empty(known.features.shape[1])
-        method = make_method(config, fake_generator, fake_extractor, known, **options)
+        method = make_method(config, fake_generator, fake_extractor, known, ranks=ranks, **options)
         return functools.partial(method.step, None, Noise(config.training.seed))
 
-    footprint = track(build, mode, [fake_generator, fake_extractor], block)
+    with modelled_ranks(size) as ranks:
+        footprint = track(build, mode, [fake_generator, fake_extractor], block, gloo=not on_gpu)
     # The moving average of the generator is one copy of it; the low-precision copy of the extractor was there before.
     extra = num_bytes(generator, block=block) if config.training.generator_ema is not None else 0
     extra += 0 if dtype is None else num_bytes(fake_extractor, block=block)
@@ -118,7 +126,11 @@ def predict(config: Config, generator: Generator, extractor: Extractor, device: 
     apart = _outside_steps(config, generator)
     if not is_captured(config):  # then what a step has freed serves
         apart = max(between + apart - peak, 0)
-    return Footprint(weights, between, peak, apart + sum(GPU_LIBRARIES.values()))
+    return Footprint(weights, between, peak, apart + sum(_libraries(size).values()))
+
+
+def _libraries(size: int) -> dict[str, int]:
+    return GPU_LIBRARIES if size == 1 else {**GPU_LIBRARIES, **RANKS_LIBRARY}
 
 
 def is_captured(config: Config) -> bool:
@@ -168,7 +180,7 @@ class Plan:
     Attributes:
         chunk_size, recompute, recompute_generator: as in the configuration.
         footprint: modelled.
-        batch_size: images in a minibatch.
+        batch_size: images of a minibatch that a rank has.
         launches: a chunk takes at least as long as one of so many images.
         relative_time: modelled, of a step (see `TIME_MODEL`).
     """
@@ -196,10 +208,15 @@ class Planner:
     Args:
         config: what to plan.
         device: where it is to run.
+        size: number of ranks.
+
+    Attributes:
+        share: images of a minibatch that the rank with the most of them has.
     """
 
-    def __init__(self, config: Config, device: torch.device = CPU):
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device = CPU, size: int = 1):
+        self.config, self.device, self.size = config, device, size
+        self.share = -(-config.training.batch_size // size)
         self.launches = _LAUNCHES[is_captured(config)] if device.type == "cuda" else 0
         self.generator = make_generator(config)
         self.extractor = bare_extractor(config)
@@ -209,9 +226,8 @@ class Planner:
         config = self.config.replaced(
             {"chunk_size": chunk_size, "recompute": recompute, "recompute_generator": recompute_generator}
         )
-        footprint = predict(config, self.generator, self.extractor, self.device)
-        batch = config.training.batch_size
-        return Plan(chunk_size, recompute, recompute_generator, footprint, batch, self.launches)
+        footprint = predict(config, self.generator, self.extractor, self.device, self.size)
+        return Plan(chunk_size, recompute, recompute_generator, footprint, self.share, self.launches)
 
     @property
     def time_model(self) -> str:
@@ -225,12 +241,11 @@ class Planner:
         return self.plan(chunk_size, self.config.matching.recompute, self.config.training.recompute_generator)
 
     def chunk_sizes(self) -> list[int | None]:
-        """The whole minibatch (None), then half of it, a quarter, and so on to one image; equal chunks, rounded up."""
+        """The whole share (None), then half of it, a quarter, and so on to one image; equal chunks, rounded up."""
         if self.config.networks.extractor_bn == "batch":
             return [None]
-        batch = self.config.training.batch_size
-        halvings = range(1, batch.bit_length() + 1)
-        return [None, *dict.fromkeys(-(-batch // 2**halving) for halving in halvings)]
+        halvings = range(1, self.share.bit_length() + 1)
+        return [None, *dict.fromkeys(-(-self.share // 2**halving) for halving in halvings)]
 
     def largest_chunk(self, budget: int) -> Plan:
         """The plan with the largest chunk that fits `budget` bytes, weights included; InputError if none does."""
@@ -258,51 +273,52 @@ def choose_chunk(config: Config, device: torch.device, ranks: Ranks = ALONE) -> 
     the minibatch; InputError if it cannot fit `--memory-budget`, or all the memory of a machine without a GPU.
 
     To be asked before anything is on a GPU: what comes there before training is either part of the model (the networks,
-    the target) or given back (`release_memory`).
+    the target) or given back (`release_memory`). And before ranks have exchanged tensors (`modelled_ranks`).
     """
-    automatic = config.matching.chunk_size == "auto"
-    if ranks.size > 1:
-        share = -(-config.training.batch_size // ranks.size)
-        own = choose_chunk(config.replaced({"batch_size": max(share, 2)}), device)
-        if not automatic:
-            return config
-        chunks = ranks.meet("chunk", own.matching.chunk_size or share)
-        return config.replaced({"chunk_size": min(chunks) if min(chunks) < share else None})
-    if not automatic and config.matching.memory_budget is None:
-        if device.type == "cpu":
-            _check_machine(config)
+    if config.matching.chunk_size != "auto":
+        _check_budget(config, device, ranks.size)
         return config
-    planner = Planner(config, device)
-    budget = budget_bytes(config, device)
-    if automatic:
-        plan = planner.largest_chunk(budget)
-        if plan.chunk_size is not None and plan.chunk_size < planner.launches:
-            log.info(
-                "--chunk-size auto: %d images fit, and a GPU waits for the launches of chunks below %d (modelled); "
-                "--plan lists what fits more",
-                plan.chunk_size,
-                planner.launches,
-            )
-        return config.replaced({"chunk_size": plan.chunk_size})
-    needed = planner.configured(cast("int | None", config.matching.chunk_size)).footprint.total
+    planner = Planner(config, device, ranks.size)
+    own = planner.largest_chunk(budget_bytes(config, device, ranks.size)).chunk_size
+    chunk: int = min(ranks.meet("chunk", own or planner.share))
+    whole = chunk == planner.share
+    if not whole and chunk < planner.launches:
+        log.info(
+            "--chunk-size auto: %d images fit, and a GPU waits for the launches of chunks below %d (modelled); "
+            "--plan lists what fits more",
+            chunk,
+            planner.launches,
+        )
+    return config.replaced({"chunk_size": None if whole else chunk})
+
+
+def _check_budget(config: Config, device: torch.device, size: int) -> None:
+    """InputError if a step with the configuration's own chunk does not fit `--memory-budget` or the machine."""
+    if config.matching.memory_budget is None:
+        if device.type == "cpu":
+            _check_machine(config, size)
+        return
+    budget = budget_bytes(config, device, size)
+    needed = Planner(config, device, size).configured(config.matching.images_per_chunk).footprint.total
     if needed > budget:
         raise InputError(
             "memory_budget",
             f"these settings need {shown_bytes(needed)} (modelled), the budget is "
             f"{shown_bytes(budget)}; try --chunk-size auto, or see --plan",
         )
-    return config
 
 
-def _check_machine(config: Config) -> None:
-    """InputError if a step is modelled to need more than this machine has: the system would kill it without a word.
+def _check_machine(config: Config, size: int) -> None:
+    """InputError if a step of all ranks here is modelled to need more than the machine has.
 
-    It takes seconds to model a step, so this is done only where the minibatch's images have a noticeable share.
+    The system would kill it without a word. It takes seconds to model a step, so this is done only where the
+    minibatch's images have a noticeable share.
     """
     training, memory = config.training, memory_limit()
     if training.batch_size * 3 * config.data.image_size**2 * 4 < memory / _NOTICEABLE:
         return
-    needed = Planner(config).configured(config.matching.images_per_chunk).footprint.total
+    own = Planner(config, size=size).configured(config.matching.images_per_chunk).footprint.total
+    needed = _neighbours(size) * own
     if needed > memory:
         raise InputError(
             "batch_size",
@@ -311,12 +327,18 @@ def _check_machine(config: Config) -> None:
         )
 
 
-def budget_bytes(config: Config, device: torch.device) -> int:
-    """`--memory-budget` in bytes, or else most of what is free on `device`."""
+def _neighbours(size: int) -> int:
+    """Ranks of a job of `size` that share this machine's memory, as `torchrun` says: all, if it doesn't."""
+    return min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+
+def budget_bytes(config: Config, device: torch.device, size: int = 1) -> int:
+    """`--memory-budget` in bytes, or else most of what is free on `device` for one of `size` ranks."""
     if config.matching.memory_budget is not None:
         return memory_bytes(config.matching.memory_budget)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return int(_SHARE_OF_FREE * free)
+    if device.type == "cuda":
+        return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
+    return int(_SHARE_OF_FREE * available_memory() / _neighbours(size))
 
 
 def planned_device(config: Config) -> torch.device:
@@ -332,24 +354,27 @@ def planned_device(config: Config) -> torch.device:
     return torch.device("cuda")
 
 
-def print_plans(config: Config, device: torch.device) -> None:
-    """The table of `--plan`, on standard output."""
-    planner = Planner(config, device)
-    budget = budget_bytes(config, device)
+def print_plans(config: Config, device: torch.device, ranks: Ranks = ALONE) -> None:
+    """The table of `--plan`, on standard output of the first of `ranks`: what each of them needs for its share."""
+    if ranks.rank > 0:
+        return
+    planner = Planner(config, device, ranks.size)
+    budget = budget_bytes(config, device, ranks.size)
     batch = config.training.batch_size
+    shared = "" if ranks.size == 1 else f" on {ranks.size} ranks (here: of the largest share, {planner.share})"
     networks = config.networks
     low = amp_dtype(config)
     weights = num_bytes(planner.generator, planner.extractor)
     included = f"weights included ({shown_bytes(weights)})"
     if device.type == "cuda":
-        libraries = sum(GPU_LIBRARIES.values())
+        libraries = sum(_libraries(ranks.size).values())
         included += (
             f", and what must be free beside it for libraries ({shown_bytes(libraries)}), samples and evaluations"
         )
     print(
         f"{networks.extractor} at {config.data.image_size}×{config.data.image_size}, {networks.generator} generator, "
-        f"minibatch {batch}, {'float32' if low is None else str(low).removeprefix('torch.')}. Everything is modelled, "
-        f"nothing measured.\npeak: bytes in a step, {included}; "
+        f"minibatch {batch}{shared}, {'float32' if low is None else str(low).removeprefix('torch.')}. "
+        f"Everything is modelled, nothing measured.\npeak: bytes in a step, {included}; "
         f"{planner.time_model}.\nbudget: {shown_bytes(budget)}"
         + ("" if config.matching.memory_budget else f" ({_SHARE_OF_FREE:.0%} of what is free)")
     )
@@ -361,7 +386,7 @@ def print_plans(config: Config, device: torch.device) -> None:
             total = plan.footprint.total
             generator = "recomputed" if plan.recompute_generator else "kept"
             print(
-                f"{size or batch:>7}  {plan.recompute:<10}  {generator:<12}  {shown_bytes(total):>15}  "
+                f"{size or planner.share:>7}  {plan.recompute:<10}  {generator:<12}  {shown_bytes(total):>15}  "
                 f"{plan.relative_time:>15.1f}  {'yes' if total <= budget else 'no'}"
             )
         before, least = least, min(plan.footprint.total for plan in plans)

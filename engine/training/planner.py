@@ -12,12 +12,13 @@ import copy
 import gc
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_iter
 
 from engine.support.errors import InputError
 from engine.support.files import total_memory
+from engine.training.ranks import ALONE, Ranks
 from pipelines import release_pools
 
 _GROUP = Path("/sys/fs/cgroup")
@@ -39,6 +41,11 @@ GPU_LIBRARIES = {
     "partly used segments": 2 * (2 + 20) * 2**20,
 }
 """Bytes of a GPU that training needs besides its tensors: modelled, not measured."""
+RANKS_LIBRARY = {
+    # A buffer of NCCL_BUFFSIZE, 4 MiB by default, for each of some channels to each of some neighbours. Assumed.
+    "NCCL's buffers": 256 * 2**20,
+}
+"""The same, where there are several ranks."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +94,22 @@ class StorageTracker(TorchDispatchMode):
     """Counts the bytes of all storages that operators make, for as long as anybody holds them.
 
     Views share their storage and in-place operators make none. What an operator allocates for itself and frees before
-    it returns is not seen: neither a library's workspaces, nor PyTorch's own kernels from the inside.
+    it returns is not seen: neither a library's workspaces, nor PyTorch's own kernels from the inside. The one exception
+    is gloo's all-gather.
 
     Args:
         ignored: their storages don't count.
         block: bytes that a storage of so many bytes takes.
+        gloo: ranks gather by gloo, which receives into a second tensor of the result's size.
 
     Attributes:
         now, peak: bytes.
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = (), block: Callable[[int], int] = int):
+    def __init__(self, ignored: Iterable[Tensor] = (), block: Callable[[int], int] = int, gloo: bool = False):
         super().__init__()
         self.now = self.peak = 0
-        self.block = block
+        self.block, self.gloo = block, gloo
         self.known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in ignored)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,6 +117,8 @@ class StorageTracker(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self.count(value)
+        if self.gloo and func is torch.ops.c10d._allgather_base_.default:
+            self.peak = max(self.peak, self.now + self.block(args[0].nbytes))
         return result
 
     def count(self, tensor: Tensor) -> None:
@@ -148,6 +159,7 @@ def track(
     mode: FakeTensorMode,
     weights: Sequence[nn.Module],
     block: Callable[[int], int] = int,
+    gloo: bool = False,
 ) -> Footprint:
     """The footprint of the step that `build()` returns, from its second call: then all optimizer state exists.
 
@@ -155,15 +167,49 @@ def track(
         build: runs under `mode`; makes everything that a step needs besides `weights`, on fake tensors.
         weights: modules with fake tensors, which don't count.
         block: bytes that a tensor of so many bytes takes.
+        gloo: see `StorageTracker`.
     """
     tensors = [tensor for module in weights for tensor in (*module.parameters(), *module.buffers())]
-    tracker = StorageTracker(tensors, block)
+    tracker = StorageTracker(tensors, block, gloo)
     with mode, tracker:
         step = build()
         step()
         tracker.peak = between_steps = tracker.now
         step()
     return Footprint(num_bytes(*weights, block=block), between_steps, tracker.peak)
+
+
+class _ModelledRanks(Ranks):
+    """Rank 0, whose share is none of the smaller ones, of a job whose other ranks are not there."""
+
+    def counts(self, own: int) -> list[int]:
+        """As if all shares were this one; fake tensors could not tell."""
+        return [own] * self.size
+
+    def counting(self, own: int) -> Callable[[], list[int]]:
+        return lambda: self.counts(own)
+
+    def _open(self) -> None:
+        """`modelled_ranks` has."""
+
+
+@contextlib.contextmanager
+def modelled_ranks(size: int) -> Iterator[Ranks]:
+    """For `track`: a rank of `size` that exchanges tensors with nobody, and has the memory for what would come.
+
+    PyTorch's fake process group stands in for the lasting one, so whatever ranks send each other is modelled as it is
+    written. It must not be open yet.
+    """
+    if size == 1:
+        yield ALONE
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the group
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield _ModelledRanks(0, size, FakeStore())
+    finally:
+        dist.destroy_process_group()
 
 
 def release_memory(device: torch.device) -> None:
