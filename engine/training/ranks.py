@@ -139,7 +139,8 @@ class Ranks:
             if told != own:
                 raise RuntimeError(f"a step for a capture told {told}, and the captured one tells {own}")
             return lambda: counts
-        arriving, found = self._gathering(torch.tensor([own])), []
+        arriving = self._gathering(torch.tensor([own]))
+        found: list[int] = []
         if self._told is not None:
             self._told.append((own, found))
 
@@ -226,6 +227,9 @@ class Ranks:
         if self._group:
             return
         store = dist.PrefixStore("tensors", self.store)
+        # NCCL may register the buffers of captured collectives with the other ranks, inside the capture. There a rank
+        # whose capture failed would be waited for.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
         self._group = True
