@@ -60,6 +60,16 @@ def events(step: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Event
     return found
 
 
+class Stream:
+    """A stream of CUDA's by name."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
 COUNTS = Message("gather", 8, torch.int64)
 
 
@@ -129,6 +139,62 @@ class TestWhen:
         assert after[last_of_first] > 0, "the second network runs while the first one's last moments travel"
         assert log[first_wait:].count("wait") == len(groups)
         assert "convolution" not in log[first_wait:]
+
+    @pytest.mark.usefixtures("small_groups")
+    def test_groups_set_out_from_their_networks_stream(self, ranks: FakeRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There NCCL waits for that network alone; in the end it is the step's own stream that waits for NCCL."""
+        log: list[str] = []
+        current = [Stream("main", log)]
+        begin, wait = arriving.Arriving.__init__, arriving.Arriving.wait
+
+        @contextlib.contextmanager
+        def inside(stream: Stream) -> Iterator[None]:
+            current.append(stream)
+            yield
+            current.pop()
+
+        def beginning(self: arriving.Arriving, own: Tensor, *others: Any) -> None:
+            if own.dtype != torch.int64:
+                log.append(f"start on {current[-1].name}")
+            begin(self, own, *others)
+
+        def waiting(self: arriving.Arriving) -> Tensor:
+            if self.own.dtype != torch.int64:
+                log.append(f"wait on {current[-1].name}")
+            return wait(self)
+
+        found: list[Any] = []
+
+        def make() -> Callable[[], object]:
+            settings = {"batch_size": BATCH, "extractor": "vgg-small+resnet18"}
+            objective = fake_cuda_trainer(configuration("digits", settings), ranks).method.objective
+            found.append(objective)
+
+            def step() -> None:
+                images = torch.zeros(2, 3, 32, 32, device="cuda")
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+                    patch.setattr(torch.cuda, "Stream", lambda device: Stream("second", log))
+                    patch.setattr(torch.cuda, "stream", inside)
+                    patch.setattr(arriving.Arriving, "__init__", beginning)
+                    patch.setattr(arriving.Arriving, "wait", waiting)
+                    objective(images)
+
+            return step
+
+        assert host_waits(make) == []
+        (objective,) = found
+        networks = objective.feature_pass.prepared.taps_of_networks()
+        of_first, of_second = (sum(group.taps.start in taps for group in objective.groups) for taps in networks)
+        assert of_first > 1
+        assert of_second > 1
+        assert log == [
+            "second waits for main",
+            *["start on main"] * of_first,
+            *["start on second"] * of_second,
+            "main waits for second",
+            *["wait on main"] * (of_first + of_second),
+        ]
 
     def test_a_rank_without_images_sends_the_same_at_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
