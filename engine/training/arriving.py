@@ -32,7 +32,9 @@ class Arriving:
 
     NCCL moves them on a stream of its own. That one waits for what the stream that is current here has been told so
     far, and for nothing that it is told later. `wait` lets the stream that is current there wait for NCCL's, and not
-    the host (unless TORCH_NCCL_BLOCKING_WAIT is set, with which nothing can be captured).
+    the host (unless TORCH_NCCL_BLOCKING_WAIT is set, with which nothing can be captured). A collective on the current
+    stream, as `Ranks.sum_` is, has to come before all that are on their way, or after they have been waited for: then
+    any two of one communicator have an order on the device, the same on every rank.
 
     Args:
         own: this rank's, which must not change before `wait`.

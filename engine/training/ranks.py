@@ -227,10 +227,11 @@ class Ranks:
         if self._group:
             return
         store = dist.PrefixStore("tensors", self.store)
-        # NCCL may register the buffers of captured collectives with the other ranks, inside the capture. There a rank
-        # whose capture failed would be waited for.
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # NCCL may register the buffers of captured collectives with the other ranks, inside the capture. There a rank
+        # whose capture has failed would be waited for.
+        if torch.cuda.is_available():
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
         self._group = True
 
