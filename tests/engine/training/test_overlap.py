@@ -271,7 +271,7 @@ CAPTURED: dict[str, dict[str, Any]] = {
 
 
 class TestCapture:
-    @pytest.mark.parametrize("name", CAPTURED)
+    @pytest.mark.parametrize("name", ["fp16-chunks", "mmd", pytest.param("two-networks", marks=pytest.mark.slow)])
     @pytest.mark.usefixtures("small_groups")
     def test_on_fake_cuda_the_host_waits_for_nothing(self, name: str, ranks: FakeRanks) -> None:
         """Steps as they are rehearsed wait for other hosts alone, captured ones for nobody; all are the same."""
@@ -308,7 +308,7 @@ class TestCapture:
 
     @pytest.mark.parametrize("name", CAPTURED)
     @pytest.mark.usefixtures("small_groups")
-    def test_replays_are_steps(self, name: str, ranks: FakeRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_replays_are_steps(self, name: str, ranks: FakeRanks) -> None:
         """The collectives are in the graph: with it and without the bits are the same, and no host tells a count."""
         settings = {"batch_size": BATCH // 2, "extractor": "vgg-small+resnet18", **CAPTURED[name]}
         config = configuration("digits", settings)
@@ -372,7 +372,7 @@ def test_all_ranks_capture_or_none(caplog: pytest.LogCaptureFixture) -> None:
     assert "cannot be captured in a CUDA graph (another process of this job cannot)" in caplog.text
 
 
-def test_the_graph_goes_before_the_group(ranks: FakeRanks, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_goes_before_the_group(ranks: FakeRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     """A communicator waits for the graphs that use it before it is destroyed, so none outlives training."""
     made = small_trainer(configuration("digits", {"batch_size": BATCH}), ranks, RecordedGraphs())
     for name in ("save", "_sample", "_log"):
