@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -20,21 +22,72 @@ from engine.training.ranks import ALONE
 from kernels.layout import accumulation_dtype
 
 _DEVIATION_FLOOR = 0.05
+# A collective should carry enough to be worth its start: half a megabyte of means and as much of M2 in float32. And a
+# pass should not start too many of them.
+_LEAST_TOGETHER = 1 << 17
+_MOST_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class TapGroup:
+    """Consecutive taps of one network, whose moments ranks exchange together.
+
+    Attributes:
+        taps: their numbers.
+        features: where they lie among all D features.
+    """
+
+    taps: range
+    features: slice
+
+
+def tap_groups(networks: Sequence[range], sizes: Sequence[int], least: int | None = None) -> list[TapGroup]:
+    """All taps, in order. A group ends with its network, or as soon as it has `least` features.
+
+    Early layers have most of the features, so that what is left for the end of a network is small.
+
+    Args:
+        networks: which taps are whose.
+        sizes: d_j of every tap.
+        least: None for what is worth a collective, and no more than about eight of them.
+    """
+    least = max(_LEAST_TOGETHER, sum(sizes) // _MOST_GROUPS) if least is None else least
+    bounds = [0, *itertools.accumulate(sizes)]
+    groups = []
+    for network in networks:
+        begin = network.start
+        for end in range(begin + 1, network.stop + 1):
+            if end == network.stop or bounds[end] - bounds[begin] >= least:
+                groups.append(TapGroup(range(begin, end), slice(bounds[begin], bounds[end])))
+                begin = end
+    return groups
+
+
+def side_by_side(groups: Sequence[BatchMoments]) -> BatchMoments:
+    """The moments of all features, from those of groups of them over the same images."""
+    if len(groups) == 1:
+        return groups[0]
+    mean, m2 = (torch.cat([getattr(group, name) for group in groups]) for name in ("mean", "m2"))
+    return BatchMoments(groups[0].count, mean, m2)
 
 
 class MomentCriterion:
     """The criterion of one minibatch: moments of every tap over its chunks, one averager step, two coefficients.
 
+    With several ranks, the moments of a group of taps start on their way to the others as soon as the last chunk has
+    passed the last of these taps, and travel while the pass goes on.
+
     Args:
         objective: whose averager, target and buffers' order are used.
+        count: images of this rank that the pass will show.
         advance: whether the averager takes a step, or is only read.
 
     Attributes:
         scalars: after `finish`, for the log: the loss's parts over means and over variances, and ‖Δ‖².
     """
 
-    def __init__(self, objective: MomentMatching, advance: bool):
-        self.objective, self.advance = objective, advance
+    def __init__(self, objective: MomentMatching, count: int, advance: bool):
+        self.objective, self.count, self.advance = objective, count, advance
         self.kernels: ModuleType = objective.feature_pass.kernels
         extractor = objective.feature_pass.prepared
         features, taps = extractor.num_features, len(extractor.taps)
@@ -43,6 +96,8 @@ class MomentCriterion:
         slices = objective.order.slices(both)
         self.means, self.m2s = slices[:taps], slices[taps:]
         self.counts = [0] * taps
+        self.merging = objective.ranks.merging(count)
+        self.waiting = list(objective.groups)
         self.gradients: list[Affine] = []
         self.scalars: dict[str, Tensor] = {}
 
@@ -52,13 +107,22 @@ class MomentCriterion:
             x.x, self.means[tap], self.m2s[tap], self.counts[tap], x.bias, x.residual, x.activation
         )
         self.counts[tap] += len(x.x)
+        # Always in the same order, whatever order a pass goes in: a collective is a promise of all ranks.
+        while self.waiting and all(self.counts[tap] == self.count for tap in self.waiting[0].taps):
+            self._start(self.waiting.pop(0))
+
+    def _start(self, group: TapGroup) -> None:
+        mean, m2 = (buffer[group.features] for buffer in self.buffers)
+        self.merging.start(BatchMoments(self.count, mean, m2))
 
     def finish(self, ranks: Ranks) -> Tensor:
         """L, from the moments of all ranks; then the coefficients are known."""
         objective, order = self.objective, self.objective.order
+        for group in self.waiting:  # of a rank without images
+            self._start(group)
         direction: Direction = objective.averager.step(
             self.kernels,
-            ranks.merge(BatchMoments(self.counts[0], mean=self.buffers[0], m2=self.buffers[1])),
+            side_by_side(self.merging.wait()),
             objective.target,
             correction=objective.correction,
             advance=self.advance,
@@ -146,6 +210,10 @@ class MomentMatching(nn.Module):
             max_chunks=max_chunks,
         )
         self.order = FeatureOrder(extractor.taps)
+        # Alone there is nothing to wait for, and one group of all taps costs nothing.
+        everything = [range(len(extractor.taps))] if ranks.size == 1 else self.feature_pass.prepared.taps_of_networks()
+        least = extractor.num_features if ranks.size == 1 else None
+        self.groups = tap_groups(everything, self.order.sizes, least)
         self.accumulation_dtype = accumulation_dtype(self.feature_pass.dtype)
         dtype, device = self.accumulation_dtype, extractor.device
         self.target = TargetMoments(
@@ -178,7 +246,8 @@ class MomentMatching(nn.Module):
         self.extractor.check_images(images)
         if len(images) < 2 and self.ranks.size == 1:
             raise InputError("images", "a minibatch of 1 has no variance; give at least 2 images")
-        criterion = MomentCriterion(self, advance=self.training and torch.is_grad_enabled())
+        count = sum(part.stop - part.start for part in self.feature_pass.chunks(len(images)))
+        criterion = MomentCriterion(self, count, advance=self.training and torch.is_grad_enabled())
         loss = self.feature_pass.loss(images, criterion, self.ranks)
         self._scalars = criterion.scalars
         return loss

@@ -35,6 +35,7 @@ class FeatureCriterion:
         self.sizes = sizes(objective.pool, self.taps)
         self.features = torch.empty(count, sum(self.sizes), dtype=dtype, device=extractor.device)
         self.of_taps = torch.split(self.features, self.sizes, dim=1)
+        self.counts = objective.ranks.counting(count)
 
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
         """See `engine.representation.protocols.Collector`."""
@@ -42,7 +43,7 @@ class FeatureCriterion:
 
     def finish(self, ranks: Ranks) -> Tensor:
         """L, of the features of all ranks; then ∂L/∂x is known."""
-        gathered, own = ranks.gather(self.features)
+        gathered, own = ranks.gather(self.features, self.counts)
         del self.features, self.of_taps
         if not self.differentiable:
             return self.objective.discrepancy(gathered)

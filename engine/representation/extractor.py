@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from engine.representation.tracing.convolutions import can_fuse, fuse, leave_biases
 from engine.representation.tracing.stages import cut
-from engine.representation.tracing.tap import TapSite, Visitor
+from engine.representation.tracing.tap import TapSite, Visitor, is_visit
 from engine.support.errors import InputError
 
 _ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6, "none": lambda x: x}
@@ -115,6 +116,12 @@ class Extractor(nn.Module):
                 sites[index] = site
         twin.sites = tuple(sites)
         return twin
+
+    def taps_of_networks(self) -> list[range]:
+        """Which taps are whose, network by network, in the order in which they run."""
+        counts = [sum(is_visit(node) for node in _unwrapped(network)[0].graph.nodes) for network in self.networks]
+        bounds = itertools.accumulate(counts, initial=0)
+        return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
     def stages(self) -> list[list[nn.Module]]:
         """Every network as stages `(x, visit) -> y` that run one after the other (see `tracing.stages`)."""

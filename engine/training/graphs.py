@@ -7,6 +7,13 @@ learning rate are tensors that change in place, and whoever replaces state calls
 
 A graph's temporaries lie in a pool of its own, which nothing outside of it uses while it exists: sampling and
 evaluation between two steps need their memory besides. What PyTorch had cached is given back before the capture.
+
+Collectives are part of the graph, and bind all ranks (NVIDIA's "Using NCCL with CUDA Graphs"): a collective is captured
+by all of them or by none, and a replay waits on the device until all have replayed. So every rank takes the same number
+of eager steps, in which NCCL makes its connections, captures at the same step, and replays only if all have captured.
+Nothing is exchanged between hosts inside of a captured step. PyTorch's watchdog neither sees captured collectives nor
+disturbs a capture of this thread's, so there is no timeout of a replay: `Ranks.watch` ends a process whose replay waits
+for a failed rank. A communicator can only be destroyed after the graphs that use it (NCCL 2.26), hence `close`.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import torch
 from torch import Tensor
 
 from engine.support.errors import one_line
+from engine.training.ranks import ALONE, Ranks
 
 log = logging.getLogger("gfmn")
 
@@ -101,18 +109,19 @@ class CudaGraphs:
 class GraphedStep:
     """A step that is taken eagerly `EAGER_STEPS` times, then captured, then replayed.
 
-    A step that cannot be captured stays eager, which a warning says once. Captures don't execute: a failed one leaves
-    what is on the device as it was. The Python of a step runs at its capture and in no replay, so it must not count
-    anything.
+    A step that cannot be captured, by this rank or by another one, stays eager, which a warning says once. Captures
+    don't execute: a failed one leaves what is on the device as it was. The Python of a step runs at its capture and in
+    no replay, so it must not count anything.
 
     Args:
         step: takes a step and returns scalars on the device. Its shapes are always the same.
         graphs: of the device.
         release: called before a capture, to let go of what eager steps left and a captured one makes anew.
+        ranks: the processes that take the step together.
     """
 
-    def __init__(self, step: Step, graphs: Graphs, release: Callable[[], None]):
-        self.step, self.graphs, self.release = step, graphs, release
+    def __init__(self, step: Step, graphs: Graphs, release: Callable[[], None], ranks: Ranks = ALONE):
+        self.step, self.graphs, self.release, self.ranks = step, graphs, release, ranks
         self._eager, self._refused = EAGER_STEPS, False
         self._replay: Callable[[], None] | None = None
         self._scalars: Scalars = {}
@@ -128,7 +137,8 @@ class GraphedStep:
             return self.step()
         if self._eager > 0:
             self._eager -= 1
-            return self.graphs.aside(self.step)
+            with self.ranks.rehearsing():
+                return self.graphs.aside(self.step)
         if self._replay is None and not self._capture():
             return self.step()
         assert self._replay is not None
@@ -139,14 +149,23 @@ class GraphedStep:
         """Forget the graph: state was replaced, or a number that the step reads from Python has changed."""
         if self._replay is not None:
             self.graphs.drain()
+        self.close()
+
+    def close(self) -> None:
+        """Forget the graph, without waiting for the device: before the group of ranks is left, however that comes."""
         self._replay, self._scalars, self._eager = None, {}, EAGER_STEPS
 
     def _capture(self) -> bool:
         self.release()
+        reason = ""
         try:
-            self._replay, self._scalars = self.graphs.capture(self.step)
+            with self.ranks.capturing():
+                self._replay, self._scalars = self.graphs.capture(self.step)
         except Exception as error:  # what is wrong with the step itself comes again when it is taken eagerly
-            self._refused = True
+            reason = one_line(error)
+        if self.ranks.agree(bool(reason)):
+            self._refused, self._replay, self._scalars = True, None, {}
             self.release()
-            log.warning("warning: the step cannot be captured in a CUDA graph (%s); it runs without", one_line(error))
+            why = reason or "another process of this job cannot"
+            log.warning("warning: the step cannot be captured in a CUDA graph (%s); it runs without", why)
         return not self._refused

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import sys
@@ -13,29 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine.support.errors import InputError, Interrupted
+from engine.training.arriving import Arriving, M, Merging
 
 T = TypeVar("T")
 
-
-class Mergeable(Protocol):
-    """Moments of a set of images, a dataclass with further fields that all ranks share."""
-
-    count: int
-    mean: torch.Tensor
-    m2: torch.Tensor
-
-    def merge(self: M, other: M) -> M:
-        """Moments of both sets."""
-        ...
-
-
-M = TypeVar("M", bound=Mergeable)
 
 _POLL = 0.2
 _GATHERING = timedelta(minutes=10)
@@ -70,6 +55,10 @@ class Ranks:
         self._named: Counter[str] = Counter()
         self._group = False
         self._ended = threading.Event()
+        # The counts of one step that is taken for a capture, and what of them the capture has not asked for yet.
+        self._told: list[tuple[int, list[int]]] | None = None
+        self._rehearsed: list[tuple[int, list[int]]] = []
+        self._known: Iterator[tuple[int, list[int]]] | None = None
 
     @classmethod
     def join(cls) -> Ranks:
@@ -178,35 +167,82 @@ class Ranks:
 
     def counts(self, own: int) -> list[int]:
         """Everybody's number, in rank order. A message between CPUs: the device is not waited for."""
+        return self.counting(own)()
+
+    def counting(self, own: int) -> Callable[[], list[int]]:
+        """Begin to tell each other a number; the function returned waits for everybody's, in rank order."""
         if self.store is None:
-            return [own]
-        return self._everybody(torch.tensor([own])).flatten().tolist()
+            return lambda: [own]
+        if self._known is not None:
+            told, counts = next(self._known, (None, []))
+            if told != own:
+                raise RuntimeError(f"a step for a capture told {told}, and the captured one tells {own}")
+            return lambda: counts
+        arriving = self._gathering(torch.tensor([own]))
+        found: list[int] = []
+        if self._told is not None:
+            self._told.append((own, found))
+
+        def wait() -> list[int]:
+            found[:] = arriving.wait().flatten().tolist()
+            return found
+
+        return wait
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so. The host waits for the others."""
+        return any(self.counts(int(flag)))
+
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """A step that is taken as one that will be captured, which tells the same counts again."""
+        self._told = []
+        try:
+            yield
+        finally:
+            self._rehearsed, self._told = self._told, None
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """A step that is captured, so that its Python never runs again: CPUs exchange nothing.
+
+        Every rank has the same share of every minibatch, so the counts are those of the last rehearsal.
+        """
+        self._known = iter(self._rehearsed)
+        try:
+            yield
+        finally:
+            self._known = None
+
+    def merging(self, count: int) -> Merging[Any]:
+        """Begin to merge the moments of all ranks, of which this one's are of `count` images: see `Merging`."""
+        return Merging(self.counting(count), None if self.store is None else self._gathering)
 
     def merge(self, moments: M) -> M:
-        """Moments of the images of all ranks, of each rank's own; the same bits on all of them.
-
-        Every rank gets mean and M2 of all, 2·D numbers of each, and merges them in rank order.
-        """
+        """Moments of the images of all ranks, of each rank's own; the same bits on all of them."""
         if self.store is None:
             return moments
-        counts = self.counts(moments.count)
-        everybody = self._everybody(torch.cat((moments.mean, moments.m2)))
-        parts = [
-            dataclasses.replace(moments, count=count, mean=mean, m2=m2)  # type: ignore[type-var]
-            for count, (mean, m2) in zip(counts, everybody.unflatten(1, (2, -1)).unbind(), strict=True)
-            if count
-        ]
-        return functools.reduce(lambda merged, part: merged.merge(part), parts)
+        merging: Merging[M] = self.merging(moments.count)
+        merging.start(moments)
+        (merged,) = merging.wait()
+        return merged
 
-    def gather(self, features: torch.Tensor) -> tuple[torch.Tensor, slice]:
-        """Everybody's rows of `features` [n, F] in rank order, and which of them are this rank's."""
+    def gather(
+        self, features: torch.Tensor, counts: Callable[[], list[int]] | None = None
+    ) -> tuple[torch.Tensor, slice]:
+        """Everybody's rows of `features` [n, F] in rank order, and which of them are this rank's.
+
+        Args:
+            counts: what `counting(n)` returned earlier, if it was called.
+        """
         if self.store is None:
             return features, slice(0, len(features))
-        counts = self.counts(len(features))
-        most, start = max(counts), sum(counts[: self.rank])
+        rows_of = (counts or self.counting(len(features)))()
+        most, start = max(rows_of), sum(rows_of[: self.rank])
         padded = features.new_zeros(most, *features.shape[1:])
         padded[: len(features)] = features
-        rows = torch.cat([part[:count] for part, count in zip(self._everybody(padded), counts, strict=True)])
+        everybody = self._gathering(padded).wait()
+        rows = torch.cat([part[:count] for part, count in zip(everybody, rows_of, strict=True)])
         return rows, slice(start, start + len(features))
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -220,13 +256,10 @@ class Ranks:
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
-    def _everybody(self, own: torch.Tensor) -> torch.Tensor:
-        """Every rank's tensor of one shape, [W, *shape]."""
+    def _gathering(self, own: torch.Tensor) -> Arriving:
+        """Begin to get every rank's tensor of one shape."""
         self._open()
-        flat = own.new_empty(self.size * own.numel())
-        with self._together():
-            dist.all_gather_single(flat, own.flatten())
-        return flat.view(self.size, *own.shape)
+        return Arriving(own, self.size, self._together)
 
     def _open(self) -> None:
         """Join the lasting group, once."""
@@ -234,6 +267,10 @@ class Ranks:
             return
         store = dist.PrefixStore("tensors", self.store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # NCCL may register the buffers of captured collectives with the other ranks, inside the capture. There a rank
+        # whose capture has failed would be waited for.
+        if torch.cuda.is_available():
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
         self._group = True
 
@@ -243,6 +280,8 @@ class Ranks:
         try:
             yield
         except RuntimeError:
+            if self._known is not None:
+                raise  # what cannot be captured; nobody has been waited for
             time.sleep(_POLL)  # let it say so
             with contextlib.suppress(RuntimeError):
                 self._raise_failure()

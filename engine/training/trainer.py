@@ -123,7 +123,7 @@ class Trainer:
         # The device's own count of steps, and what it found; both change in place.
         self._steps_on_device = torch.tensor(0, device=self.device)
         self.first_bad_step = torch.tensor(_NEVER, device=self.device)
-        self.graphed = None if graphs is None else GraphedStep(self._step, graphs, self._drop_gradients)
+        self.graphed = None if graphs is None else GraphedStep(self._step, graphs, self._drop_gradients, ranks)
 
     def train_step(self) -> Mapping[str, Tensor]:
         """One step; returns the method's scalars on the device, and never waits for it.
@@ -170,7 +170,8 @@ class Trainer:
         clock, clock_step = time.perf_counter(), self.step
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total) if self.writes else NoLogbook()
         reset_peak_memory(self.device)
-        with StopRequest() as stop, self._saved_before_failing(), logbook, profiler, repeatable():
+        graphed: Any = contextlib.nullcontext() if self.graphed is None else contextlib.closing(self.graphed)
+        with StopRequest() as stop, self._saved_before_failing(), logbook, profiler, repeatable(), graphed:
             status = 0
             while self.step < total and not (status := self._stopped(stop)):
                 scalars = self.train_step()

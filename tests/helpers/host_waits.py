@@ -37,6 +37,7 @@ from engine.configuration.inputs import amp_dtype
 from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.training.planner import FakeMode, fake_copy
+from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
 
@@ -233,7 +234,7 @@ def host_waits(call: Callable[[], Callable[[], object]], warmup: int = 0) -> lis
     return waits.faults
 
 
-def fake_cuda_trainer(config: Config) -> Trainer:
+def fake_cuda_trainer(config: Config, ranks: Ranks = ALONE) -> Trainer:
     """A new trainer on fake CUDA tensors, with the Triton operators and z drawn ahead; for `host_waits`."""
     mode = detect_fake_mode()
     assert mode is not None
@@ -249,8 +250,9 @@ def fake_cuda_trainer(config: Config) -> Trainer:
         options["scales"] = torch.ones(reference.features.shape[1])
     elif config.gfmn.feature_scale != "none":
         options["weights"] = torch.ones(extractor.num_features)
-    method = make_method(config, generator, extractor, reference, **options)
+    method = make_method(config, generator, extractor, reference, ranks, **options)
     noise = DrawnAhead(config.training.seed, CudaLane(extractor.device))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copying a generator
-        return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, noise=noise, kernels=triton)
+        schedule, run = make_schedule(config), RunFolder("nowhere")
+        return Trainer(method, schedule, run, {}, noise=noise, kernels=triton, ranks=ranks)

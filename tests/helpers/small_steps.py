@@ -24,6 +24,8 @@ from engine.configuration.presets import PRESETS
 from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import DrawnAhead
 from engine.representation.extractor import Extractor
+from engine.training.graphs import Graphs
+from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
 from kernels import reference
@@ -102,13 +104,13 @@ def random_reference(config: Config, extractor: Extractor) -> Any:
     return Moments(2, mean, m2)
 
 
-def small_trainer(config: Config) -> Trainer:
+def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = None) -> Trainer:
     """A new trainer on the CPU that steps as one on a GPU does, with the plain kernels."""
     torch.manual_seed(3)
     extractor, generator = bare_extractor(config), make_generator(config)
-    method = make_method(config, generator, extractor, random_reference(config, extractor), kernels=reference)
-    noise = DrawnAhead(config.training.seed, RecordedLane())
-    return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, noise=noise, kernels=reference)
+    method = make_method(config, generator, extractor, random_reference(config, extractor), ranks, kernels=reference)
+    options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
+    return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, graphs=graphs, ranks=ranks, **options)
 
 
 def device_step(trainer: Trainer) -> Callable[[AbstractContextManager[Any]], object]:

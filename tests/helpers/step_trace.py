@@ -106,6 +106,8 @@ class StepTrace(TorchDispatchMode):
             return repr(self._origin(value))
         if isinstance(value, (tuple, list)):
             return f"[{', '.join(map(self._shown, value))}]"
+        if isinstance(value, torch.ScriptObject):  # a group of processes or the kind of a sum, wrapped anew every time
+            return str(value._type())
         return "generator" if isinstance(value, torch.Generator) else repr(value)
 
     def _origin(self, tensor: Tensor) -> Origin:

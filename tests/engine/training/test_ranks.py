@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import rank_worker
+from helpers import capture_worker, rank_worker
 from helpers.jobs import ends, start_job
 from helpers.rank_worker import CASES
 from oracle import relative_error
 from torch import Tensor
 
+from engine.training.graphs import EAGER_STEPS
 from engine.training.ranks import ALONE, Ranks
 
 
@@ -47,6 +51,24 @@ def test_ranks_take_the_step_of_one(case: str, size: int, found, alone) -> None:
             assert torch.equal(first[name], value), name
         for other in others:
             assert torch.equal(other[name], first[name]), f"{name} differs between ranks"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_groups_of_taps_give_the_same_bits(size: int, found) -> None:
+    for grouped, whole in zip(found["groups", size], found["chunks", size], strict=True):
+        assert grouped.keys() == whole.keys()
+        assert all(torch.equal(value, whole[name]) for name, value in grouped.items())
+
+
+def test_a_rank_that_cannot_capture_its_step_holds_nobody_up(tmp_path: Path) -> None:
+    """The other one has captured, and goes on without its graph."""
+    for status, errors in ends(start_job(2, [capture_worker.__file__, str(tmp_path)])):
+        assert status == 0, errors
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["sums"] == second["sums"] == [3.0] * (EAGER_STEPS + 3)
+    assert [first["log"], second["log"]] == [["capture"], ["capture"]], "no replays"
+    assert "another process of this job cannot" in first["said"]
+    assert "not permitted" in second["said"]
 
 
 class TestAlone:
