@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from engine.comparison.pooling import POOLS, Pool, sizes
+from engine.comparison.pooling import Pool, make_pool, sizes
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import PerImage, Ranks, TapInput
@@ -35,6 +35,7 @@ class FeatureCriterion:
         self.sizes = sizes(objective.pool, self.taps)
         self.features = torch.empty(count, sum(self.sizes), dtype=dtype, device=extractor.device)
         self.of_taps = torch.split(self.features, self.sizes, dim=1)
+        self.gradients: tuple[Tensor, ...] = ()
 
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
         """See `engine.representation.protocols.Collector`."""
@@ -43,18 +44,19 @@ class FeatureCriterion:
     def finish(self, ranks: Ranks) -> Tensor:
         """L, of the features of all ranks; then ∂L/∂x is known."""
         gathered, own = ranks.gather(self.features)
-        del self.features, self.of_taps
         if not self.differentiable:
             return self.objective.discrepancy(gathered)
         with torch.enable_grad():
             leaf = gathered.detach().requires_grad_()
             loss = self.objective.discrepancy(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
-        self.of_taps = torch.split(gradient[own], self.sizes, dim=1)
+        self.gradients = torch.split(gradient[own], self.sizes, dim=1)
         return loss.detach()
 
     def gradient(self, tap: int, images: slice) -> PerImage:
-        return PerImage(self.objective.pool.gradient(self.of_taps[tap][images], self.taps[tap]))
+        """See `engine.representation.protocols.Criterion`."""
+        g, pooled = self.gradients[tap][images], self.of_taps[tap][images]
+        return self.objective.pool.gradient(g, pooled, self.taps[tap])
 
 
 class OnFeatures(nn.Module):
@@ -68,7 +70,7 @@ class OnFeatures(nn.Module):
     Args:
         extractor: from `build_extractor`.
         discrepancy: features [N, F] → [], differentiable; for instance `engine.comparison.distances.MMD`.
-        pool: "mean", "grid4", "none", or a `Pool`.
+        pool: a name that `make_pool` knows, or a `Pool`.
         chunk_size, kernels, amp_dtype, recompute, ranks, max_chunks: as for `MomentMatching`.
 
     Raises ValueError for arguments that do not fit.
@@ -88,9 +90,7 @@ class OnFeatures(nn.Module):
         max_chunks: int | None = None,
     ):
         super().__init__()
-        if isinstance(pool, str) and pool not in POOLS:
-            raise InputError("pool", f"{pool!r} is not one of {', '.join(POOLS)}")
-        self.pool = POOLS[pool] if isinstance(pool, str) else pool
+        self.pool = make_pool(pool) if isinstance(pool, str) else pool
         self.discrepancy = discrepancy
         self.ranks = ranks
         self.feature_pass = FeaturePass(

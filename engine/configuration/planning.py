@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from engine.comparison.pooling import POOLS, sizes
+from engine.comparison.pooling import make_pool, sizes
 from engine.comparison.reference.bank import FeatureBank
 from engine.comparison.reference.target import fake_target
 from engine.configuration.build import bare_extractor, make_generator, make_method
@@ -70,7 +70,7 @@ CPU = torch.device("cpu")
 def _fake_reference(config: Config, extractor: Extractor) -> Any:
     """What the method knows of the real images, without memory; for a fake mode."""
     if config.method.method == "mmd":
-        features = sizes(POOLS[config.mmd.pool], extractor.taps)
+        features = sizes(make_pool(config.mmd.pool), extractor.taps)
         images = config.mmd.mmd_images
         return FeatureBank(torch.zeros(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
     return fake_target(extractor.num_features)

@@ -15,7 +15,7 @@ from helpers.recorded_graphs import RecordedLane
 from torch import Tensor
 
 from engine.comparison.distances.moments import Moments
-from engine.comparison.pooling import POOLS, sizes
+from engine.comparison.pooling import make_pool, sizes
 from engine.comparison.reference.bank import FeatureBank
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
@@ -95,7 +95,7 @@ def configuration(preset: str, given: dict[str, Any]) -> Config:
 def random_reference(config: Config, extractor: Extractor) -> Any:
     """What the method knows of real images, of none: the pass over them is not what is looked at."""
     if config.method.method == "mmd":
-        features = sizes(POOLS[config.mmd.pool], extractor.taps)
+        features = sizes(make_pool(config.mmd.pool), extractor.taps)
         images = config.mmd.mmd_images
         return FeatureBank(torch.rand(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
     mean, m2 = torch.rand(2, extractor.num_features, dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.comparison.distances.moments import check_fingerprint
-from engine.comparison.pooling import POOLS, sizes
+from engine.comparison.pooling import make_pool, sizes
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import TapInput
@@ -105,7 +105,7 @@ class FeatureBank:
 
 @dataclass(frozen=True)
 class BankKind:
-    """Banks of at most `at_most` images, evenly spaced over the data set; `pool` is a name in `POOLS`."""
+    """Banks of at most `at_most` images, evenly spaced over the data set; `pool` is a name that `make_pool` knows."""
 
     pool: str
     at_most: int
@@ -132,13 +132,14 @@ class BankCollector:
 
     Args:
         extractor: as it runs.
-        pool: a name in `POOLS`.
+        pool: a name that `make_pool` knows.
         chosen: the images that are kept, by their places in the data set, in rising order.
         dtype: of the features.
     """
 
     def __init__(self, extractor: Extractor, pool: str, chosen: Tensor, dtype: torch.dtype):
-        self.pool, self.sizes = POOLS[pool], sizes(POOLS[pool], extractor.taps)
+        self.pool = make_pool(pool)
+        self.sizes = sizes(self.pool, extractor.taps)
         self.chosen, self.count = chosen, 0
         self.features = torch.empty(0, sum(self.sizes), dtype=dtype)
         self.indices = torch.empty(0, dtype=torch.int64)
