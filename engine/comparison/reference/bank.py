@@ -90,17 +90,22 @@ class FeatureBank:
         return bank
 
     def scales(self) -> Tensor:
-        """Factors [F], one for each tap and repeated over its features: 1/√(Σ variances of the tap's features).
+        """See `scales_of`."""
+        parts = torch.split(self.features, list(self.sizes), dim=1)  # one in float64 at a time
+        variances = torch.cat([part.double().var(dim=0, correction=0) for part in parts])
+        return scales_of(variances, self.sizes).to(self.features.dtype)
 
-        With them every tap contributes 2 to the mean of ‖x − y‖² over pairs of real images, however many features it
-        has and however large they are. A tap that never varies gets 0. One factor for each feature instead would blow
-        up those that hardly vary.
-        """
-        factors = []
-        for part in torch.split(self.features, list(self.sizes), dim=1):
-            total = part.double().var(dim=0, correction=0).sum()
-            factors.append((total.rsqrt() if total > 0 else total).to(part.dtype).expand(part.shape[1]))
-        return torch.cat(factors)
+
+def scales_of(variances: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Factors [F], one for each tap and repeated over its features: 1/√(Σ variances of the tap's features).
+
+    With them every tap contributes 2 to the mean of ‖x − y‖² over pairs of real images, however many features it
+    has and however large they are. A tap that never varies gets 0. One factor for each feature instead would blow
+    up those that hardly vary.
+    """
+    totals = [part.sum() for part in torch.split(variances, list(sizes))]
+    factors = [total.rsqrt() if total > 0 else total for total in totals]
+    return torch.cat([factor.expand(size) for factor, size in zip(factors, sizes, strict=True)])
 
 
 @dataclass(frozen=True)
