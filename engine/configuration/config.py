@@ -11,12 +11,8 @@ from typing import Any
 
 from engine.configuration.groups import (
     GROUPS,
-    METHODS,
     DataConfig,
-    GfmnConfig,
     MatchingConfig,
-    MethodConfig,
-    MmdConfig,
     NetworksConfig,
     OutputConfig,
     TrainingConfig,
@@ -26,6 +22,7 @@ from engine.configuration.groups import (
     names_with,
     owners,
 )
+from engine.configuration.methods import METHODS, GfmnConfig, MethodConfig, MmdConfig
 from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_values
 from engine.support.errors import InputError, one_line

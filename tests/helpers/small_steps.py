@@ -19,7 +19,7 @@ from engine.comparison.pooling import make_pool, sizes
 from engine.comparison.reference.bank import FeatureBank
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
-from engine.configuration.groups import METHODS
+from engine.configuration.methods import METHODS
 from engine.configuration.presets import PRESETS
 from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import DrawnAhead
