@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -16,8 +16,39 @@ from engine.support.errors import InputError
 from engine.training.ranks import ALONE
 from kernels.layout import accumulation_dtype
 
+_LOSS_FLOOR = 0.01
 Discrepancy = Callable[[Tensor], Tensor]
 """A distance with the real side bound: features [N, F] → []."""
+
+
+class OfNetworks(nn.Module):
+    """The distances of several networks' features, added, or each divided by its own value:
+
+        L = Σ_e L_e / (L_e' + 0.01),    L' = L detached
+
+    so that no network counts more than another because its features are larger.
+
+    Args:
+        distances: of each network's features.
+        parts: where these lie in [N, F]; with a single one nothing is divided.
+        scales: [F], what the features are multiplied by first.
+    """
+
+    def __init__(self, distances: Sequence[Discrepancy], parts: Sequence[slice], scales: Tensor):
+        super().__init__()
+        self.distances, self.parts, self.scales = list(distances), list(parts), scales
+        # Those that remember something are part of the state.
+        self.remembering = nn.ModuleDict(
+            {str(place): found for place, found in enumerate(distances) if isinstance(found, nn.Module)}
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """L of [N, F]."""
+        features = features * self.scales
+        if len(self.parts) == 1:
+            return self.distances[0](features)
+        losses = [distance(features[:, part]) for distance, part in zip(self.distances, self.parts, strict=True)]
+        return torch.stack([loss / (loss.detach() + _LOSS_FLOOR) for loss in losses]).sum()
 
 
 class FeatureCriterion:

@@ -11,7 +11,17 @@ import math
 import re
 from dataclasses import dataclass
 
-from engine.configuration.methods import GfmnConfig, MethodConfig, MmdConfig
+from engine.configuration.methods import (
+    DriftingConfig,
+    FeaturesConfig,
+    FrechetConfig,
+    GfmnConfig,
+    GmmnConfig,
+    MethodConfig,
+    MmdConfig,
+    PopulationConfig,
+    SinkhornConfig,
+)
 from engine.configuration.options import MOST_IMAGES, Settings, option, require
 from engine.generation.networks import UPSAMPLINGS
 from engine.generation.priors import MAX_NZ, PRIORS
@@ -248,6 +258,12 @@ GROUPS: dict[str, type] = {
     "networks": NetworksConfig,
     "gfmn": GfmnConfig,
     "mmd": MmdConfig,
+    "frechet": FrechetConfig,
+    "sinkhorn": SinkhornConfig,
+    "drifting": DriftingConfig,
+    "gmmn": GmmnConfig,
+    "features": FeaturesConfig,
+    "population": PopulationConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "output": OutputConfig,

@@ -10,10 +10,16 @@ from typing import ClassVar
 
 from engine.comparison.averagers import AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
-from engine.comparison.pooling import POOLS
+from engine.comparison.pooling import make_pool
 from engine.configuration.options import MOST_IMAGES, Settings, option, require
 
-METHODS = ("gfmn", "mmd")
+METHODS: dict[str, str] = {
+    "gfmn": "the mean and the variance of every feature",
+    "mmd": "the kernel MMD of pooled features",
+    "gmmn": "√MMD² of pixels, or of what --extractor gives",
+}
+"""What each method compares."""
+_ON_FEATURES = tuple(name for name in METHODS if name != "gfmn")
 # Of the kernels that have bandwidths, in units of the median distance between real images (imq: of its square).
 # Wide rational quadratics alone leave strokes blurred on the digits; these read best of those that were tried.
 MMD_BANDWIDTHS = {
@@ -29,8 +35,8 @@ class MethodConfig(Settings):
 
     method: str = option(
         "gfmn",
-        "'gfmn' matches the mean and the variance of every feature; 'mmd' the kernel MMD of pooled features",
-        choices=METHODS,
+        "what is matched: " + "; ".join(f"'{name}' {what}" for name, what in METHODS.items()),
+        choices=tuple(METHODS),
         since="0.2",
     )
 
@@ -90,12 +96,6 @@ class MmdConfig(Settings):
         metavar="N",
         since="0.2",
     )
-    pool: str = option(
-        "grid4",
-        "what is compared of every map: its mean, its means over a 4×4 grid, or every feature",
-        choices=tuple(POOLS),
-        since="0.2",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,4 +111,145 @@ class MmdConfig(Settings):
 
     @property
     def summary(self) -> str:
-        return f"MMD with {self.mmd_kernel} kernels, pooled by {self.pool}"
+        return f"MMD with {self.mmd_kernel} kernels"
+
+
+@dataclass(kw_only=True)
+class FrechetConfig(Settings):
+    """The Fréchet distance of pooled features to all real images: that of FID, of any network and minibatch."""
+
+    methods: ClassVar[tuple[str, ...]] = ("frechet",)
+
+    @property
+    def summary(self) -> str:
+        return "Fréchet distance"
+
+
+@dataclass(kw_only=True)
+class SinkhornConfig(Settings):
+    """The Sinkhorn divergence of pooled features to a fixed set of real images: entropic transport, debiased."""
+
+    methods: ClassVar[tuple[str, ...]] = ("sinkhorn",)
+
+    sinkhorn_epsilon: float = option(
+        0.05, "ε, in units of the mean squared distance", above=0, at_most=1e6, metavar="X", since="0.2"
+    )
+    sinkhorn_images: int = option(
+        2_000,
+        "real images that every minibatch is compared with, at most",
+        at_least=2,
+        at_most=MOST_IMAGES,
+        metavar="N",
+        since="0.2",
+    )
+
+    @property
+    def summary(self) -> str:
+        return f"Sinkhorn divergence with ε {self.sinkhorn_epsilon:g}"
+
+
+@dataclass(kw_only=True)
+class DriftingConfig(Settings):
+    """The drifting field of pooled features: attracted by real images, repelled by generated ones."""
+
+    methods: ClassVar[tuple[str, ...]] = ("drifting",)
+
+    drifting_temperatures: tuple[float, ...] = option(
+        (0.02, 0.05, 0.2), "τ, in units of the mean distance", above=0, at_most=1e6, metavar="X", since="0.2"
+    )
+    drifting_images: int = option(
+        2_000,
+        "real images that every minibatch is compared with, at most",
+        at_least=2,
+        at_most=MOST_IMAGES,
+        metavar="N",
+        since="0.2",
+    )
+
+    @property
+    def summary(self) -> str:
+        return f"drifting with τ {' '.join(f'{tau:g}' for tau in self.drifting_temperatures)}"
+
+
+@dataclass(kw_only=True)
+class GmmnConfig(Settings):
+    """Generative moment matching networks (Li et al. 2015): √MMD² with Gaussian kernels, on pixels by default."""
+
+    methods: ClassVar[tuple[str, ...]] = ("gmmn",)
+
+    gmmn_bandwidths: tuple[float, ...] = option(
+        (2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
+        "σ of exp(−d²/(2σ)), as its code has them for 784 pixels in [0, 1]; of F features they count F/784 times",
+        above=0,
+        at_least=1e-6,
+        at_most=1e9,
+        metavar="X",
+        since="0.2",
+    )
+    gmmn_images: int = option(
+        2_000,
+        "real images that every minibatch is compared with, at most",
+        at_least=2,
+        at_most=MOST_IMAGES,
+        metavar="N",
+        since="0.2",
+    )
+
+    @property
+    def summary(self) -> str:
+        return "√MMD² with Gaussian kernels"
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig(Settings):
+    """What of the features is compared."""
+
+    methods: ClassVar[tuple[str, ...]] = _ON_FEATURES
+
+    pool: str = option(
+        "grid4",
+        "what is compared of every map: 'mean', 'mean+std' (with its deviation), its means over a K×K 'gridK', or "
+        "'none', every feature",
+        metavar="NAME",
+        since="0.2",
+    )
+    normalise_losses: bool = option(
+        False,
+        "of several networks, divide each one's loss by its own value (and add 0.01 to that), so that all count alike",
+        since="0.2",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_pool(self.pool)
+
+    @property
+    def summary(self) -> str:
+        return f"pooled by {self.pool}"
+
+
+@dataclass(kw_only=True)
+class PopulationConfig(Settings):
+    """Past minibatches that count besides the newest one."""
+
+    methods: ClassVar[tuple[str, ...]] = ("gfmn", "frechet")
+
+    population: str = option(
+        "none",
+        "compare running statistics of generated images, with the gradient through the newest minibatch: 'ema', a "
+        "moving average, or a 'queue' of the last images; takes the averager's place",
+        choices=("none", "ema", "queue"),
+        since="0.2",
+    )
+    population_decay: float = option(0.9, "β of 'ema'", at_least=0, below=1, metavar="X", since="0.2")
+    population_images: int = option(
+        640, "of 'queue', with the newest minibatch", at_least=2, at_most=MOST_IMAGES, metavar="N", since="0.2"
+    )
+
+    @property
+    def summary(self) -> str:
+        return {
+            "none": "",
+            "ema": f"population by moving average, β {self.population_decay:g}",
+            "queue": f"population of {self.population_images} images",
+        }[self.population]

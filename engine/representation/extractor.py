@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from engine.representation.tracing.convolutions import can_fuse, fuse, leave_biases
 from engine.representation.tracing.stages import cut
-from engine.representation.tracing.tap import TapSite, Visitor
+from engine.representation.tracing.tap import TapSite, Visitor, is_visit
 from engine.support.errors import InputError
 
 _ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6, "none": lambda x: x}
@@ -81,6 +82,12 @@ class Extractor(nn.Module):
     def num_features(self) -> int:
         """Features of one image at all taps, D = Σ d_j."""
         return sum(tap.num_features for tap in self.taps)
+
+    def taps_of_networks(self) -> list[slice]:
+        """Which taps are each network's."""
+        counts = [sum(map(is_visit, _unwrapped(network)[0].graph.nodes)) for network in self.networks]
+        ends = list(itertools.accumulate(counts))
+        return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
     @property
     def dtype(self) -> torch.dtype:
