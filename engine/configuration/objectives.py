@@ -63,6 +63,12 @@ def _bank_kind(config: Config) -> Kind[Any]:
 
 def _moment_matching(config: Config, extractor: Extractor, target: Any, options: dict[str, Any]) -> Objective:
     assert isinstance(target, Moments)
+    if extractor.tokens:
+        raise InputError(
+            "method",
+            f"gfmn matches variances at every place of a map, and {extractor.name} has tokens; use another method "
+            "with --pool mean, such as mmd",
+        )
     correction = config.gfmn.correction
     if target.count <= correction:
         raise InputError("data", f"{target.count} usable image has no variance; give at least 2, or --correction 0")

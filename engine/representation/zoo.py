@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import warnings
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.representation.architectures import ARCHITECTURES, find_architecture
+from engine.representation.tokens import Tokens, leaves_of
 from engine.representation.tracing.tap import Leaves, Mark
 from engine.support.errors import InputError, one_line
 
@@ -175,7 +177,7 @@ def _timm(name: str, model: str) -> Network:
         hint = f", such as {', '.join(near[:4])}" if near else ""
         raise InputError("name", f"timm has no model {model!r}; use the name of one{hint}")
     try:
-        module = timm.create_model(model, pretrained=False)
+        module = _created(timm, model)
     except Exception as error:  # a model's own requirements
         raise InputError("name", f"timm cannot make {model} ({one_line(error)})") from None
 
@@ -188,7 +190,7 @@ def _timm(name: str, model: str) -> Network:
                 f"the ImageNet weights of timm's {model} are unavailable ({one_line(error)}); give a file",
             ) from None
 
-    settings = module.pretrained_cfg
+    settings: Any = module.pretrained_cfg
     network = _network(
         name,
         module,
@@ -197,8 +199,19 @@ def _timm(name: str, model: str) -> Network:
         std=_triple(settings.get("std", _IMAGENET_STD)),
         leaves=Leaves(tuple(timm.layers.get_notrace_modules()), tuple(timm.layers.get_notrace_functions())),
     )
+    if isinstance(module, timm.models.VisionTransformer):
+        network.leaves, network.module = leaves_of(module), Tokens(module)
+        return network
     _split_norm_act(module, timm.layers.BatchNormAct2d)
     return network
+
+
+def _created(timm: Any, model: str) -> nn.Module:
+    """A vision transformer takes images of any whole number of patches, and not only of the size of its training."""
+    if model.startswith("vit_"):
+        with contextlib.suppress(TypeError):  # a relative of theirs that has no such option
+            return timm.create_model(model, pretrained=False, dynamic_img_size=True)
+    return timm.create_model(model, pretrained=False)
 
 
 def _efficientnet_lite0() -> Network:
