@@ -11,17 +11,19 @@ it (docs/method.md, identity 1):
 
     b = 4c/N · (σ̂ − σ*)        a = 2c/N · (μ̂ − μ*) − b μ̂
 
-A population is an `Averager`, in the place of the others: the same step, the same state in checkpoints.
+For moments of every feature a population is an `Averager`, in the place of the others: the same step, the same state
+in checkpoints. For distances of pooled features it is a module around the distance.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from types import ModuleType
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.comparison.averagers import Averager, BatchMoments, Direction, TargetMoments
 from engine.support.errors import InputError
@@ -158,3 +160,91 @@ class QueuedPopulation(Population):
         """See `Population.push`."""
         place = (self.steps % self.minibatches).view(1)
         self.queue.view(self.minibatches, 2, -1).index_copy_(0, place, moments[None])
+
+
+class QueuedFeatures(nn.Module):
+    """A distance of the last generated images' pooled features, with the gradient through the newest minibatch alone.
+
+        L = distance([x; q]),    q = the features of the images before these, as they were drawn, [≤ K − N, F]
+
+    Until K images have been drawn, q is what there is. Only calls in train mode with a gradient join the queue.
+
+    Args:
+        distance: features [n, F] → [].
+        images: K, with the newest minibatch.
+        features: F.
+
+    Raises InputError for a queue that has no room for a minibatch.
+    """
+
+    queue: Tensor
+    drawn: Tensor
+
+    def __init__(self, distance: Callable[[Tensor], Tensor], images: int, features: int, like: Tensor):
+        super().__init__()
+        self.distance, self.images = distance, images
+        self.register_buffer("queue", like.new_zeros(images, features))
+        self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))  # on the CPU: it decides shapes
+
+    def forward(self, features: Tensor) -> Tensor:
+        """L of x [N, F]."""
+        count, drawn = len(features), int(self.drawn)
+        if count > self.images:
+            raise InputError("images", f"a queue of {self.images} has no room for a minibatch of {count}")
+        kept = min(drawn, self.images - count)
+        # The newest come first.
+        loss = self.distance(torch.cat((features, self.queue[:kept])))
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.queue[count : count + kept] = self.queue[:kept].clone()
+                self.queue[:count] = features
+                self.drawn.fill_(min(drawn + count, self.images))
+        return loss
+
+
+class MovingCovariance(nn.Module):
+    """A distance of the moving average of generated features' mean and full covariance (see `MovingPopulation`).
+
+        μ̂ = (1−c) μ_e + c m        Σ̂ = (1−c) Σ_e + c S + c (1−c) (m − μ_e)(m − μ_e)ᵀ        c = (1−β)/(1−β^t)
+
+    with m and S (N in the denominator) the newest minibatch's, through which alone the gradient flows. Only calls in
+    train mode with a gradient join the average.
+
+    Args:
+        distance: (mean [F], covariance [F, F]) → [], such as `Frechet.of_moments`.
+        decay: β in [0, 1).
+        features: F; a covariance has F² numbers, in float64.
+
+    Raises InputError for a β out of range.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    steps: Tensor
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor], decay: float, features: int, like: Tensor):
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise InputError("decay", f"must be in [0, 1), got {decay}")
+        self.distance, self.decay = distance, decay
+        zeros = torch.zeros(features, features, dtype=torch.float64, device=like.device)
+        self.register_buffer("mean", zeros[0].clone())
+        self.register_buffer("covariance", zeros)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=like.device))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """L of x [N, F]."""
+        x = features.double()
+        share = (1 - self.decay) / (1 - self.decay ** (self.steps.double() + 1))
+        newest = x.mean(dim=0)
+        centred, gap = x - newest, newest - self.mean
+        mean = self.mean + share * gap
+        covariance = torch.lerp(self.covariance, centred.T @ centred / len(x), share)
+        covariance = covariance + share * (1 - share) * torch.outer(gap, gap)
+        loss = self.distance(mean, covariance)
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                self.mean.copy_(mean)
+                self.covariance.copy_(covariance)
+                self.steps += 1
+        return loss.to(features.dtype)

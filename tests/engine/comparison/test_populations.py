@@ -8,9 +8,17 @@ from oracle import in_float64, relative_error
 from torch import Tensor
 
 from engine.comparison.averagers import BatchMoments, TargetMoments
+from engine.comparison.distances import MMD, kernels
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
-from engine.comparison.populations import MovingPopulation, Population, QueuedPopulation
+from engine.comparison.on_features import OnFeatures
+from engine.comparison.populations import (
+    MovingCovariance,
+    MovingPopulation,
+    Population,
+    QueuedFeatures,
+    QueuedPopulation,
+)
 from engine.support.errors import InputError
 from kernels import reference
 
@@ -117,3 +125,72 @@ def test_empty_queue():
     with pytest.raises(InputError) as error:
         QueuedPopulation(0)
     assert error.value.argument == "minibatches"
+
+
+class TestQueuedFeatures:
+    """The distance sees the last images; the gradient is that of the newest ones' rows."""
+
+    def test_is_the_distance_of_the_last_images(self):
+        distance = MMD(torch.randn(9, 3).double(), kernels.rational_quadratic())
+        queued = QueuedFeatures(distance, 10, 3, torch.empty(0, dtype=torch.float64))
+        drawn = torch.empty(0, 3, dtype=torch.float64)
+        for _ in range(6):
+            x = torch.randn(4, 3).double().requires_grad_()
+            expected = distance(torch.cat((x, drawn[:6])))
+            (gradient,) = torch.autograd.grad(expected, x)
+            with torch.no_grad():
+                assert relative_error(queued(x), expected) <= 1e-12, "looking changes nothing"
+            loss = queued(x)
+            (found,) = torch.autograd.grad(loss, x)
+            assert relative_error(loss, expected) <= 1e-12
+            assert relative_error(found, gradient) <= 1e-12
+            drawn = torch.cat((x.detach(), drawn))
+
+    def test_minibatch_that_has_no_room(self):
+        queued = QueuedFeatures(torch.sum, 3, 2, torch.empty(0))
+        with pytest.raises(InputError) as error:
+            queued(torch.rand(4, 2))
+        assert error.value.argument == "images"
+
+    def test_state_goes_through_the_objective(self, tiny_extractor, draw_images):
+        extractor = in_float64(tiny_extractor)
+        features = sum(tap.shape[0] for tap in extractor.taps)
+        distance = MMD(torch.randn(9, features).double(), kernels.rational_quadratic())
+
+        def objective() -> OnFeatures:
+            queued = QueuedFeatures(distance, 12, features, torch.empty(0, dtype=torch.float64))
+            return OnFeatures(extractor, queued, chunk_size=2)
+
+        first, second = objective(), objective()
+        for _ in range(2):
+            first(draw_images(5).double().requires_grad_())
+        second.load_state_dict(first.state_dict())
+        images = draw_images(5).double().requires_grad_()
+        assert torch.equal(first(images), second(images))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_moving_covariance(decay):
+    """Against autograd through the weighted mean and covariance of all minibatches so far."""
+    target = torch.randn(3, 3).double()
+
+    def distance(mean: Tensor, covariance: Tensor) -> Tensor:
+        return mean.square().sum() + (covariance - target).square().sum()
+
+    moving = MovingCovariance(distance, decay, 3, torch.empty(0))
+    past: list[Tensor] = []
+    for _ in range(STEPS):
+        x = (torch.randn(MINIBATCH, 3).double() + 2).requires_grad_()
+        batches = [*past, x]
+        weights = torch.tensor(decay, dtype=torch.float64) ** torch.arange(len(batches)).flip(0)
+        rows, weights = torch.cat(batches), (weights / weights.sum() / MINIBATCH).repeat_interleave(MINIBATCH)
+        mean = weights @ rows
+        expected = distance(mean, (weights[:, None] * (rows - mean)).T @ (rows - mean))
+        (gradient,) = torch.autograd.grad(expected, x)
+        with torch.no_grad():
+            moving(x)
+        loss = moving(x)
+        (found,) = torch.autograd.grad(loss, x)
+        assert relative_error(loss, expected) <= 1e-10
+        assert relative_error(found, gradient) <= 1e-10
+        past.append(x.detach())
