@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 
 def with_gradient(argument: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -24,11 +24,23 @@ class _WithGradient(Function):
 
     @staticmethod
     def forward(ctx: Any, argument: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(argument, gradient)
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return upstream.to(gradient.dtype) * gradient, None, None
+        argument, gradient = ctx.saved_tensors
+        found = upstream.to(gradient.dtype) * gradient
+        return _Last.apply(found, argument) if torch.is_grad_enabled() else found, None, None
+
+
+class _Last(Function):
+    """A gradient that depends on `argument` in a way that isn't known."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, argument: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, None]:
+        raise RuntimeError("this distance can be differentiated only once")

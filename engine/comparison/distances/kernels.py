@@ -198,7 +198,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
     The gradient is 2 Σ_j g_ij (x_i − y_j), also where a value was set to 0, and keeps all digits.
     """
-    with _full_precision(x):
+    with full_precision(x):
         return _expand(x, y).squares
 
 
@@ -209,7 +209,7 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     would otherwise pull in a random direction. Above it a distance has the relative error of its square, halved, and
     so has that pair's part of the gradient, a unit vector.
     """
-    with _full_precision(x):
+    with full_precision(x):
         return _roots(_expand(x, y))
 
 
@@ -245,6 +245,12 @@ def median_distance(x: Tensor, limit: int = 1000) -> float:
     return float(pairs[middle] if len(pairs) % 2 else (pairs[middle - 1] + pairs[middle]) / 2)
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast: it would multiply in half precision what is subtracted next."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def check_features(argument: str, features: Tensor, at_least: int = 1, size: int | None = None) -> None:
     """InputError that names the argument, unless it is a floating-point [n ≥ at_least, F], F = size if given."""
     if (
@@ -269,14 +275,14 @@ class _Anchored:
 
     def __call__(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with _full_precision(x):
+        with full_precision(x):
             pairs = _pairs(x.to(dtype) - self.shift.to(dtype), self.rows.to(dtype), self.norms.to(dtype))
         return self.kernel.of(pairs).to(x.dtype)
 
 
 def _radial(kernel: Radial, x: Tensor, y: Tensor) -> Tensor:
     """k(x, y) [n, m] in x's dtype."""
-    with _full_precision(x):
+    with full_precision(x):
         pairs = _expand(*_wide(x, y))
     return kernel.of(pairs).to(x.dtype)
 
@@ -315,7 +321,7 @@ def _roots(pairs: Pairs) -> Tensor:
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """x_i·y_j [n, m]."""
-    with _full_precision(x):
+    with full_precision(x):
         return x @ y.T
 
 
@@ -325,12 +331,6 @@ def _wide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     check_features("y", y, size=x.shape[1])
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (wide := x.to(dtype)), (wide if x is y else y.to(dtype))
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast: it would multiply in half precision what is subtracted next."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.comparison.distances.kernels import Kernel, check_features, fixed
+from engine.comparison.distances.kernels import Energy, Kernel, check_features, fixed
 from engine.support.errors import InputError
 
 _Part = Callable[[Tensor], Tensor]  # x [n, F] → its kernels with some rows of y, [n, block]
@@ -33,8 +33,17 @@ def mmd(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = False) -> Tensor:
         InputError: "x" or "y", if it isn't [n, F] with at least one row, or two if unbiased; "y", if its F isn't x's.
     """
     x, y = _checked(x, y, unbiased)
-    found = _within(x, kernel, unbiased) - 2 * _across(x, y, kernel) + _within(y, kernel, unbiased)
+    found = mean_within(x, kernel, unbiased) - 2 * _across(x, y, kernel) + mean_within(y, kernel, unbiased)
     return found.to(x.dtype)
+
+
+def energy_distance(x: Tensor, y: Tensor, unbiased: bool = False) -> Tensor:
+    """The energy distance 2 E‖x−y‖ − E‖x−x'‖ − E‖y−y'‖ of features x [n, F] and y [m, F], as [] (Székely & Rizzo 2013).
+
+    MMD² with `kernels.energy()`: no width to choose. Biased, as SciPy's for one feature squared, or with the means over
+    x ≠ x' and y ≠ y'. See `mmd` for cost, derivatives and errors.
+    """
+    return mmd(x, y, Energy(), unbiased)
 
 
 class MMD:
@@ -68,7 +77,7 @@ class MMD:
         self.count, self.size = y.shape
         y = y.detach()
         self.parts = fixed_parts(y, kernel, block or max(1, _BLOCK_FEATURES // self.size))
-        self.constant = _mean_within(y, kernel, unbiased)
+        self.constant = _mean_of_all_pairs(y, kernel, unbiased)
 
     def __call__(self, x: Tensor) -> Tensor:
         """MMD² of x [n, F] and y, as []; differentiable in x as often as the kernel is.
@@ -79,7 +88,7 @@ class MMD:
         check_features("x", x, at_least=2 if self.unbiased else 1, size=self.size)
         x = _wide(x)
         across = _sum_of_part(x, self.parts[0]) if len(self.parts) == 1 else _SumInBlocks.apply(x, self.parts)
-        within = _within(x, self.kernel, self.unbiased)
+        within = mean_within(x, self.kernel, self.unbiased)
         return (within - 2 * across / (len(x) * self.count) + self.constant).to(x.dtype)
 
 
@@ -130,7 +139,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _within(x: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+def mean_within(x: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
     """The mean of k(x_i, x_j), of i ≠ j if unbiased; [] float64."""
     matrix = kernel(x, x)
     total = matrix.sum(dtype=torch.float64)
@@ -149,8 +158,8 @@ def _across(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     return kernel(x, y).sum(dtype=torch.float64) / (len(x) * len(y))
 
 
-def _mean_within(y: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
-    """`_within` of a set of any size: blocks in float64, each pair of blocks once since k(x, y) = k(y, x)."""
+def _mean_of_all_pairs(y: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+    """`mean_within` of a set of any size: blocks in float64, each pair of blocks once since k(x, y) = k(y, x)."""
     with torch.no_grad():
         total = torch.zeros((), dtype=torch.float64, device=y.device)
         parts = torch.split(y, _CONSTANT_BLOCK)

@@ -173,7 +173,7 @@ def _trace_of_root(product: Tensor) -> Tensor:
             if bool(product.isfinite().all()):
                 raise
             return product.sum() * torch.nan  # as other distances of such features
-        kept = values > max(product.shape) * torch.finfo(product.dtype).eps * values[0]
+        kept = values > max(product.shape) * torch.finfo(product.dtype).eps * values[:1]
         polar = (left * kept) @ right
     return with_gradient(product, values.sum(), polar)
 
@@ -187,15 +187,13 @@ def _trace_of_symmetric_root(product: Tensor) -> Tensor:
             if bool(product.isfinite().all()):
                 raise
             return product.sum() * torch.nan
-        kept = values > len(values) * torch.finfo(product.dtype).eps * values[-1]
+        kept = values > len(values) * torch.finfo(product.dtype).eps * values[-1:]
         roots = torch.where(kept, values, 0.0).sqrt()
         inverse = (vectors * torch.where(kept, 0.5 / torch.where(kept, roots, 1.0), 0.0)) @ vectors.T
     return with_gradient(product, roots.sum(), inverse)
 
 
-def _check_moments(
-    of_mean: str, mean: Tensor, of_covariance: str, covariance: Tensor, size: int | None = None
-) -> None:
+def _check_moments(of_mean: str, mean: Tensor, of_covariance: str, covariance: Tensor, size: int | None = None) -> None:
     """InputError that names the argument, unless they are [F] and [F, F], F = size if given."""
     if mean.dim() != 1 or not mean.is_floating_point() or len(mean) == 0 or size not in (None, len(mean)):
         wanted = "[F]" if size is None else f"[{size}]"
