@@ -142,6 +142,29 @@ def test_memory_is_that_of_one_block() -> None:
     assert block * size < most < n * m / 4
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_makes_nothing_of_the_size_of_y(name: str) -> None:
+    """What depends on y alone is computed once: y about its mean, for one."""
+    n, m, size = 8, 500, 64
+    bound = MMD(features(m, size, 1).float(), PAIRS[name][0])
+    x = features(n, size, 2).float().requires_grad_()
+    with LargestResult() as seen:
+        bound(x).backward()
+    assert n * m <= seen.elements < m * size
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_two_sides_may_differ_in_dtype_and_lie_far_from_the_origin(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    x, y = features(6, 9, 1).float() + 10, features(11, 9, 2).float() + 10
+    found = MMD(y.to(dtypes[1]), PAIRS[name][0], block=4)(x.to(dtypes[0]))
+    expected = oracle(name, x.double(), y.double(), False)
+    scale = float(MMD(y.double(), PAIRS[name][0]).constant.abs())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6 * scale)
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 3), (9, 4)])
 def test_linear_kernel_is_the_distance_of_means(n: int, m: int) -> None:
     x, y = features(n, 6, 1), features(m, 6, 2)
