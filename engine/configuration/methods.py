@@ -16,6 +16,9 @@ from engine.configuration.options import MOST_IMAGES, Settings, option, require
 METHODS: dict[str, str] = {
     "gfmn": "the mean and the variance of every feature",
     "mmd": "the kernel MMD of pooled features",
+    "frechet": "their Fréchet distance, with full covariances",
+    "sinkhorn": "their Sinkhorn divergence",
+    "drifting": "their drifting field",
     "gmmn": "√MMD² of pixels, or of what --extractor gives",
 }
 """What each method compares."""
@@ -88,6 +91,15 @@ class MmdConfig(Settings):
     )
     mmd_degree: int = option(3, "degree of the polynomial kernel", at_least=1, at_most=100, metavar="N", since="0.2")
     mmd_unbiased: bool = option(False, "the unbiased estimate of MMD², not the biased one", since="0.2")
+    mmd_landmarks: int | None = option(
+        None,
+        "compare with the real images' mean embedding on this many landmarks (k-means), which costs as much as so many "
+        "images and counts all of --mmd-images",
+        at_least=1,
+        at_most=MOST_IMAGES,
+        metavar="M",
+        since="0.2",
+    )
     mmd_images: int = option(
         10_000,
         "real images that every minibatch is compared with, at most",
@@ -132,7 +144,15 @@ class SinkhornConfig(Settings):
     methods: ClassVar[tuple[str, ...]] = ("sinkhorn",)
 
     sinkhorn_epsilon: float = option(
-        0.05, "ε, in units of the mean squared distance", above=0, at_most=1e6, metavar="X", since="0.2"
+        0.05,
+        "ε, in units of the mean squared distance between real images",
+        above=0,
+        at_most=1e6,
+        metavar="X",
+        since="0.2",
+    )
+    sinkhorn_iterations: int = option(
+        50, "Sinkhorn's iterations in a step; a smaller ε needs more", at_least=1, metavar="N", since="0.2"
     )
     sinkhorn_images: int = option(
         2_000,

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
-from engine.comparison.distances import MMD, kernels
+from engine.comparison.distances import MMD, Frechet, LandmarkMMD, Sinkhorn, drifting, kernels
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import Discrepancy, OfNetworks, OnFeatures
 from engine.comparison.pooling import make_pool, sizes
-from engine.comparison.populations import MovingPopulation, QueuedPopulation
+from engine.comparison.populations import MovingCovariance, MovingPopulation, QueuedFeatures, QueuedPopulation
 from engine.comparison.reference.bank import BankKind, FeatureBank
-from engine.comparison.reference.covariance import CovarianceKind
+from engine.comparison.reference.covariance import CovarianceKind, FeatureCovariance
 from engine.comparison.reference.protocols import Kind
 from engine.comparison.reference.target import MomentsKind
+from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.representation.extractor import Extractor
 from engine.representation.protocols import Objective
@@ -29,6 +30,7 @@ from engine.support.errors import InputError
 _GMMN_PIXELS = 784
 """The features that GMMN's bandwidths were published for."""
 _GMMN_FLOOR = 1e-8
+_MOST_MOVING = 4096
 Bound = Callable[[Config, Tensor], Discrepancy]
 """From real features [M, F] to the distance of generated ones from them."""
 Make = Callable[[Config, Extractor, Any, dict[str, Any]], Objective]
@@ -84,7 +86,18 @@ def _mmd(config: Config, real: Tensor) -> Discrepancy:
         kernel = factory(settings.mmd_degree)
     else:
         kernel = factory(settings.bandwidths) if settings.bandwidths else factory()
-    return MMD(real, kernel, unbiased=settings.mmd_unbiased)
+    if settings.mmd_landmarks is None:
+        return MMD(real, kernel, unbiased=settings.mmd_unbiased)
+    with arguments_as(landmarks="mmd_landmarks", ridge="mmd_landmarks"):
+        return LandmarkMMD(real, kernel, settings.mmd_landmarks, settings.mmd_unbiased, seed=config.training.seed)
+
+
+def _sinkhorn(config: Config, real: Tensor) -> Discrepancy:
+    return Sinkhorn(real, config.sinkhorn.sinkhorn_epsilon, config.sinkhorn.sinkhorn_iterations, tolerance=None)
+
+
+def _drifting(config: Config, real: Tensor) -> Discrepancy:
+    return lambda x: drifting(x, real, config.drifting.drifting_temperatures)
 
 
 def _gmmn(config: Config, real: Tensor) -> Discrepancy:
@@ -142,14 +155,58 @@ def _parts(config: Config, extractor: Extractor, sizes: Sequence[int]) -> list[s
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
+def _frechet(config: Config, extractor: Extractor, known: Any, options: dict[str, Any]) -> Objective:
+    """Of all real images: of their covariance, or of what it is made of where that is less."""
+    assert isinstance(known, FeatureBank | FeatureCovariance)
+    options = dict(options)
+    scales = options.pop("scales", None)
+    if known.count < 2:
+        raise InputError("data", f"{known.count} usable image has no covariance; give at least 2")
+    scales = (known.scales() if scales is None else scales).to(extractor.device)
+    parts = _parts(config, extractor, known.sizes)
+    distances = [_of_population(config, _bound_frechet(known, part, scales[part]), scales[part]) for part in parts]
+    distance = OfNetworks(distances, parts, scales)
+    return OnFeatures(extractor, distance, pool=config.features.pool, **options)
+
+
+def _bound_frechet(known: FeatureBank | FeatureCovariance, part: slice, scales: Tensor) -> Frechet:
+    if isinstance(known, FeatureBank):
+        return Frechet.of(known.features[:, part].to(scales.device) * scales)
+    factors = scales.double()
+    covariance = known.covariance()[part, part].to(scales.device) * factors * factors[:, None]
+    return Frechet(known.mean[part].to(scales.device) * factors, covariance)
+
+
+def _of_population(config: Config, distance: Frechet, scales: Tensor) -> Discrepancy:
+    """The distance of what `--population` says, and not of the minibatch alone."""
+    settings, features = config.population, len(scales)
+    if settings.population == "queue":
+        return QueuedFeatures(distance, settings.population_images, features, scales)
+    if settings.population == "none":
+        return distance
+    if features > _MOST_MOVING:
+        raise InputError(
+            "population",
+            f"a moving covariance of {features:,} features takes too long at every step, {_MOST_MOVING:,} is the most; "
+            "choose 'queue', or a coarser --pool",
+        )
+    return MovingCovariance(distance.of_moments, settings.population_decay, features, scales)
+
+
 _KINDS: dict[str, Callable[[Config], Kind[Any]]] = {
     "gfmn": _moments_kind,
     "mmd": _bank_kind,
+    "frechet": _covariance_kind,
+    "sinkhorn": _bank_kind,
+    "drifting": _bank_kind,
     "gmmn": _bank_kind,
 }
 _OBJECTIVES: dict[str, Make] = {
     "gfmn": _moment_matching,
     "mmd": _on_bank(_mmd),
+    "frechet": _frechet,
+    "sinkhorn": _on_bank(_sinkhorn),
+    "drifting": _on_bank(_drifting),
     "gmmn": _on_bank(_gmmn, scaled=False),
 }
 

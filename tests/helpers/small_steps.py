@@ -48,6 +48,7 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "normalised": {"extractor": "vgg-small+resnet18", "normalise_losses": True},
         "deviations": {"pool": "mean+std"},
         "pixels": {"extractor": "pixels"},
+        "landmarks": {"mmd_landmarks": 4},
         "gaussian": {"mmd_kernel": "gaussian"},
         "imq": {"mmd_kernel": "imq"},
         "energy": {"mmd_kernel": "energy"},
@@ -56,6 +57,10 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "unbiased": {"mmd_unbiased": True},
         "mean-pool": {"pool": "mean"},
         "no-pool": {"pool": "none"},
+    },
+    "frechet": {
+        "moving-population": {"population": "ema", "pool": "mean"},
+        "queued-population": {"population": "queue", "population_images": 15},
     },
 }
 _OF_ALL: dict[str, dict[str, Any]] = {
