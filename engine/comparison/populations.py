@@ -165,40 +165,36 @@ class QueuedPopulation(Population):
 class QueuedFeatures(nn.Module):
     """A distance of the last generated images' pooled features, with the gradient through the newest minibatch alone.
 
-        L = distance([x; q]),    q = the features of the images before these, as they were drawn, [≤ K − N, F]
+        L = distance([x; q]),    q = the features of the Q images before these, as they were drawn, [Q, F]
 
-    Until K images have been drawn, q is what there is. Only calls in train mode with a gradient join the queue.
+    Before the first minibatch q is copies of that one, whose mean and covariance are its own: the number of rows never
+    changes. Only calls in train mode with a gradient join the queue.
 
     Args:
         distance: features [n, F] → [].
-        images: K, with the newest minibatch.
+        others: Q, images besides the newest minibatch; 0 for none.
         features: F.
-
-    Raises InputError for a queue that has no room for a minibatch.
     """
 
     queue: Tensor
-    drawn: Tensor
+    started: Tensor
 
-    def __init__(self, distance: Callable[[Tensor], Tensor], images: int, features: int, like: Tensor):
+    def __init__(self, distance: Callable[[Tensor], Tensor], others: int, features: int, like: Tensor):
         super().__init__()
-        self.distance, self.images = distance, images
-        self.register_buffer("queue", like.new_zeros(images, features))
-        self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))  # on the CPU: it decides shapes
+        self.distance, self.others = distance, others
+        self.register_buffer("queue", like.new_zeros(others, features))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=like.device))
 
     def forward(self, features: Tensor) -> Tensor:
         """L of x [N, F]."""
-        count, drawn = len(features), int(self.drawn)
-        if count > self.images:
-            raise InputError("images", f"a queue of {self.images} has no room for a minibatch of {count}")
-        kept = min(drawn, self.images - count)
-        # The newest come first.
-        loss = self.distance(torch.cat((features, self.queue[:kept])))
+        newest = features.detach()
+        copies = newest.repeat(-(-self.others // len(newest)), 1)[: self.others]
+        queue = torch.where(self.started, self.queue, copies.to(self.queue.dtype))
+        loss = self.distance(torch.cat((features, queue)))
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
-                self.queue[count : count + kept] = self.queue[:kept].clone()
-                self.queue[:count] = features
-                self.drawn.fill_(min(drawn + count, self.images))
+                self.queue.copy_(torch.cat((newest.to(queue.dtype), queue))[: self.others])
+                self.started.fill_(True)
         return loss
 
 

@@ -181,7 +181,8 @@ def _of_population(config: Config, distance: Frechet, scales: Tensor) -> Discrep
     """The distance of what `--population` says, and not of the minibatch alone."""
     settings, features = config.population, len(scales)
     if settings.population == "queue":
-        return QueuedFeatures(distance, settings.population_images, features, scales)
+        others = settings.population_images - config.training.batch_size
+        return QueuedFeatures(distance, others, features, scales)
     if settings.population == "none":
         return distance
     if features > _MOST_MOVING:
