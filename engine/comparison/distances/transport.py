@@ -108,7 +108,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 128, seed: int =
 def directions(size: int, count: int, seed: int = 0) -> Tensor:
     """`count` directions on the unit sphere of `size` features, [size, count] float64, the same ones for a seed."""
     drawn = torch.randn(size, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn / drawn.norm(dim=0)
+    unit: Tensor = drawn / torch.linalg.vector_norm(drawn, dim=0)
+    return unit
 
 
 def _transport(cost: Tensor, epsilon: Tensor, iterations: int, tolerance: float | None, symmetric: bool) -> Tensor:

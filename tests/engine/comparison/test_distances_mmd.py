@@ -13,7 +13,7 @@ from test_distances_kernels import NAMES, PAIRS, features, looped, with_duplicat
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.comparison.distances import MMD, kernels, mmd
+from engine.comparison.distances import MMD, energy_distance, kernels, mmd
 from engine.comparison.distances import mean_embedding as module
 from engine.support.errors import InputError
 
@@ -178,6 +178,15 @@ def test_energy_kernel_is_scipys_energy_distance(n: int, m: int) -> None:
     x, y = features(n, 1, 1), features(m, 1, 2)
     expected = energy_distance(x[:, 0].numpy(), y[:, 0].numpy()) ** 2
     assert float(mmd(x, y, kernels.energy())) == pytest.approx(expected, rel=1e-10)
+    assert float(energy_distance(x, y)) == pytest.approx(expected, rel=1e-10)
+
+
+@BIAS
+def test_energy_distance_is_the_loops(unbiased: bool) -> None:
+    x, y = features(5, 4, 1).requires_grad_(), features(7, 4, 2)
+    found, expected = energy_distance(x, y, unbiased), oracle("energy", x, y, unbiased)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x), rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", NAMES)
