@@ -147,7 +147,8 @@ def _solve(inner: Tensor, towards: Tensor, ridge: float) -> Tensor:
     """(K + λ k̄ 1)⁻¹ μ̄, [M] float64."""
     diagonal = inner.diagonal()
     factor, failed = torch.linalg.cholesky_ex(inner + torch.diag(torch.full_like(diagonal, ridge) * diagonal.mean()))
-    if bool(failed):
+    pivots = factor.diagonal().square()
+    if bool(failed) or bool(pivots.min() < len(pivots) * torch.finfo(pivots.dtype).eps * pivots.max()):
         raise InputError(
             "ridge", f"{ridge:g} leaves the landmarks' kernel matrix singular; give a larger one, or fewer landmarks"
         )

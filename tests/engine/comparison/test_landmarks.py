@@ -125,11 +125,11 @@ def test_landmarks_are_scikit_learns_means(dtype: torch.dtype) -> None:
 
 
 def test_landmarks_of_a_subsample_are_among_its_rows() -> None:
-    y = features(500, 3, 1)
+    y = torch.randn(500, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = choose_landmarks(y, 20, limit=20 + 1)
     assert torch.equal(found, choose_landmarks(y, 20, limit=20 + 1))
     nearest = torch.cdist(found, y).min(dim=1).values
-    assert int((nearest < 1e-9).sum()) >= 19  # 21 rows in 20 groups: at most one group has two
+    assert int((nearest < 1e-6).sum()) >= 19  # 21 rows in 20 groups: at most one group has two
 
 
 def test_landmarks_of_duplicates_are_distinct() -> None:
