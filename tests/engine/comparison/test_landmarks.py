@@ -83,6 +83,15 @@ def test_energys_weights_sum_to_one() -> None:
     assert bound(features(9, 3, 2) + 1e4).item() == pytest.approx(2e4 * 3**0.5, rel=1e-2)
 
 
+@pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_landmarks_and_weights_are_all_that_is_needed(name: str, unbiased: bool) -> None:
+    x, y = features(9, 4, 1).float(), features(60, 4, 2).float()
+    bound = LandmarkMMD(y, KERNELS[name], 20, unbiased)
+    again = LandmarkMMD.of_weights(bound.landmarks, bound.weights, KERNELS[name], unbiased)
+    assert torch.equal(again(x), bound(x))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_distance_is_negative(name: str) -> None:
     y = features(60, 4, 1)
@@ -155,6 +164,8 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: LandmarkMMD(Y, GAUSSIAN, Y[[0, 0, 1]], ridge=0.0), "ridge"),
     (lambda: LandmarkMMD(Y, GAUSSIAN, 3)(X[:, :2]), "x"),
     (lambda: LandmarkMMD(Y, GAUSSIAN, 3, unbiased=True)(X[:1]), "x"),
+    (lambda: LandmarkMMD.of_weights(Y[0], torch.ones(6), GAUSSIAN), "landmarks"),
+    (lambda: LandmarkMMD.of_weights(Y, torch.ones(5), GAUSSIAN), "weights"),
     (lambda: choose_landmarks(Y, 7), "landmarks"),
     (lambda: choose_landmarks(Y, 3, limit=2), "limit"),
     (lambda: choose_landmarks(Y, 3, iterations=0), "iterations"),

@@ -165,6 +165,22 @@ def test_sliced_has_a_gradient_at_zero_and_where_values_are_equal() -> None:
     assert torch.autograd.grad(sliced_wasserstein(same, torch.ones(3, 3)), same)[0].isfinite().all()
 
 
+def test_sliced_has_second_derivatives_also_after_a_call_in_inference_mode() -> None:
+    x, y = features(6, 4, 1) + torch.rand(6, 4), features(5, 4, 2) + torch.rand(5, 4)  # no two values are equal
+    with torch.inference_mode():
+        sliced_wasserstein(x, y, 3)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sliced_wasserstein(x, y, 3), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: sliced_wasserstein(x, y, 3), (x,))
+
+
+def test_features_that_are_not_finite_give_no_number() -> None:
+    x, y = features(6, 4, 1), features(5, 4, 2)
+    x[0, 0] = math.nan
+    assert sinkhorn(x, y, iterations=20).isnan()
+    assert sliced_wasserstein(x, y).isnan()
+
+
 def test_directions_are_unit_vectors_of_the_seed() -> None:
     found = directions(5, 1000, seed=1)
     torch.testing.assert_close(found.norm(dim=0), torch.ones(1000).double())
