@@ -71,19 +71,40 @@ class LandmarkMMD:
             points = landmarks.detach()
         else:
             points = choose_landmarks(y, landmarks, seed)
-        self.kernel, self.unbiased, self.size = kernel, unbiased, y.shape[1]
         with torch.no_grad():
             if isinstance(kernel, Energy):
                 if len(points) < 2:
                     raise InputError("landmarks", "energy's kernel needs at least 2")
                 points = torch.cat([points, points.mean(dim=0, keepdim=True)])
+            points = points.to(torch.promote_types(y.dtype, torch.float32))
             rows = points.double()
             inner, towards = kernel(rows, rows), _mean_towards(rows, y, kernel)
-            self.landmarks = points.to(torch.promote_types(y.dtype, torch.float32))
             solve = _energy_weights if isinstance(kernel, Energy) else _solve
-            self.weights = solve(inner, towards, ridge)
-            self.constant = self.weights @ inner @ self.weights
-            self._kernel_of_landmarks = fixed(kernel, self.landmarks, self.landmarks.mean(dim=0))
+            self._bind(points, solve(inner, towards, ridge), inner, kernel, unbiased)
+
+    @classmethod
+    def of_weights(cls, landmarks: Tensor, weights: Tensor, kernel: Kernel, unbiased: bool = False) -> LandmarkMMD:
+        """The distance to Σ_a α_a k(z_a, ·) of landmarks z [M, F] and weights α [M], such as another one's attributes.
+
+        Raises:
+            InputError: "landmarks", if it isn't [M, F]; "weights", if it isn't [M].
+        """
+        check_features("landmarks", landmarks)
+        if weights.shape != landmarks.shape[:1] or not weights.is_floating_point():
+            raise InputError(
+                "weights", f"expected real weights [{len(landmarks)}], got {list(weights.shape)} {weights.dtype}"
+            )
+        bound = cls.__new__(cls)
+        points = landmarks.detach().to(torch.promote_types(landmarks.dtype, torch.float32))
+        with torch.no_grad():
+            bound._bind(points, weights.detach().double(), kernel(points.double(), points.double()), kernel, unbiased)
+        return bound
+
+    def _bind(self, points: Tensor, weights: Tensor, inner: Tensor, kernel: Kernel, unbiased: bool) -> None:
+        self.kernel, self.unbiased, self.size = kernel, unbiased, points.shape[1]
+        self.landmarks, self.weights = points, weights
+        self.constant = weights @ inner @ weights
+        self._kernel_of_landmarks = fixed(kernel, points, points.mean(dim=0))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The squared distance of x [n, F], as [].
@@ -147,7 +168,8 @@ def _solve(inner: Tensor, towards: Tensor, ridge: float) -> Tensor:
     """(K + λ k̄ 1)⁻¹ μ̄, [M] float64."""
     diagonal = inner.diagonal()
     factor, failed = torch.linalg.cholesky_ex(inner + torch.diag(torch.full_like(diagonal, ridge) * diagonal.mean()))
-    if bool(failed):
+    pivots = factor.diagonal().square()
+    if bool(failed) or bool(pivots.min() < len(pivots) * torch.finfo(pivots.dtype).eps * pivots.max()):
         raise InputError(
             "ridge", f"{ridge:g} leaves the landmarks' kernel matrix singular; give a larger one, or fewer landmarks"
         )

@@ -52,9 +52,8 @@ class MMD:
     The mean of k(y, y) is computed once, in float64, a block of rows at a time: m²/2 kernels. So are the rows of y
     about their mean and their norms, where the kernel is one of distances (see `kernels.fixed`): a copy of y, which
     itself isn't kept. A call evaluates n² + n·m kernels, y a block at a time. With several blocks each one's gradient
-    is computed right after its value, so that memory is for [n, n] and [n, block] kernels and a few copies of one block
-    of y, whatever m. (A second derivative computes them again, and keeps all.) Values and gradients don't depend on the
-    block but for rounding.
+    is computed right after its value, so that memory is for [n, n] and [n, block] kernels, whatever m. (A second
+    derivative computes them again, and keeps all.) Values and gradients don't depend on the block but for rounding.
 
     Args:
         y: features [m, F] of the real images; no gradient reaches them.

@@ -152,7 +152,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 128, seed: int =
 def directions(size: int, count: int, seed: int = 0) -> Tensor:
     """`count` directions on the unit sphere of `size` features, [size, count] float64, the same ones for a seed."""
     drawn = torch.randn(size, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return drawn / drawn.norm(dim=0)
+    unit: Tensor = drawn / torch.linalg.vector_norm(drawn, dim=0)
+    return unit
 
 
 def _transport(cost: Tensor, epsilon: Tensor, iterations: int, tolerance: float | None, symmetric: bool) -> Tensor:
@@ -209,10 +210,11 @@ def _common_quantiles(n: int, m: int, device: torch.device) -> tuple[Tensor, Ten
     In whole multiples of 1/(nm), so that no piece is lost or made by rounding; [at most n + m − 1] each, weights
     float64.
     """
-    ends = torch.unique(torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]))
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    weights = (ends - starts).double() / (n * m)
-    return (starts // m).to(device), (starts // n).to(device), weights.to(device)
+    with torch.inference_mode(False):  # the next call may be one that is differentiated
+        ends = torch.unique(torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]))
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        weights = (ends - starts).double() / (n * m)
+        return (starts // m).to(device), (starts // n).to(device), weights.to(device)
 
 
 def _check_positive(argument: str, value: float) -> None:

@@ -24,9 +24,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def of_scipy(mean: Tensor, covariance: Tensor, real_mean: Tensor, real_covariance: Tensor) -> float:
     """As FID's first code has it, by the root of the two covariances' product, which isn't symmetric."""
     root = sqrtm((covariance @ real_covariance).detach().numpy())
-    trace = float(np.trace(root).real)
-    means = float((mean - real_mean).square().sum())
-    return means + float(covariance.trace() + real_covariance.trace()) - 2 * trace
+    rest = (mean - real_mean).square().sum() + covariance.trace() + real_covariance.trace()
+    return rest.item() - 2 * float(np.trace(root).real)
 
 
 def of_pot(mean: Tensor, covariance: Tensor, real_mean: Tensor, real_covariance: Tensor) -> Tensor:
