@@ -9,10 +9,11 @@ import numpy as np
 import ot
 import pytest
 import torch
+from oracle import relative_error
 from test_distances_kernels import features
 from torch import Tensor
 
-from engine.comparison.distances import sinkhorn, sliced_wasserstein
+from engine.comparison.distances import Sinkhorn, sinkhorn, sliced_wasserstein
 from engine.comparison.distances.transport import directions
 from engine.support.errors import InputError
 
@@ -207,3 +208,25 @@ def test_bad_input_is_named(call: Callable[[], object], argument: str) -> None:
     with pytest.raises(InputError) as error:
         call()
     assert error.value.argument == argument
+
+
+class TestBound:
+    """`Sinkhorn` is `sinkhorn` with the real side's unit."""
+
+    @pytest.mark.parametrize("epsilon", [0.05, 0.5])
+    def test_is_the_function(self, epsilon):
+        x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+        y = torch.randn(9, 4, dtype=torch.float64) + 1
+        unit = torch.cdist(y, y).square().mean()
+        exact = {"iterations": 3000, "tolerance": 1e-12}
+        expected = sinkhorn(x, y, float(epsilon * unit), relative=False, **exact)
+        found = Sinkhorn(y, epsilon, **exact)(x)
+        assert relative_error(found, expected) <= 1e-9
+        (gradient,) = torch.autograd.grad(expected, x)
+        assert relative_error(torch.autograd.grad(found, x)[0], gradient) <= 1e-9
+
+    @pytest.mark.parametrize("argument", ["epsilon", "iterations", "tolerance"])
+    def test_not_positive(self, argument):
+        with pytest.raises(InputError) as error:
+            Sinkhorn(torch.randn(3, 2), **{argument: 0})
+        assert error.value.argument == argument

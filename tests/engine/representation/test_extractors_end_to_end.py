@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from bench.digit_judge import DigitJudge
 
 pytestmark = pytest.mark.slow
