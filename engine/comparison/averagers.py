@@ -67,8 +67,8 @@ class Direction:
 class Averager(ABC):
     """A number of steps, named state, and a way from the moments of a minibatch to a `Direction`.
 
-    Every name of `state_names` is an attribute, a tensor `[2, D]`; `steps` is a 0-d int64 tensor. They exist after
-    `reset`.
+    Every name of `state_names` is an attribute, a tensor `[2, D]` (or of as many rows as `rows` says); `steps` is a 0-d
+    int64 tensor. They exist after `reset`.
 
     Args:
         starts: for state that does not start at zero, its value `[2, D]` in the public feature order, for D features.
@@ -83,6 +83,10 @@ class Averager(ABC):
     @abstractmethod
     def state_names(self) -> tuple[str, ...]:
         """Names of the state. Checkpoints hold each one as `averager.<name>`."""
+
+    def rows(self, name: str) -> int:
+        """Of the state `name`: [rows, D]."""
+        return 2
 
     @abstractmethod
     def step(
@@ -109,7 +113,7 @@ class Averager(ABC):
         import torch
 
         for name in self.state_names:
-            state = torch.zeros(2, num_features, dtype=dtype or torch.float32, device=device)
+            state = torch.zeros(self.rows(name), num_features, dtype=dtype or torch.float32, device=device)
             if name in self._starts:
                 state.copy_(self._starts[name](num_features))
             setattr(self, name, state)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from engine.comparison.pooling import POOLS, Pool, sizes
+from engine.comparison.pooling import Pool, make_pool, sizes
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import PerImage, Ranks, TapInput
@@ -16,8 +16,39 @@ from engine.support.errors import InputError
 from engine.training.ranks import ALONE
 from kernels.layout import accumulation_dtype
 
+_LOSS_FLOOR = 0.01
 Discrepancy = Callable[[Tensor], Tensor]
 """A distance with the real side bound: features [N, F] → []."""
+
+
+class OfNetworks(nn.Module):
+    """The distances of several networks' features, added, or each divided by its own value:
+
+        L = Σ_e L_e / (L_e' + 0.01),    L' = L detached
+
+    so that no network counts more than another because its features are larger.
+
+    Args:
+        distances: of each network's features.
+        parts: where these lie in [N, F]; with a single one nothing is divided.
+        scales: [F], what the features are multiplied by first.
+    """
+
+    def __init__(self, distances: Sequence[Discrepancy], parts: Sequence[slice], scales: Tensor):
+        super().__init__()
+        self.distances, self.parts, self.scales = list(distances), list(parts), scales
+        # Those that remember something are part of the state.
+        self.remembering = nn.ModuleDict(
+            {str(place): found for place, found in enumerate(distances) if isinstance(found, nn.Module)}
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """L of [N, F]."""
+        features = features * self.scales
+        if len(self.parts) == 1:
+            return self.distances[0](features)
+        losses = [distance(features[:, part]) for distance, part in zip(self.distances, self.parts, strict=True)]
+        return torch.stack([loss / (loss.detach() + _LOSS_FLOOR) for loss in losses]).sum()
 
 
 class FeatureCriterion:
@@ -36,6 +67,7 @@ class FeatureCriterion:
         self.features = torch.empty(count, sum(self.sizes), dtype=dtype, device=extractor.device)
         self.of_taps = torch.split(self.features, self.sizes, dim=1)
         self.counts = objective.ranks.counting(count)
+        self.gradients: tuple[Tensor, ...] = ()
 
     def collect(self, tap: int, x: TapInput, images: slice) -> None:
         """See `engine.representation.protocols.Collector`."""
@@ -44,18 +76,19 @@ class FeatureCriterion:
     def finish(self, ranks: Ranks) -> Tensor:
         """L, of the features of all ranks; then ∂L/∂x is known."""
         gathered, own = ranks.gather(self.features, self.counts)
-        del self.features, self.of_taps
         if not self.differentiable:
             return self.objective.discrepancy(gathered)
         with torch.enable_grad():
             leaf = gathered.detach().requires_grad_()
             loss = self.objective.discrepancy(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
-        self.of_taps = torch.split(gradient[own], self.sizes, dim=1)
+        self.gradients = torch.split(gradient[own], self.sizes, dim=1)
         return loss.detach()
 
     def gradient(self, tap: int, images: slice) -> PerImage:
-        return PerImage(self.objective.pool.gradient(self.of_taps[tap][images], self.taps[tap]))
+        """See `engine.representation.protocols.Criterion`."""
+        g, pooled = self.gradients[tap][images], self.of_taps[tap][images]
+        return self.objective.pool.gradient(g, pooled, self.taps[tap])
 
 
 class OnFeatures(nn.Module):
@@ -69,7 +102,7 @@ class OnFeatures(nn.Module):
     Args:
         extractor: from `build_extractor`.
         discrepancy: features [N, F] → [], differentiable; for instance `engine.comparison.distances.MMD`.
-        pool: "mean", "grid4", "none", or a `Pool`.
+        pool: a name that `make_pool` knows, or a `Pool`.
         chunk_size, kernels, amp_dtype, recompute, ranks, max_chunks: as for `MomentMatching`.
 
     Raises ValueError for arguments that do not fit.
@@ -89,9 +122,7 @@ class OnFeatures(nn.Module):
         max_chunks: int | None = None,
     ):
         super().__init__()
-        if isinstance(pool, str) and pool not in POOLS:
-            raise InputError("pool", f"{pool!r} is not one of {', '.join(POOLS)}")
-        self.pool = POOLS[pool] if isinstance(pool, str) else pool
+        self.pool = make_pool(pool) if isinstance(pool, str) else pool
         self.discrepancy = discrepancy
         self.ranks = ranks
         self.feature_pass = FeaturePass(

@@ -1,7 +1,8 @@
-"""What is compared of every map of features: its mean, its means over a grid, or all of it."""
+"""What is compared of every map of features: its mean, mean and deviation, its means over a grid, or all of it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,6 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.representation.extractor import Tap
+from engine.representation.protocols import PerImage
+from engine.support.errors import InputError
+
+_GRID = re.compile(r"grid([1-9]\d{0,2})")
+# Below 1e-3 a map hardly varies, and the slope of its deviation would be large and say nothing.
+_VARIANCE_FLOOR = 1e-6
 
 
 class Pool(Protocol):
@@ -23,8 +30,8 @@ class Pool(Protocol):
         """Pooled features [n, f], float32 (float64 for float64 y)."""
         ...
 
-    def gradient(self, g: Tensor, tap: Tap) -> Tensor:
-        """∂L/∂y, or what broadcasts to [n, C, H, W], for g = ∂L/∂(pooled features) [n, f]."""
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
+        """∂L/∂y for g = ∂L/∂pooled, with `pooled` what the call returned; [n, f] both."""
         ...
 
 
@@ -52,16 +59,48 @@ class Grid:
         side = (min(self.side, y.shape[2]), min(self.side, y.shape[3]))
         return F.adaptive_avg_pool2d(_wide(y), side).flatten(1)
 
-    def gradient(self, g: Tensor, tap: Tap) -> Tensor:
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
         """Every cell's gradient, shared out among its features."""
         channels, height, width = self._cells(tap)
         g = g.reshape(len(g), channels, height, width)
         if (height, width) == (1, 1):
-            return g / (tap.shape[1] * tap.shape[2])
+            return PerImage(g / (tap.shape[1] * tap.shape[2]))
         with torch.enable_grad():
             y = torch.zeros(len(g), *tap.shape, dtype=g.dtype, device=g.device, requires_grad=True)
             (found,) = torch.autograd.grad(F.adaptive_avg_pool2d(y, (height, width)), y, g)
-        return found
+        return PerImage(found)
+
+
+class MeanAndDeviation:
+    """The mean m and the deviation s of every channel over its positions: f = 2·C, all means first.
+
+        m = 1/(HW) Σ y          s = √(1/(HW) Σ (y − m)² + 1e-6)
+
+    A map of a single position has no deviation: f = C there. The gradient is affine in every image's own features:
+    ∂L/∂y = (g_m + g_s (y − m)/s)/(HW).
+    """
+
+    def num_features(self, tap: Tap) -> int:
+        channels, height, width = tap.shape
+        return channels if height * width == 1 else 2 * channels
+
+    def __call__(self, y: Tensor) -> Tensor:
+        y = _wide(y)
+        if y.shape[2] * y.shape[3] == 1:
+            return y.flatten(1)
+        variance, mean = torch.var_mean(y, dim=(2, 3), correction=0)
+        return torch.cat((mean, (variance + _VARIANCE_FLOOR).sqrt()), dim=1)
+
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
+        """See the class."""
+        channels, height, width = tap.shape
+        if height * width == 1:
+            return PerImage(g[:, :, None, None])
+        of_mean, of_deviation = torch.split(g, channels, dim=1)
+        mean, deviation = torch.split(pooled, channels, dim=1)
+        slope = of_deviation / (deviation * (height * width))
+        constant = of_mean / (height * width) - slope * mean
+        return PerImage(constant[:, :, None, None], slope[:, :, None, None])
 
 
 class Everything:
@@ -73,11 +112,20 @@ class Everything:
     def __call__(self, y: Tensor) -> Tensor:
         return _wide(y).flatten(1)
 
-    def gradient(self, g: Tensor, tap: Tap) -> Tensor:
-        return g.reshape(len(g), *tap.shape)
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
+        return PerImage(g.reshape(len(g), *tap.shape))
 
 
-POOLS: dict[str, Pool] = {"mean": Grid(1), "grid4": Grid(4), "none": Everything()}
+POOLS: dict[str, Pool] = {"mean": Grid(1), "mean+std": MeanAndDeviation(), "grid4": Grid(4), "none": Everything()}
+
+
+def make_pool(name: str) -> Pool:
+    """The pool of a name: one of `POOLS`, or "gridK" for K × K cells, K up to 999; InputError if it is none."""
+    if (known := POOLS.get(name)) is not None:
+        return known
+    if (grid := _GRID.fullmatch(name)) is not None:
+        return Grid(int(grid[1]))
+    raise InputError("pool", f"{name!r} is not one of mean, mean+std, gridK (such as grid4), none")
 
 
 def sizes(pool: Pool, taps: Sequence[Tap]) -> list[int]:

@@ -11,12 +11,8 @@ from typing import Any
 
 from engine.configuration.groups import (
     GROUPS,
-    METHODS,
     DataConfig,
-    GfmnConfig,
     MatchingConfig,
-    MethodConfig,
-    MmdConfig,
     NetworksConfig,
     OutputConfig,
     TrainingConfig,
@@ -25,6 +21,18 @@ from engine.configuration.groups import (
     group_of,
     names_with,
     owners,
+)
+from engine.configuration.methods import (
+    METHODS,
+    DriftingConfig,
+    FeaturesConfig,
+    FrechetConfig,
+    GfmnConfig,
+    GmmnConfig,
+    MethodConfig,
+    MmdConfig,
+    PopulationConfig,
+    SinkhornConfig,
 )
 from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_values
@@ -45,6 +53,12 @@ class Config:
     networks: NetworksConfig = field(default_factory=NetworksConfig)
     gfmn: GfmnConfig = field(default_factory=GfmnConfig)
     mmd: MmdConfig = field(default_factory=MmdConfig)
+    frechet: FrechetConfig = field(default_factory=FrechetConfig)
+    sinkhorn: SinkhornConfig = field(default_factory=SinkhornConfig)
+    drifting: DriftingConfig = field(default_factory=DriftingConfig)
+    gmmn: GmmnConfig = field(default_factory=GmmnConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    population: PopulationConfig = field(default_factory=PopulationConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -62,6 +76,9 @@ class Config:
             "chunk_size",
             "batch statistics (--extractor-bn batch) need the whole minibatch at once",
         )
+        queue = self.population.population_images
+        smaller = self.population.population == "queue" and queue < batch
+        require(not smaller, "population_images", f"is smaller than the minibatch: {queue} < {batch}")
 
     @classmethod
     def build(cls, preset: str | None, given: Mapping[str, Any]) -> Config:
@@ -127,7 +144,11 @@ class Config:
     @property
     def summary(self) -> str:
         """How features are compared, for people."""
-        return "; ".join(group.summary for group in self.groups().values() if hasattr(group, "summary"))
+        groups = self.groups()
+        if self.population.population != "none":  # which takes the averager's place
+            groups.pop("gfmn", None)
+        found = (group.summary for group in groups.values() if hasattr(group, "summary"))
+        return "; ".join(filter(None, found))
 
     def flat(self) -> dict[str, Any]:
         """Field name → value, over all groups."""

@@ -10,27 +10,23 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
-from engine.comparison.averagers import AVERAGERS
-from engine.comparison.distances.kernels import KERNELS
-from engine.comparison.pooling import POOLS
-from engine.configuration.options import Settings, option, require
+from engine.configuration.methods import (
+    DriftingConfig,
+    FeaturesConfig,
+    FrechetConfig,
+    GfmnConfig,
+    GmmnConfig,
+    MethodConfig,
+    MmdConfig,
+    PopulationConfig,
+    SinkhornConfig,
+)
+from engine.configuration.options import MOST_IMAGES, Settings, option, require
 from engine.generation.networks import UPSAMPLINGS
 from engine.generation.priors import MAX_NZ, PRIORS
 from engine.support.errors import InputError
 from pipelines import DATASETS
-
-METHODS = ("gfmn", "mmd")
-# Of the kernels that have bandwidths, in units of the median distance between real images (imq: of its square).
-# Wide rational quadratics alone leave strokes blurred on the digits; these read best of those that were tried.
-MMD_BANDWIDTHS = {
-    "gaussian": (0.25, 0.5, 1.0, 2.0, 4.0),
-    "rational-quadratic": (0.05, 0.1, 0.2),
-    "imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
-}
-# More than anybody trains with: what is larger is a slip, and would be allocated before anything else refused it.
-_MOST_IMAGES = 1_000_000
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b", re.IGNORECASE)
 
@@ -120,97 +116,6 @@ class NetworksConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class MethodConfig(Settings):
-    """Who learns what from whom."""
-
-    method: str = option(
-        "gfmn",
-        "'gfmn' matches the mean and the variance of every feature; 'mmd' the kernel MMD of pooled features",
-        choices=METHODS,
-        since="0.2",
-    )
-
-
-@dataclass(kw_only=True)
-class GfmnConfig(Settings):
-    """How moments are matched."""
-
-    methods: ClassVar[tuple[str, ...]] = ("gfmn",)
-
-    averager: str = option("ama", "what smooths the differences of moments", choices=tuple(AVERAGERS))
-    ama_lr: float = option(1e-5, "AMA's learning rate α", above=0, at_most=1e30, metavar="X")
-    ama_variant: str = option("paper", "AMA as in the paper, or as in the authors' code", choices=("paper", "authors"))
-    ma_alpha: float | None = option(
-        None, "moving average's α (0.1 for the paper's, 1 for the authors')", above=0, at_most=1, metavar="X"
-    )
-    ma_variant: str = option("paper", "moving average of differences, or of moments", choices=("paper", "authors"))
-    feature_scale: str = option(
-        "none",
-        "weigh features by their deviation in the target ('none' is the paper)",
-        choices=("none", "target-deviation"),
-    )
-    correction: int = option(1, "c of the variances' N − c", at_least=0, at_most=1, metavar="C")
-
-    @property
-    def summary(self) -> str:
-        names = {"ama": "AMA", "ma": "moving average", "none": "no averager"}
-        return names.get(self.averager, self.averager)
-
-
-@dataclass(kw_only=True)
-class MmdConfig(Settings):
-    """The kernel MMD of pooled features to a fixed set of real images."""
-
-    methods: ClassVar[tuple[str, ...]] = ("mmd",)
-
-    mmd_kernel: str = option("rational-quadratic", "kernel that compares images", choices=tuple(KERNELS), since="0.2")
-    mmd_bandwidths: tuple[float, ...] = option(
-        (),
-        "σ of the Gaussian kernels that are added, α of rational quadratics, or scales of IMQ, in units of the median "
-        "distance between real images (default: "
-        + "; ".join(f"{name} {' '.join(map(str, values))}" for name, values in MMD_BANDWIDTHS.items())
-        + ")",
-        above=0,
-        at_least=1e-6,  # the squares of much smaller ones are 0
-        at_most=1e6,
-        metavar="X",
-        since="0.2",
-    )
-    mmd_degree: int = option(3, "degree of the polynomial kernel", at_least=1, at_most=100, metavar="N", since="0.2")
-    mmd_unbiased: bool = option(False, "the unbiased estimate of MMD², not the biased one", since="0.2")
-    mmd_images: int = option(
-        10_000,
-        "real images that every minibatch is compared with, at most",
-        at_least=2,
-        at_most=_MOST_IMAGES,
-        metavar="N",
-        since="0.2",
-    )
-    pool: str = option(
-        "grid4",
-        "what is compared of every map: its mean, its means over a 4×4 grid, or every feature",
-        choices=tuple(POOLS),
-        since="0.2",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        takes = self.mmd_kernel in MMD_BANDWIDTHS
-        require(takes or not self.mmd_bandwidths, "mmd_bandwidths", f"--mmd-kernel {self.mmd_kernel} has none")
-        polynomial = self.mmd_kernel == "polynomial"
-        require(polynomial or self.mmd_degree == 3, "mmd_degree", f"--mmd-kernel {self.mmd_kernel} has none")
-
-    @property
-    def bandwidths(self) -> tuple[float, ...]:
-        """The given ones, or else the kernel's."""
-        return self.mmd_bandwidths or MMD_BANDWIDTHS.get(self.mmd_kernel, ())
-
-    @property
-    def summary(self) -> str:
-        return f"MMD with {self.mmd_kernel} kernels, pooled by {self.pool}"
-
-
-@dataclass(kw_only=True)
 class MatchingConfig(Settings):
     """How features are computed: the same for every method that compares them, and the same result."""
 
@@ -276,7 +181,7 @@ class MatchingConfig(Settings):
 class TrainingConfig(Settings):
     """The generator's training."""
 
-    batch_size: int = option(64, "images in a minibatch", at_least=2, at_most=_MOST_IMAGES, metavar="N")
+    batch_size: int = option(64, "images in a minibatch", at_least=2, at_most=MOST_IMAGES, metavar="N")
     steps: int = option(1500, "training steps", at_least=1, metavar="N", resumable=True)
     lr: float = option(5e-5, "learning rate of the generator's Adam", above=0, at_most=1e30, metavar="X")
     beta1: float = option(0.5, "β1 of the generator's Adam", at_least=0, below=1, metavar="X")
@@ -329,7 +234,7 @@ class ValidationConfig(Settings):
     """Comparing samples with the real images during training; see `engine.evaluate`."""
 
     evaluate_every: int | None = option(None, "steps between evaluations, none by default", at_least=1, metavar="N")
-    evaluate_samples: int = option(5000, "samples of each evaluation", at_least=2, at_most=_MOST_IMAGES, metavar="N")
+    evaluate_samples: int = option(5000, "samples of each evaluation", at_least=2, at_most=MOST_IMAGES, metavar="N")
     evaluate_extractor: str | None = option(
         None, "network whose features are compared (default: Inception-v3, as for FID and KID)", metavar="NAME"
     )
@@ -353,6 +258,12 @@ GROUPS: dict[str, type] = {
     "networks": NetworksConfig,
     "gfmn": GfmnConfig,
     "mmd": MmdConfig,
+    "frechet": FrechetConfig,
+    "sinkhorn": SinkhornConfig,
+    "drifting": DriftingConfig,
+    "gmmn": GmmnConfig,
+    "features": FeaturesConfig,
+    "population": PopulationConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "output": OutputConfig,

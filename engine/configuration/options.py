@@ -18,6 +18,9 @@ from engine.support.errors import InputError
 
 _LARGEST = 2**31 - 1
 """Of every whole number that declares no limit of its own."""
+MOST_IMAGES = 1_000_000
+"""More than anybody trains with at once: what is larger is a slip, and would be allocated before anything else refused
+it."""
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 

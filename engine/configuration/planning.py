@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from engine.comparison.pooling import POOLS, sizes
 from engine.comparison.reference.bank import FeatureBank
-from engine.comparison.reference.target import fake_target
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import amp_dtype, choose_device
+from engine.configuration.objectives import blank_reference
 from engine.generation.networks import Generator
 from engine.generation.priors import Noise, make_prior
 from engine.generation.sampling import Sampler
@@ -70,15 +69,6 @@ graph: estimated, 6 to 10 ms of launches against 1.2 to 1.6 ms of kernels for 64
 CPU = torch.device("cpu")
 
 
-def _fake_reference(config: Config, extractor: Extractor) -> Any:
-    """What the method knows of the real images, without memory; for a fake mode."""
-    if config.method.method == "mmd":
-        features = sizes(POOLS[config.mmd.pool], extractor.taps)
-        images = config.mmd.mmd_images
-        return FeatureBank(torch.zeros(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
-    return fake_target(extractor.num_features)
-
-
 def predict(
     config: Config, generator: Generator, extractor: Extractor, device: torch.device = CPU, size: int = 1
 ) -> Footprint:
@@ -106,7 +96,7 @@ def predict(
 
     def build() -> Callable[[], object]:
         # Fake tensors have no numbers to make weights or scales of.
-        known = _fake_reference(config, fake_extractor)
+        known = blank_reference(config, fake_extractor)
         if weighted:
             options["weights"] = torch.empty(extractor.num_features, dtype=torch.float64)
         if isinstance(known, FeatureBank):

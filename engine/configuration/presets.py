@@ -56,6 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What another method than the paper's needs: its own rates, on the digits those that draw readable ones in minutes.
 _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "mmd": {"digits": {"lr": 2e-3}},
+    # On pixels, as published.
+    "gmmn": {name: {"extractor": "pixels", "pool": "none"} for name in PRESETS},
 }
 
 

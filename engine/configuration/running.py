@@ -52,7 +52,11 @@ def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"noise": Noise(training.seed, device), "kernels": reference_kernels, "graphs": None}
     backend = select(config.matching.backend, device, amp_dtype(config) or torch.float32)
-    graphs = CudaGraphs(device) if training.cuda_graph is not False and backend is not reference_kernels else None
+    waits = config.method.method == "frechet"  # for its singular values, which a library of the host's drives
+    if training.cuda_graph and waits:
+        raise InputError("cuda_graph", "--method frechet cannot be captured: its singular values need the host")
+    captured = training.cuda_graph is not False and backend is not reference_kernels and not waits
+    graphs = CudaGraphs(device) if captured else None
     if training.cuda_graph and graphs is None:
         raise InputError("cuda_graph", "needs the Triton kernels, which cannot run here")
     return {"noise": DrawnAhead(training.seed, CudaLane(device)), "kernels": backend, "graphs": graphs}

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from engine.representation.architectures import fitting_size
 from engine.representation.extractor import Extractor, Normalisation, Normalised
+from engine.representation.tokens import Tokens
 from engine.representation.tracing.folding import freeze
 from engine.representation.tracing.tap import NoMatch, WrongSize, tap_network
 from engine.representation.weights import copy_weights, read_state_dict, state_digest
@@ -97,6 +98,7 @@ def build_extractor(
         else:
             extractor.networks.append(graph)
         extractor.sites += tuple(sites)
+        extractor.tokens |= isinstance(network.module, Tokens)
     extractor.measure_taps()
     extractor.fingerprint = {
         "extractor": name,

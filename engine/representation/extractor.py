@@ -64,6 +64,7 @@ class Extractor(nn.Module):
         taps: tuple of `Tap`, in forward order, network by network.
         sites: tuple of `TapSite`, one per tap: how the graph may treat the activation.
         num_features: D = Σ d_j.
+        tokens: whether a network is a transformer, whose taps are tokens and no maps.
         batch_statistics: whether BatchNorm uses the batch's statistics, so that images depend on each other.
         fingerprint: str → str, everything of the extractor that decides the features of an image.
     """
@@ -76,6 +77,7 @@ class Extractor(nn.Module):
         self.networks = nn.ModuleList()
         self.taps: tuple[Tap, ...] = ()
         self.sites: tuple[TapSite, ...] = ()
+        self.tokens = False
         self.fingerprint: dict[str, str] = {}
 
     @property

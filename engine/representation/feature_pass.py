@@ -200,7 +200,8 @@ class _Taps:
             return
         if shortcut is not None:
             arriving.add_(shortcut)
-        arriving.copy_(arriving + own.g)  # the sum in float32, if it is stored in less
+        # The sums in float32, if they are stored in less.
+        arriving.copy_(arriving + (own.g if own.slope is None else own.g + own.slope * y))
         mask_(arriving, y, activation)
 
 
@@ -283,4 +284,4 @@ class _Gradients:
     def _per_image(self, images: slice, last: list[PerImage], tap: int) -> PerImage:
         own = last.pop() if last and tap == self.taps - 1 else self.criterion.gradient(tap, images)
         assert isinstance(own, PerImage)
-        return PerImage(own.g * self.grad_loss)
+        return PerImage(own.g * self.grad_loss, None if own.slope is None else own.slope * self.grad_loss)

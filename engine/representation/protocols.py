@@ -31,13 +31,15 @@ class Affine:
 
 @dataclass(frozen=True)
 class PerImage:
-    """The gradient of any other loss.
+    """The gradient of any other loss: ∂L/∂y = g + slope · y.
 
     Attributes:
-        g: ∂L/∂y of the images asked for, `[n, C, H, W]`, or what broadcasts to it: `[n, C, 1, 1]` for channel means.
+        g: for the images asked for, `[n, C, H, W]`, or what broadcasts to it: `[n, C, 1, 1]` for channel means.
+        slope: of the same kind, for features that are deviations over a map; None is 0.
     """
 
     g: Tensor
+    slope: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import warnings
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.representation.architectures import ARCHITECTURES, find_architecture
-from engine.representation.tracing.tap import Leaves
+from engine.representation.tokens import Tokens, leaves_of
+from engine.representation.tracing.tap import Leaves, Mark
 from engine.support.errors import InputError, one_line
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,8 +25,22 @@ _PERCEPTUAL = "pip install 'gfmn-engine[perceptual]'"
 # The tensors of EfficientNet-Lite0's file have other names than timm's, but are in the same order.
 _VGG19 = "vgg19"
 _LITE0, _LITE0_TIMM = "efficientnet-lite0", "tf_efficientnet_lite0"
+_PIXELS = "pixels"
 
 Triple = tuple[float, float, float]
+
+
+class Pixels(nn.Module):
+    """The image itself, in [0, 1], as the one map of features: what methods on pixels compare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.image = Mark()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] to the same in [0, 1]."""
+        return self.image(x * self.scale + self.scale)
 
 
 @dataclass
@@ -61,6 +77,8 @@ def make_network(name: str, image_size: int) -> Network:
         network = _timm(name, model)
     elif name == _LITE0:
         network = _efficientnet_lite0()
+    elif name == _PIXELS:
+        network = _pixels()
     elif name in ARCHITECTURES:
         module = find_architecture(name, image_size).make(10, image_size)
         network = _network(name, module)
@@ -88,7 +106,7 @@ def network_of(name: str, module: nn.Module) -> Network:
 
 def network_names() -> tuple[str, ...]:
     """Networks that have a name of their own, as help texts list them."""
-    return (*ARCHITECTURES, _LITE0)
+    return (*ARCHITECTURES, _LITE0, _PIXELS)
 
 
 def has_perceptual() -> bool:
@@ -104,6 +122,12 @@ def brings_weights(name: str) -> bool:
 def has_imagenet_weights(name: str) -> bool:
     """Whether "imagenet" names weights of the network."""
     return brings_weights(name) or name == _VGG19
+
+
+def _pixels() -> Network:
+    network = _network(_PIXELS, Pixels())
+    network.imagenet = lambda: {name: tensor.detach() for name, tensor in network.state.items()}  # nothing is learned
+    return network
 
 
 def _network(name: str, module: nn.Module, **rest: Any) -> Network:
@@ -153,7 +177,7 @@ def _timm(name: str, model: str) -> Network:
         hint = f", such as {', '.join(near[:4])}" if near else ""
         raise InputError("name", f"timm has no model {model!r}; use the name of one{hint}")
     try:
-        module = timm.create_model(model, pretrained=False)
+        module = _created(timm, model)
     except Exception as error:  # a model's own requirements
         raise InputError("name", f"timm cannot make {model} ({one_line(error)})") from None
 
@@ -166,7 +190,7 @@ def _timm(name: str, model: str) -> Network:
                 f"the ImageNet weights of timm's {model} are unavailable ({one_line(error)}); give a file",
             ) from None
 
-    settings = module.pretrained_cfg
+    settings: Any = module.pretrained_cfg
     network = _network(
         name,
         module,
@@ -175,8 +199,19 @@ def _timm(name: str, model: str) -> Network:
         std=_triple(settings.get("std", _IMAGENET_STD)),
         leaves=Leaves(tuple(timm.layers.get_notrace_modules()), tuple(timm.layers.get_notrace_functions())),
     )
+    if isinstance(module, timm.models.VisionTransformer):
+        network.leaves, network.module = leaves_of(module), Tokens(module)
+        return network
     _split_norm_act(module, timm.layers.BatchNormAct2d)
     return network
+
+
+def _created(timm: Any, model: str) -> nn.Module:
+    """A vision transformer takes images of any whole number of patches, and not only of the size of its training."""
+    if model.startswith("vit_"):
+        with contextlib.suppress(TypeError):  # a relative of theirs that has no such option
+            return timm.create_model(model, pretrained=False, dynamic_img_size=True)
+    return timm.create_model(model, pretrained=False)
 
 
 def _efficientnet_lite0() -> Network:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from engine.configuration.groups import GROUPS, METHODS, group_of
+from engine.configuration.groups import GROUPS, group_of
+from engine.configuration.methods import METHODS
 from engine.configuration.options import Range, alternatives, type_hints
 
 # What may take minutes or a gigabyte without being a mistake is not drawn, nor what compiles or starts another decoder.

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_steps import random_reference
 from helpers.step_trace import FORBIDDEN, where
 from torch import Tensor
 from torch._guards import detect_fake_mode
@@ -34,6 +33,7 @@ from torch.utils._pytree import tree_iter
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.objectives import blank_reference
 from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.training.planner import FakeMode, fake_copy
@@ -244,7 +244,7 @@ def fake_cuda_trainer(config: Config, ranks: Ranks = ALONE) -> Trainer:
         generator, extractor = fake_copy(generator, mode), fake_copy(extractor, mode, amp_dtype(config))
     triton = importlib.import_module("kernels.triton")
     options: dict[str, Any] = {"kernels": triton}
-    reference = random_reference(config, extractor)
+    reference = blank_reference(config, extractor, torch.rand)
     # Fake tensors have no numbers to make weights or scales of.
     if config.method.method == "mmd":
         options["scales"] = torch.ones(reference.features.shape[1])

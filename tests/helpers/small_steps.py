@@ -14,16 +14,14 @@ import torch
 from helpers.recorded_graphs import RecordedLane
 from torch import Tensor
 
-from engine.comparison.distances.moments import Moments
-from engine.comparison.pooling import POOLS, sizes
-from engine.comparison.reference.bank import FeatureBank
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
-from engine.configuration.groups import METHODS
+from engine.configuration.groups import GROUPS, field_names
+from engine.configuration.methods import METHODS
+from engine.configuration.objectives import blank_reference
 from engine.configuration.presets import PRESETS
 from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import DrawnAhead
-from engine.representation.extractor import Extractor
 from engine.training.graphs import Graphs
 from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
@@ -45,8 +43,14 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "no-averager": {"averager": "none"},
         "correction-0": {"correction": 0},
         "feature-scale": {"feature_scale": "target-deviation"},
+        "moving-population": {"population": "ema"},
+        "queued-population": {"population": "queue", "population_images": 15},
     },
     "mmd": {
+        "normalised": {"extractor": "vgg-small+resnet18", "normalise_losses": True},
+        "deviations": {"pool": "mean+std"},
+        "pixels": {"extractor": "pixels"},
+        "landmarks": {"mmd_landmarks": 4},
         "gaussian": {"mmd_kernel": "gaussian"},
         "imq": {"mmd_kernel": "imq"},
         "energy": {"mmd_kernel": "energy"},
@@ -55,6 +59,10 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "unbiased": {"mmd_unbiased": True},
         "mean-pool": {"pool": "mean"},
         "no-pool": {"pool": "none"},
+    },
+    "frechet": {
+        "moving-population": {"population": "ema", "pool": "mean"},
+        "queued-population": {"population": "queue", "population_images": 15},
     },
 }
 _OF_ALL: dict[str, dict[str, Any]] = {
@@ -90,25 +98,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def configuration(preset: str, given: dict[str, Any]) -> Config:
     """The preset with `given` settings, small."""
     small = {"weights": ("random",), "image_size": 32, "batch_size": 5, "layers": 4, "nz": 8}
-    mmd = {"mmd_images": 6} if given.get("method") == "mmd" else {}
-    return Config.build(preset, {**small, **mmd, **given})
-
-
-def random_reference(config: Config, extractor: Extractor) -> Any:
-    """What the method knows of real images, of none: the pass over them is not what is looked at."""
-    if config.method.method == "mmd":
-        features = sizes(POOLS[config.mmd.pool], extractor.taps)
-        images = config.mmd.mmd_images
-        return FeatureBank(torch.rand(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
-    mean, m2 = torch.rand(2, extractor.num_features, dtype=torch.float64)
-    return Moments(2, mean, m2)
+    images = f"{given.get('method', 'gfmn')}_images"  # real ones, where a method compares with them
+    bank = {images: 6} if any(images in field_names(group) for group in GROUPS.values()) else {}
+    return Config.build(preset, {**small, **bank, **given})
 
 
 def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = None) -> Trainer:
     """A new trainer on the CPU that steps as one on a GPU does, with the plain kernels."""
     torch.manual_seed(3)
     extractor, generator = bare_extractor(config), make_generator(config)
-    method = make_method(config, generator, extractor, random_reference(config, extractor), ranks, kernels=reference)
+    known = blank_reference(config, extractor, torch.rand)
+    method = make_method(config, generator, extractor, known, ranks, kernels=reference)
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
     return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, graphs=graphs, ranks=ranks, **options)
 

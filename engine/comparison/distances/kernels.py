@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,21 @@ from torch import Tensor
 from engine.support.errors import InputError
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # x [n, F], y [m, F] → [n, m]
+
+
+class Pairs(NamedTuple):
+    """What a radial kernel sees of x [n, F] and y [m, F]."""
+
+    squares: Tensor  # [n, m] ‖x_i − y_j‖², none negative
+    norms: Tensor  # [n, m] ‖x_i − c‖² + ‖y_j − c‖², detached: the error of the squares is relative to it
+    size: int  # F
+
+
+@runtime_checkable
+class Radial(Protocol):
+    """A kernel that depends on ‖x − y‖ alone, so that both sets may be shifted."""
+
+    def of(self, pairs: Pairs) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +49,10 @@ class Gaussian:
         object.__setattr__(self, "bandwidths", _positive("bandwidths", self.bandwidths))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        squares = squared_distances(*_wide(x, y))
-        return _total(torch.exp(squares * (-0.5 / width**2)) for width in self.bandwidths).to(x.dtype)
+        return _radial(self, x, y)
+
+    def of(self, pairs: Pairs) -> Tensor:
+        return _total(torch.exp(pairs.squares * (-0.5 / width**2)) for width in self.bandwidths)
 
 
 @dataclass(frozen=True)
@@ -48,8 +65,10 @@ class RationalQuadratic:
         object.__setattr__(self, "alphas", _positive("alphas", self.alphas))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        squares = squared_distances(*_wide(x, y))
-        return _total(torch.exp(-alpha * torch.log1p(squares / (2 * alpha))) for alpha in self.alphas).to(x.dtype)
+        return _radial(self, x, y)
+
+    def of(self, pairs: Pairs) -> Tensor:
+        return _total(torch.exp(-alpha * torch.log1p(pairs.squares / (2 * alpha))) for alpha in self.alphas)
 
 
 @dataclass(frozen=True)
@@ -62,8 +81,10 @@ class InverseMultiquadratic:
         object.__setattr__(self, "scales", _positive("scales", self.scales))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        squares = squared_distances(*_wide(x, y))
-        return _total(scale / (scale + squares) for scale in self.scales).to(x.dtype)
+        return _radial(self, x, y)
+
+    def of(self, pairs: Pairs) -> Tensor:
+        return _total(scale / (scale + pairs.squares) for scale in self.scales)
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,10 @@ class Energy:
     """−‖x−y‖; see `energy`."""
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        return -distances(*_wide(x, y)).to(x.dtype)
+        return _radial(self, x, y)
+
+    def of(self, pairs: Pairs) -> Tensor:
+        return -_roots(pairs)
 
 
 @dataclass(frozen=True)
@@ -174,8 +198,8 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
     The gradient is 2 Σ_j g_ij (x_i − y_j), also where a value was set to 0, and keeps all digits.
     """
-    with _full_precision(x):
-        return _expand(x, y)[0]
+    with full_precision(x):
+        return _expand(x, y).squares
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
@@ -185,11 +209,17 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     would otherwise pull in a random direction. Above it a distance has the relative error of its square, halved, and
     so has that pair's part of the gradient, a unit vector.
     """
-    with _full_precision(x):
-        squares, norms = _expand(x, y)
-        floor = norms * ((8 + math.sqrt(x.shape[1])) * torch.finfo(x.dtype).eps)
-        apart = squares.detach() > floor
-        return torch.where(apart, torch.where(apart, squares, 1.0).sqrt(), 0.0)  # √ of 1, not 0: no infinite derivative
+    with full_precision(x):
+        return _roots(_expand(x, y))
+
+
+def fixed(kernel: Kernel, y: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
+    """x [n, F] ↦ k(x, y) [n, m] for one y [m, F] and many x, with what depends on y alone computed now.
+
+    For a radial kernel that is y − c and ‖y − c‖², in y's dtype or float32 if that has fewer digits; c is `shift` [F],
+    a point near y such as its mean. Then no call passes over y but for the product. Another kernel sees y as it is.
+    """
+    return _Anchored(kernel, y, shift) if isinstance(kernel, Radial) else lambda x: kernel(x, y)
 
 
 def median_distance(x: Tensor, limit: int = 1000) -> float:
@@ -215,6 +245,12 @@ def median_distance(x: Tensor, limit: int = 1000) -> float:
     return float(pairs[middle] if len(pairs) % 2 else (pairs[middle - 1] + pairs[middle]) / 2)
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast: it would multiply in half precision what is subtracted next."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def check_features(argument: str, features: Tensor, at_least: int = 1, size: int | None = None) -> None:
     """InputError that names the argument, unless it is a floating-point [n ≥ at_least, F], F = size if given."""
     if (
@@ -228,25 +264,64 @@ def check_features(argument: str, features: Tensor, at_least: int = 1, size: int
         raise InputError(argument, f"expected real features {wanted}, got {list(features.shape)} {features.dtype}")
 
 
-def _expand(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """‖x−y‖² [n, m], none negative, and the detached sums ‖x−c‖² + ‖y−c‖² [n, m] that its error is relative to."""
+class _Anchored:
+    """See `fixed`."""
+
+    def __init__(self, kernel: Radial, y: Tensor, shift: Tensor):
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        self.kernel, self.shift = kernel, shift.to(dtype)
+        self.rows = y.to(dtype) - self.shift
+        self.norms = self.rows.square().sum(dim=1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with full_precision(x):
+            pairs = _pairs(x.to(dtype) - self.shift.to(dtype), self.rows.to(dtype), self.norms.to(dtype))
+        return self.kernel.of(pairs).to(x.dtype)
+
+
+def _radial(kernel: Radial, x: Tensor, y: Tensor) -> Tensor:
+    """k(x, y) [n, m] in x's dtype."""
+    with full_precision(x):
+        pairs = _expand(*_wide(x, y))
+    return kernel.of(pairs).to(x.dtype)
+
+
+def _expand(x: Tensor, y: Tensor) -> Pairs:
+    """The pairs of x and y, both shifted by the mean of all rows."""
     with torch.no_grad():  # constant: no distance depends on it
         shift = (x.mean(dim=0) * len(x) + y.mean(dim=0) * len(y)) / (len(x) + len(y))
-    same = x is y
-    x = x - shift
-    y = x if same else y - shift
-    norms = x.square().sum(dim=1)[:, None] + (y.square().sum(dim=1))[None, :]
-    squares = norms - 2 * (x @ y.T)
+    rows = x - shift
+    if x is y:
+        return _pairs(rows, rows)
+    y = y - shift
+    return _pairs(rows, y, y.square().sum(dim=1))
+
+
+def _pairs(x: Tensor, y: Tensor, norms: Tensor | None = None) -> Pairs:
+    """The pairs of x and y as they are; `norms` [m] are ‖y‖², None if y is x."""
+    of_x = x.square().sum(dim=1)
+    sums = of_x[:, None] + (of_x if norms is None else norms)[None, :]
+    squares = sums - 2 * (x @ y.T)
     # The clamp changes values alone: as a function to differentiate it would lose the gradients of the values it sets.
     values = squares.detach().clamp_min(0)
-    if same:
+    if norms is None:
         values.fill_diagonal_(0)
-    return squares + (values - squares.detach()), norms.detach()
+    return Pairs(squares + (values - squares.detach()), sums.detach(), x.shape[1])
+
+
+def _roots(pairs: Pairs) -> Tensor:
+    """‖x_i − y_j‖ [n, m]; 0 where the square is within its error."""
+    floor = pairs.norms * ((8 + math.sqrt(pairs.size)) * torch.finfo(pairs.norms.dtype).eps)
+    apart = pairs.squares.detach() > floor
+    return torch.where(
+        apart, torch.where(apart, pairs.squares, 1.0).sqrt(), 0.0
+    )  # √ of 1, not 0: no infinite derivative
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """x_i·y_j [n, m]."""
-    with _full_precision(x):
+    with full_precision(x):
         return x @ y.T
 
 
@@ -256,12 +331,6 @@ def _wide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     check_features("y", y, size=x.shape[1])
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (wide := x.to(dtype)), (wide if x is y else y.to(dtype))
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast: it would multiply in half precision what is subtracted next."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.comparison.distances.kernels import Kernel, check_features
+from engine.comparison.distances.kernels import Energy, Kernel, check_features, fixed
 from engine.support.errors import InputError
+
+_Part = Callable[[Tensor], Tensor]  # x [n, F] → its kernels with some rows of y, [n, block]
 
 _CONSTANT_BLOCK = 1024  # rows of y in float64 that the constant's blocks have
 _BLOCK_FEATURES = 2**24  # features of y that a discrepancy sees at once: 64 MiB in float32
@@ -31,20 +33,30 @@ def mmd(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = False) -> Tensor:
         InputError: "x" or "y", if it isn't [n, F] with at least one row, or two if unbiased; "y", if its F isn't x's.
     """
     x, y = _checked(x, y, unbiased)
-    found = _within(x, kernel, unbiased) - 2 * _across(x, y, kernel) + _within(y, kernel, unbiased)
+    found = mean_within(x, kernel, unbiased) - 2 * _across(x, y, kernel) + mean_within(y, kernel, unbiased)
     return found.to(x.dtype)
+
+
+def energy_distance(x: Tensor, y: Tensor, unbiased: bool = False) -> Tensor:
+    """The energy distance 2 E‖x−y‖ − E‖x−x'‖ − E‖y−y'‖ of features x [n, F] and y [m, F], as [] (Székely & Rizzo 2013).
+
+    MMD² with `kernels.energy()`: no width to choose. Biased, as SciPy's for one feature squared, or with the means over
+    x ≠ x' and y ≠ y'. See `mmd` for cost, derivatives and errors.
+    """
+    return mmd(x, y, Energy(), unbiased)
 
 
 class MMD:
     """MMD² to a fixed set of features: `mmd` as a function of x alone.
 
-    The mean of k(y, y) is computed once, in float64, a block of rows at a time: m²/2 kernels. A call evaluates
-    n² + n·m kernels, y a block at a time. With several blocks each one's gradient is computed right after its value,
-    so that memory is for [n, n] and [n, block] kernels and a few copies of one block of y, whatever m. (A second
+    The mean of k(y, y) is computed once, in float64, a block of rows at a time: m²/2 kernels. So are the rows of y
+    about their mean and their norms, where the kernel is one of distances (see `kernels.fixed`): a copy of y, which
+    itself isn't kept. A call evaluates n² + n·m kernels, y a block at a time. With several blocks each one's gradient
+    is computed right after its value, so that memory is for [n, n] and [n, block] kernels, whatever m. (A second
     derivative computes them again, and keeps all.) Values and gradients don't depend on the block but for rounding.
 
     Args:
-        y: features [m, F] of the real images; kept without a graph.
+        y: features [m, F] of the real images; no gradient reaches them.
         kernel: k(x, y) → [n, m].
         unbiased: as for `mmd`.
         block: how many rows of y a call sees at once; by default as many as have 2^24 features.
@@ -60,9 +72,11 @@ class MMD:
         check_features("y", y, at_least=2 if unbiased else 1)
         if block is not None and block < 1:
             raise InputError("block", f"must be at least 1, got {block}")
-        self.y, self.kernel, self.unbiased = y.detach(), kernel, unbiased
-        self.block = max(1, _BLOCK_FEATURES // y.shape[1]) if block is None else block
-        self.constant = _mean_within(self.y, kernel, unbiased)
+        self.kernel, self.unbiased = kernel, unbiased
+        self.count, self.size = y.shape
+        y = y.detach()
+        self.parts = fixed_parts(y, kernel, block or max(1, _BLOCK_FEATURES // self.size))
+        self.constant = _mean_of_all_pairs(y, kernel, unbiased)
 
     def __call__(self, x: Tensor) -> Tensor:
         """MMD² of x [n, F] and y, as []; differentiable in x as often as the kernel is.
@@ -70,40 +84,45 @@ class MMD:
         Raises:
             InputError: "x", if it isn't [n, F] with y's F and at least one row, or two if unbiased.
         """
-        check_features("x", x, at_least=2 if self.unbiased else 1, size=self.y.shape[1])
+        check_features("x", x, at_least=2 if self.unbiased else 1, size=self.size)
         x = _wide(x)
-        parts = torch.split(self.y, self.block)
-        across = _sum_across(x, parts[0], self.kernel) if len(parts) == 1 else _SumInBlocks.apply(x, parts, self.kernel)
-        within = _within(x, self.kernel, self.unbiased)
-        return (within - 2 * across / (len(x) * len(self.y)) + self.constant).to(x.dtype)
+        across = _sum_of_part(x, self.parts[0]) if len(self.parts) == 1 else _SumInBlocks.apply(x, self.parts)
+        within = mean_within(x, self.kernel, self.unbiased)
+        return (within - 2 * across / (len(x) * self.count) + self.constant).to(x.dtype)
+
+
+def fixed_parts(y: Tensor, kernel: Kernel, block: int) -> list[_Part]:
+    """x ↦ k(x, y) in parts of `block` rows of y, each with what depends on y alone computed."""
+    shift = y.mean(dim=0, dtype=torch.float64)
+    return [fixed(kernel, rows, shift) for rows in torch.split(y, block)]
 
 
 class _SumInBlocks(torch.autograd.Function):
     """Σ_ij k(x_i, y_j) over all parts of y, and its gradient, with one part's matrices in memory at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: Sequence[Tensor], kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, x: Tensor, parts: Sequence[_Part]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         gradient = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for part in parts:
             with torch.set_grad_enabled(gradient is not None):
                 leaf = x.detach().requires_grad_(gradient is not None)
-                value = _sum_across(leaf, part, kernel)
+                value = _sum_of_part(leaf, part)
             total += value.detach()
             if gradient is not None:
                 gradient += torch.autograd.grad(value, leaf)[0]
-        ctx.parts, ctx.kernel = parts, kernel
+        ctx.parts = parts
         ctx.save_for_backward(x, gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         """The gradient that forward found; under `create_graph`, the same one as a function of x."""
         x, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
-            sums = [_sum_across(x, part, ctx.kernel) for part in ctx.parts]
+            sums = [_sum_of_part(x, part) for part in ctx.parts]
             (gradient,) = torch.autograd.grad(torch.stack(sums).sum(), x, create_graph=True)
-        return upstream.to(x.dtype) * gradient, None, None
+        return upstream.to(x.dtype) * gradient, None
 
 
 def _checked(x: Tensor, y: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
@@ -119,7 +138,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _within(x: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+def mean_within(x: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
     """The mean of k(x_i, x_j), of i ≠ j if unbiased; [] float64."""
     matrix = kernel(x, x)
     total = matrix.sum(dtype=torch.float64)
@@ -128,18 +147,18 @@ def _within(x: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
     return (total - matrix.diagonal().sum(dtype=torch.float64)) / (len(x) * (len(x) - 1))
 
 
-def _sum_across(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
-    """Σ_ij k(x_i, y_j); [] float64."""
-    return kernel(x, y).sum(dtype=torch.float64)
+def _sum_of_part(x: Tensor, part: _Part) -> Tensor:
+    """Σ_ij k(x_i, y_j) over one part of y; [] float64."""
+    return part(x).sum(dtype=torch.float64)
 
 
 def _across(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     """The mean of k(x_i, y_j); [] float64."""
-    return _sum_across(x, y, kernel) / (len(x) * len(y))
+    return kernel(x, y).sum(dtype=torch.float64) / (len(x) * len(y))
 
 
-def _mean_within(y: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
-    """`_within` of a set of any size: blocks in float64, each pair of blocks once since k(x, y) = k(y, x)."""
+def _mean_of_all_pairs(y: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+    """`mean_within` of a set of any size: blocks in float64, each pair of blocks once since k(x, y) = k(y, x)."""
     with torch.no_grad():
         total = torch.zeros((), dtype=torch.float64, device=y.device)
         parts = torch.split(y, _CONSTANT_BLOCK)

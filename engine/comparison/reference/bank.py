@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.comparison.distances.moments import check_fingerprint
-from engine.comparison.pooling import POOLS, sizes
+from engine.comparison.pooling import make_pool, sizes
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import TapInput
@@ -90,22 +90,27 @@ class FeatureBank:
         return bank
 
     def scales(self) -> Tensor:
-        """Factors [F], one for each tap and repeated over its features: 1/√(Σ variances of the tap's features).
+        """See `scales_of`."""
+        parts = torch.split(self.features, list(self.sizes), dim=1)  # one in float64 at a time
+        variances = torch.cat([part.double().var(dim=0, correction=0) for part in parts])
+        return scales_of(variances, self.sizes).to(self.features.dtype)
 
-        With them every tap contributes 2 to the mean of ‖x − y‖² over pairs of real images, however many features it
-        has and however large they are. A tap that never varies gets 0. One factor for each feature instead would blow
-        up those that hardly vary.
-        """
-        factors = []
-        for part in torch.split(self.features, list(self.sizes), dim=1):
-            total = part.double().var(dim=0, correction=0).sum()
-            factors.append((total.rsqrt() if total > 0 else total).to(part.dtype).expand(part.shape[1]))
-        return torch.cat(factors)
+
+def scales_of(variances: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Factors [F], one for each tap and repeated over its features: 1/√(Σ variances of the tap's features).
+
+    With them every tap contributes 2 to the mean of ‖x − y‖² over pairs of real images, however many features it
+    has and however large they are. A tap that never varies gets 0. One factor for each feature instead would blow
+    up those that hardly vary.
+    """
+    totals = [part.sum() for part in torch.split(variances, list(sizes))]
+    factors = [total.rsqrt() if total > 0 else total for total in totals]
+    return torch.cat([factor.expand(size) for factor, size in zip(factors, sizes, strict=True)])
 
 
 @dataclass(frozen=True)
 class BankKind:
-    """Banks of at most `at_most` images, evenly spaced over the data set; `pool` is a name in `POOLS`."""
+    """Banks of at most `at_most` images, evenly spaced over the data set; `pool` is a name that `make_pool` knows."""
 
     pool: str
     at_most: int
@@ -132,13 +137,14 @@ class BankCollector:
 
     Args:
         extractor: as it runs.
-        pool: a name in `POOLS`.
+        pool: a name that `make_pool` knows.
         chosen: the images that are kept, by their places in the data set, in rising order.
         dtype: of the features.
     """
 
     def __init__(self, extractor: Extractor, pool: str, chosen: Tensor, dtype: torch.dtype):
-        self.pool, self.sizes = POOLS[pool], sizes(POOLS[pool], extractor.taps)
+        self.pool = make_pool(pool)
+        self.sizes = sizes(self.pool, extractor.taps)
         self.chosen, self.count = chosen, 0
         self.features = torch.empty(0, sum(self.sizes), dtype=dtype)
         self.indices = torch.empty(0, dtype=torch.int64)

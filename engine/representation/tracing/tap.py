@@ -29,8 +29,17 @@ from engine.support.errors import one_line
 
 Visitor = Callable[[int, Tensor, "Tensor | None"], Tensor]
 
+
+class Mark(nn.Module):
+    """Returns its input: a place where a network that has no activation there is tapped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself."""
+        return x
+
+
 # "none": the activation stays in the graph, and the tap is what it returns.
-_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "none", nn.GELU: "none"}
+_ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "none", nn.GELU: "none", Mark: "none"}
 _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     F.relu_: "relu",
@@ -117,7 +126,7 @@ class _Shapes(fx.Interpreter):
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: Leaves):
         super().__init__(autowrap_functions=tuple(f for f in leaves.functions if isinstance(f, FunctionType)))
-        self.leaves = leaves.modules
+        self.leaves = (*leaves.modules, Mark)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.digit_check import DigitJudge
+
+from bench.digit_judge import DigitJudge
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.digit_check import DEVIATION_RATIO, SHARES, DigitJudge
 
+from bench.digit_judge import DEVIATION_RATIO, SHARES, DigitJudge
 from pipelines import ImageLoader, open_dataset
 
 HELD_OUT = 600

@@ -1,4 +1,4 @@
-"""An independent judge of the demo: does a classifier that never saw the engine recognise its digits?"""
+"""An independent judge of generated digits: does a classifier that never saw the engine recognise them?"""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ CONFIDENT_SHARE = 0.75
 DEVIATION_RATIO = 0.5
 
 
+INK = 127
+"""Pixels whose largest channel is above this are ink."""
+
+
 @dataclass
 class Verdict:
     """What the classifier says of a set of pictures.
@@ -23,11 +27,13 @@ class Verdict:
         shares: `[10]`, share of the pictures that fall in each class.
         confident: share of the pictures with a top probability above 0.6.
         deviation_ratios: `[10]`, mean pixel deviation within each class over the real digits'.
+        chroma: mean over pixels of ink of the largest channel minus the smallest, of 255; real digits have 0.
     """
 
     shares: np.ndarray
     confident: float
     deviation_ratios: np.ndarray
+    chroma: float
 
     @property
     def failures(self) -> list[str]:
@@ -63,4 +69,12 @@ class DigitJudge:
         classes = probabilities.argmax(axis=1)
         shares = np.bincount(classes, minlength=CLASSES) / len(pixels)
         deviations = np.array([self._deviation(pixels[classes == k]) for k in range(CLASSES)])
-        return Verdict(shares, float((probabilities.max(axis=1) > CONFIDENT).mean()), deviations / self.real)
+        confident = float((probabilities.max(axis=1) > CONFIDENT).mean())
+        return Verdict(shares, confident, deviations / self.real, chroma(images))
+
+
+def chroma(images: np.ndarray) -> float:
+    """See `Verdict`; 0 for images without ink."""
+    largest, smallest = images.max(axis=3).astype(int), images.min(axis=3).astype(int)
+    ink = largest > INK
+    return float((largest - smallest)[ink].mean()) if ink.any() else 0.0
