@@ -27,6 +27,7 @@ from engine.configuration.inputs import (
     check_graph,
     check_precision,
     check_ranks,
+    check_same_step,
     choose_device,
     open_data,
 )
@@ -99,13 +100,17 @@ def own_folder(out: str | None, preset: str) -> Iterator[RunFolder]:
 
 @contextlib.contextmanager
 def shared_folder(out: str | None, preset: str, ranks: Ranks) -> Iterator[RunFolder]:
-    """The run's folder: rank 0 owns it, the others read there what they are told to."""
+    """The run's folder: rank 0 owns it, the others, on any machine, read there what they are told to."""
     if ranks.rank > 0:
-        path, *_ = ranks.meet("folder", None)
-        yield RunFolder(path)
+        (path, mark), *_ = ranks.meet("folder", None)
+        run = RunFolder(path)
+        run.check_shared(mark, ranks.check)
+        ranks.meet("folder found", None)
+        yield run
         return
     with own_folder(out, preset) as run:
-        ranks.meet("folder", str(run.path))
+        ranks.meet("folder", [str(run.path.absolute()), run.mark() if ranks.size > 1 else ""])
+        ranks.meet("folder found", None)
         yield run
 
 
@@ -185,7 +190,7 @@ def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if arguments.plan:
         print_plans(asked, planned_device(asked))
         return
-    check_ranks(asked, ranks)
+    check_ranks(asked, ranks, {"out": arguments.out, "resume": arguments.resume})
     device = ranks.device(choose_device(asked.training.device, asked.training.threads, asked.training.float32))
     check_precision(amp_dtype(asked), device)
     check_graph(asked, device)
@@ -228,7 +233,7 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
     config = choose_chunk(asked, device, ranks)
     # Rank 0 first: it downloads, pretrains and passes over the data set, and the others find the results.
     trainer = ranks.first("built", lambda: build(config, run, device, checkpoint, ranks))
-    ranks.meet("begun", trainer.step)
+    check_same_step(trainer.step, ranks)
     ranks.watch()
     try:
         if trainer.step < asked.training.steps:

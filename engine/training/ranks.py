@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from engine.support.errors import InputError, Interrupted
+from engine.training import rendezvous
+from engine.training.rendezvous import EndedElsewhere
 
 T = TypeVar("T")
 
@@ -41,10 +43,7 @@ _GATHERING = timedelta(minutes=10)
 _ENDING = 20.0
 # A rank that another one's failure finds in a collective has so long to come out of it by itself.
 _GRACE = 5.0
-
-
-class EndedElsewhere(Exception):
-    """Another process of this job has failed, and says why; this process exits silently."""
+_KILLED = "another process of this job has ended (killed, or out of memory); start the job again to resume"
 
 
 class Ranks:
@@ -70,11 +69,11 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """The job that `torchrun` describes in the environment, or the only process."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls()
-        store, rank, size = next(iter(dist.rendezvous("env://")))
-        return cls(rank, size, store)
+        """The job that `torchrun` describes in the environment, or the only process.
+
+        InputError if the others don't come within a time that the environment may set (`engine.training.rendezvous`).
+        """
+        return cls(*rendezvous.join())
 
     def device(self, device: torch.device) -> torch.device:
         """This rank's own device where there are several; InputError if there are more processes than GPUs."""
@@ -207,9 +206,7 @@ class Ranks:
             time.sleep(_POLL)  # let it say so
             with contextlib.suppress(RuntimeError):
                 self._raise_failure()
-            raise InputError(
-                "", "another process of this job has ended (killed, or out of memory); start the job again to resume"
-            ) from None
+            raise InputError("", _KILLED) from None
 
     def watch(self) -> None:
         """From now on a thread ends this process if another rank fails and this one waits for it in a collective."""
@@ -273,11 +270,20 @@ class Ranks:
             time.sleep(_POLL)
 
     def _await(self, keys: Sequence[str], give_up: Callable[[], bool] = lambda: False) -> None:
-        while not self.store.check(list(keys)):
-            self._raise_failure()
+        while not self._there(keys):
             if give_up():
                 raise KeyboardInterrupt
             time.sleep(_POLL)
+
+    def _there(self, keys: Sequence[str]) -> bool:
+        """Whether the store has all of `keys`; what is raised instead if another rank has failed or was killed."""
+        try:
+            if self.store.check(list(keys)):
+                return True
+            self._raise_failure()
+        except RuntimeError:  # whoever serves the store has gone
+            raise InputError("", _KILLED) from None
+        return False
 
     def _raise_failure(self) -> None:
         if self.store.add("failures", 0):
@@ -290,7 +296,10 @@ ALONE = Ranks()
 @contextlib.contextmanager
 def job() -> Iterator[Ranks]:
     """This process's place among those of a job that stops in agreement. An error in one ends all, and one tells it."""
-    ranks = Ranks.join()
+    try:
+        ranks = Ranks.join()
+    except EndedElsewhere:
+        sys.exit(2)
     try:
         yield ranks
     except EndedElsewhere:
