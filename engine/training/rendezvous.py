@@ -32,7 +32,11 @@ def join() -> tuple[int, int, dist.Store | None]:
     rank, size = _place()
     if size == 1:
         return rank, size, None
-    seconds = limit()
+    return rank, size, _meet(rank, size, limit())
+
+
+def _meet(rank: int, size: int, seconds: float) -> dist.Store:
+    """The store, when all processes have come to it."""
     end = time.monotonic() + seconds
     store = _connect(rank, size, seconds)
     keys = [f"joined {rank}" for rank in range(size)]
@@ -46,7 +50,7 @@ def join() -> tuple[int, int, dist.Store | None]:
             time.sleep(_POLL)
     except RuntimeError:
         raise InputError("", f"process {rank} of {size} lost the job's store while it waited for the others") from None
-    return rank, size, store
+    return store
 
 
 def _give_up(store: dist.Store, keys: Sequence[str], rank: int, seconds: float) -> None:
@@ -62,7 +66,7 @@ def _give_up(store: dist.Store, keys: Sequence[str], rank: int, seconds: float) 
 
 
 def limit() -> float:
-    """How many seconds a process waits for the others at the start; InputError if the environment has no such number."""
+    """How many seconds a process waits for the others at the start; InputError if the environment has no number."""
     text = os.environ.get(LIMIT, str(_SECONDS))
     try:
         seconds = float(text)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import rank_worker
+from helpers import rank_worker, resume_worker
 from helpers.jobs import ends, start_job
 from helpers.rank_worker import CASES
 from oracle import relative_error
 from torch import Tensor
 
 from engine.training.ranks import ALONE, Ranks
+from engine.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +71,30 @@ def test_shares_are_even_and_complete(count: int, size: int) -> None:
     assert [row for share in shares for row in rows[share]] == rows
     lengths = [len(rows[share]) for share in shares]
     assert max(lengths) - min(lengths) <= 1
+
+
+def test_resumed_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    """2 ranks, then 1, 3 and 2 again take the run of one process, with checkpoint files between them (float64)."""
+    cases = ["none", "chunks", "ama"]
+    changing, whole = tmp_path / "changing", tmp_path / "whole"
+    for size, stop in ((2, 3), (1, 5), (3, 8), (2, 10)):
+        if size == 1:
+            for case in cases:
+                resume_worker.train(changing, stop, case, ALONE)
+            continue
+        for status, errors in ends(start_job(size, [resume_worker.__file__, str(changing), str(stop), *cases])):
+            assert status == 0, errors
+    for case in cases:
+        resume_worker.train(whole, 10, case, ALONE)
+        found, expected = (RunFolder(folder / case).newest_checkpoint() for folder in (changing, whole))
+        assert found.step == expected.step == 10
+        assert found.parts.keys() == expected.parts.keys()
+        compared = 0
+        for part, tensors in expected.parts.items():
+            for name, value in tensors.items():
+                if not value.is_floating_point():
+                    assert torch.equal(found.parts[part][name], value), f"{part} {name}"
+                    continue
+                compared += value.dtype == torch.float64
+                assert relative_error(found.parts[part][name], value) <= 1e-9, f"{part} {name}"
+        assert compared > 10
