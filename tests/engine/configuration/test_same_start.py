@@ -49,7 +49,7 @@ def test_the_line_says_which_rank_and_what(changed: dict[str, str], named: str) 
         check_ranks(config, Told(lambda rank, own: {**own, **changed} if rank == 2 else own), arguments)
     assert f"process 2 was started otherwise than process 0, with {named}" in str(refused.value)
     assert "process 1" not in str(refused.value)
-    with pytest.raises(InputError, match="process 1 was started .*; process 2 was started"):
+    with pytest.raises(InputError, match=r"process 1 was started .*; process 2 was started"):
         check_ranks(config, Told(lambda rank, own: {**own, **changed}), arguments)
 
 
