@@ -26,8 +26,8 @@ class EndedElsewhere(Exception):
 def join() -> tuple[int, int, dist.Store | None]:
     """This process's rank, the number of processes, and the store that they talk through; (0, 1, None) for only one.
 
-    The launcher's own limits (`torchrun --rdzv-conf`) end when it has started the processes; here `limit` begins. If
-    somebody doesn't come in that time, one of those that came raises InputError, the others EndedElsewhere.
+    The launcher's own limits end when it has started the processes, and `limit` begins. If somebody doesn't come in
+    that time, one of those that came raises InputError, the others EndedElsewhere.
     """
     rank, size = _place()
     if size == 1:

@@ -22,7 +22,8 @@ LEAVES = {"training.ranks", "training.stopping", "training.progress", "training.
 # Room → the other rooms that it may import. The longest name that fits a module is its room.
 ARROWS: dict[str, set[str]] = {
     "support": set(),
-    "training.ranks": set(),
+    "training.ranks": {"training.rendezvous"},
+    "training.rendezvous": set(),
     "training.stopping": set(),
     "training.progress": set(),
     "training.precision": set(),
