@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.constants import default_pg_timeout
 
 from engine.support.errors import InputError, one_line
 
@@ -93,6 +92,8 @@ def _connect(rank: int, size: int, seconds: float) -> dist.TCPStore:
 
     InputError if it is not reached within `seconds`.
     """
+    from torch.distributed.constants import default_pg_timeout  # here, because not every PyTorch has it
+
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT")
     if not host:
         raise InputError("", _unset("MASTER_ADDR"))

@@ -82,7 +82,9 @@ def test_resumed_on_other_numbers_of_ranks(tmp_path: Path) -> None:
             for case in cases:
                 resume_worker.train(changing, stop, case, ALONE)
             continue
-        for status, errors in ends(start_job(size, [resume_worker.__file__, str(changing), str(stop), *cases])):
+        for status, errors in ends(
+            start_job(size, [resume_worker.__file__, str(changing), str(stop), *cases]), within=400
+        ):
             assert status == 0, errors
     for case in cases:
         resume_worker.train(whole, 10, case, ALONE)
