@@ -45,7 +45,7 @@ from engine.evaluation.metrics import (
 from engine.generation.saved import SavedSampler
 from engine.support.errors import InputError
 from engine.support.files import total_memory, write_atomically
-from engine.training.ranks import job
+from engine.training.job import job
 from engine.training.run_folder import RunFolder
 from pipelines import DataError, ImageDataset, open_dataset, read_pixels
 from pipelines.dataset import EncodedDataset

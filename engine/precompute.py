@@ -25,7 +25,8 @@ from engine.configuration.presets import PRESETS
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
 from engine.support.files import check_output
-from engine.training.ranks import Ranks, job
+from engine.training.job import job
+from engine.training.ranks import Ranks
 from pipelines import ImageLoader
 
 log = logging.getLogger("gfmn")

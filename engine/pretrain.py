@@ -27,8 +27,9 @@ from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
 from engine.support.files import check_output, locked
+from engine.training.job import job
 from engine.training.precision import AMP_DTYPES
-from engine.training.ranks import Ranks, job
+from engine.training.ranks import Ranks
 from pipelines import ImageDataset, open_dataset
 
 __all__ = ["PretrainResult", "main", "pretrain"]

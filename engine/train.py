@@ -28,6 +28,7 @@ from engine.configuration.inputs import (
     check_graph,
     check_precision,
     check_ranks,
+    check_same_step,
     choose_device,
     open_data,
 )
@@ -41,9 +42,10 @@ from engine.support.errors import InputError, Interrupted, WriteError, require
 from engine.support.files import check_file
 from engine.support.pixels import save_png
 from engine.training.checkpoint import Checkpoint
+from engine.training.job import job
 from engine.training.logbook import plot_metrics
 from engine.training.planner import release_memory
-from engine.training.ranks import ALONE, Ranks, job
+from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder, saved_step
 from engine.training.trainer import Trainer
 from pipelines import ImageDataset
@@ -103,13 +105,17 @@ def own_folder(out: str | None, preset: str) -> Iterator[RunFolder]:
 
 @contextlib.contextmanager
 def shared_folder(out: str | None, preset: str, ranks: Ranks) -> Iterator[RunFolder]:
-    """The run's folder: rank 0 owns it, the others read there what they are told to."""
+    """The run's folder: rank 0 owns it, the others, on any machine, read there what they are told to."""
     if ranks.rank > 0:
-        path, *_ = ranks.meet("folder", None)
-        yield RunFolder(path)
+        (path, mark), *_ = ranks.meet("folder", None)
+        run = RunFolder(path)
+        run.check_shared(mark, ranks.check)
+        ranks.meet("folder found", None)
+        yield run
         return
     with own_folder(out, preset) as run:
-        ranks.meet("folder", str(run.path))
+        ranks.meet("folder", [str(run.path.absolute()), run.mark() if ranks.size > 1 else ""])
+        ranks.meet("folder found", None)
         yield run
 
 
@@ -194,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     asked = configure(arguments)
-    check_ranks(asked, ranks)
+    check_ranks(asked, ranks, {"out": arguments.out, "resume": arguments.resume})
     if arguments.plan:
         print_plans(asked, planned_device(asked), ranks)
         return
@@ -239,7 +245,7 @@ def _train(asked: Config, run: RunFolder, device: torch.device, checkpoint: Chec
     # What is kept is what "auto" chose: a resumed run takes the same chunk, and so goes on in the same bits.
     config = choose_chunk(asked, device, ranks)
     trainer = build(config, run, device, checkpoint, ranks)
-    ranks.meet("begun", trainer.step)
+    check_same_step(trainer.step, ranks)
     ranks.watch()
     try:
         if trainer.step < asked.training.steps:

@@ -124,8 +124,12 @@ def check_graph(config: Config, device: torch.device) -> None:
         raise InputError("cuda_graph", f"needs the Triton kernels, not --kernels {config.matching.backend}")
 
 
-def check_ranks(config: Config, ranks: Ranks) -> None:
-    """InputError unless all ranks run one version with one set of settings, and each has images of a minibatch."""
+def check_ranks(config: Config, ranks: Ranks, arguments: Mapping[str, object] | None = None) -> None:
+    """InputError unless all ranks run one version with one set of settings, and each has images of a minibatch.
+
+    Args:
+        arguments: further ones that all ranks were started with, by name.
+    """
     if ranks.size == 1:
         return
     batch = config.training.batch_size
@@ -133,18 +137,33 @@ def check_ranks(config: Config, ranks: Ranks) -> None:
         raise InputError("batch_size", f"a minibatch of {batch} is too small for {ranks.size} processes")
     if config.networks.extractor_bn == "batch":
         raise InputError("extractor_bn", f"batch statistics need the whole minibatch in one process, not {ranks.size}")
-    check_same_settings(config.flat(), ranks)
+    check_same_settings({**config.flat(), **(arguments or {})}, ranks)
 
 
 def check_same_settings(settings: Mapping[str, Any], ranks: Ranks) -> None:
-    """InputError unless all ranks run one version of the engine with these settings."""
-    own = {"version": __version__, **{name: str(value) for name, value in settings.items()}}
-    first, *others = ranks.meet("settings", own)
+    """InputError unless all ranks run one version of the engine and of PyTorch with these settings."""
+    versions = {"version": __version__, "PyTorch": str(torch.__version__)}
+    first, *others = ranks.meet("settings", {**versions, **{name: str(value) for name, value in settings.items()}})
+    found = []
     for rank, theirs in enumerate(others, start=1):
         names = [name for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
-        found = [f"{name} {theirs.get(name)}, not {first.get(name)}" for name in names]
-        if found:
-            raise InputError("", f"process {rank} was started otherwise than process 0, with {'; '.join(found)}")
+        different = "; ".join(f"{name} {theirs.get(name)}, not {first.get(name)}" for name in names)
+        if different:
+            found.append(f"process {rank} was started otherwise than process 0, with {different}")
+    if found:
+        raise InputError("", "; ".join(found))
+
+
+def check_same_step(step: int, ranks: Ranks) -> None:
+    """Wait for all ranks; InputError unless they resume from the same step."""
+    first, *others = ranks.meet("begun", step)
+    for rank, theirs in enumerate(others, start=1):
+        if theirs != first:
+            raise InputError(
+                "out",
+                f"process {rank} found the checkpoint of step {theirs} there and process 0 that of step {first}; all "
+                "machines need one run folder, on a file system that they share",
+            )
 
 
 def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:

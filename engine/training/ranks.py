@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from engine.support.errors import InputError, Interrupted
+from engine.training import rendezvous
 from engine.training.arriving import Arriving, M, Merging
+from engine.training.rendezvous import EndedElsewhere
 
 T = TypeVar("T")
 
@@ -28,10 +29,7 @@ _ENDING = 20.0
 # A rank that another one's failure finds in a collective has so long to come out of it by itself.
 _GRACE = 5.0
 _INTERRUPTED = "interrupted"
-
-
-class EndedElsewhere(Exception):
-    """Another process of this job has failed, and says why; this process exits silently."""
+_KILLED = "another process of this job has ended (killed, or out of memory); start the job again to resume"
 
 
 class Ranks:
@@ -62,11 +60,11 @@ class Ranks:
 
     @classmethod
     def join(cls) -> Ranks:
-        """The job that `torchrun` describes in the environment, or the only process."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls()
-        store, rank, size = next(iter(dist.rendezvous("env://")))
-        return cls(rank, size, store)
+        """The job that `torchrun` describes in the environment, or the only process.
+
+        InputError if the others don't come within a time that the environment may set (`engine.training.rendezvous`).
+        """
+        return cls(*rendezvous.join())
 
     def device(self, device: torch.device) -> torch.device:
         """This rank's own device where there are several; InputError if there are more processes than GPUs."""
@@ -285,9 +283,7 @@ class Ranks:
             time.sleep(_POLL)  # let it say so
             with contextlib.suppress(RuntimeError):
                 self._raise_failure()
-            raise InputError(
-                "", "another process of this job has ended (killed, or out of memory); start the job again to resume"
-            ) from None
+            raise InputError("", _KILLED) from None
 
     def watch(self) -> None:
         """From now on a thread ends this process if another rank fails and this one waits for it in a collective."""
@@ -357,11 +353,20 @@ class Ranks:
             time.sleep(_POLL)
 
     def _await(self, keys: Sequence[str], give_up: Callable[[], bool] = lambda: False) -> None:
-        while not self.store.check(list(keys)):
-            self._raise_failure()
+        while not self._there(keys):
             if give_up():
                 raise KeyboardInterrupt
             time.sleep(_POLL)
+
+    def _there(self, keys: Sequence[str]) -> bool:
+        """Whether the store has all of `keys`; what is raised instead if another rank has failed or was killed."""
+        try:
+            if self.store.check(list(keys)):
+                return True
+            self._raise_failure()
+        except RuntimeError:  # whoever serves the store has gone
+            raise InputError("", _KILLED) from None
+        return False
 
     def _raise_failure(self) -> None:
         if self.store.add("failures", 0):
@@ -371,28 +376,3 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-@contextlib.contextmanager
-def job() -> Iterator[Ranks]:
-    """This process's place among those of a job. An error in one ends all, and one tells it; so does a signal, with its
-    status, and rank 0 says where it stopped."""
-    ranks = Ranks.join()
-    try:
-        yield ranks
-    except EndedElsewhere:
-        ranks.leave()
-        sys.exit(2)
-    except Interrupted as interruption:
-        ranks.leave(interruption.status)
-        if ranks.rank == 0:
-            raise
-        sys.exit(interruption.status)
-    except BaseException as error:
-        if ranks.fail():
-            raise
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-    else:
-        ranks.leave()
-    finally:
-        ranks.close()

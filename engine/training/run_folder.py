@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from engine.support.errors import InputError
+from engine.support.errors import InputError, reason
 from engine.support.files import locked, read_tensors, write_atomically
 from engine.training.checkpoint import Checkpoint
 
 COLUMNS = 8
 """Images in a row of the sample grids."""
+_SLOW = 60.0
+"""Seconds after which what one machine wrote is seen by all that share its file system; NFS remembers for so long."""
 
 
 class RunFolder:
@@ -86,6 +91,36 @@ class RunFolder:
             if made:
                 with contextlib.suppress(OSError):  # it holds a run, or has a new owner
                     self.path.rmdir()
+
+    def mark(self) -> str:
+        """Write into the lock file, which is this process's, what `check_shared` on other machines looks for there."""
+        mark = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+        try:
+            self.lock.write_text(mark)
+        except OSError as error:
+            raise InputError(self.path, f"cannot be written to, {reason(error)}") from None
+        return mark
+
+    def check_shared(self, mark: str, check: Callable[[], None]) -> None:
+        """InputError unless this process, too, finds the folder whose owner's `mark` this is; waits for a slow one.
+
+        Args:
+            check: is called meanwhile; it raises to give up.
+        """
+        end = time.monotonic() + _SLOW
+        while True:
+            with contextlib.suppress(OSError, UnicodeError):
+                if self.lock.read_text() == mark:
+                    return
+            if time.monotonic() >= end:
+                owner = mark.split()[0]
+                raise InputError(
+                    self.path,
+                    f"is not the run's folder on {socket.gethostname()} as it is on {owner}; all machines need one "
+                    "run folder on a file system that they share",
+                )
+            check()
+            time.sleep(0.2)
 
     def _busy(self) -> None:
         raise InputError(self.path, "another process is at this run; wait until it ends, or choose another folder")

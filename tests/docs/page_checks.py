@@ -22,7 +22,12 @@ _DOTTED = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS[:4])})(?:\.\w+)+")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 # Modules that come with others' packages, and flags that belong to others' programs.
 _OTHERS_MODULES = {"pytest", "pip", "venv"}
-_OTHERS_FLAGS = {"--nproc-per-node", "--input1", "--input2", "--strict", "--capture", "--benchmark-only"}
+_OTHERS_FLAGS = {
+    *("--input1", "--input2", "--strict", "--capture", "--benchmark-only"),
+    *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-conf", "--signals-to-handle"),
+    *("--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time", "--signal", "--requeue"),
+    "--open-mode",
+}
 
 
 def pages() -> list[Path]:

@@ -19,7 +19,8 @@ from engine.comparison.reference.statistics_pass import reference_loader
 from engine.comparison.reference.target import MomentsKind
 from engine.evaluation.judges import evaluation_network
 from engine.representation.extractor import Extractor
-from engine.training.ranks import Ranks, job
+from engine.training.job import job
+from engine.training.ranks import Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Schedule, Trainer
 from engine.training.validation import Validation

@@ -22,8 +22,9 @@ LEAVES = {"training.ranks", "training.stopping", "training.progress", "training.
 # Room → the other rooms that it may import. The longest name that fits a module is its room.
 ARROWS: dict[str, set[str]] = {
     "support": set(),
-    "training.ranks": {"training.arriving"},
+    "training.ranks": {"training.arriving", "training.rendezvous"},
     "training.arriving": set(),
+    "training.rendezvous": set(),
     "training.stopping": set(),
     "training.progress": set(),
     "training.precision": set(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import capture_worker, rank_worker
+from helpers import capture_worker, rank_worker, resume_worker
 from helpers.jobs import ends, start_job
 from helpers.rank_worker import CASES
 from oracle import relative_error
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.training.graphs import EAGER_STEPS
 from engine.training.ranks import ALONE, Ranks
+from engine.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,32 @@ def test_shares_are_even_and_complete(count: int, size: int, unit: int) -> None:
     lengths = [-(-len(rows[share]) // unit) for share in shares]
     assert max(lengths) - min(lengths) <= 1
     assert all(share.start % unit == 0 for share in shares if rows[share])
+
+
+def test_resumed_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    """2 ranks, then 1, 3 and 2 again take the run of one process, with checkpoint files between them (float64)."""
+    cases = ["none", "chunks", "ama"]
+    changing, whole = tmp_path / "changing", tmp_path / "whole"
+    for size, stop in ((2, 3), (1, 5), (3, 8), (2, 10)):
+        if size == 1:
+            for case in cases:
+                resume_worker.train(changing, stop, case, ALONE)
+            continue
+        for status, errors in ends(
+            start_job(size, [resume_worker.__file__, str(changing), str(stop), *cases]), within=400
+        ):
+            assert status == 0, errors
+    for case in cases:
+        resume_worker.train(whole, 10, case, ALONE)
+        found, expected = (RunFolder(folder / case).newest_checkpoint() for folder in (changing, whole))
+        assert found.step == expected.step == 10
+        assert found.parts.keys() == expected.parts.keys()
+        compared = 0
+        for part, tensors in expected.parts.items():
+            for name, value in tensors.items():
+                if not value.is_floating_point():
+                    assert torch.equal(found.parts[part][name], value), f"{part} {name}"
+                    continue
+                compared += value.dtype == torch.float64
+                assert relative_error(found.parts[part][name], value) <= 1e-9, f"{part} {name}"
+        assert compared > 10
