@@ -108,8 +108,8 @@ def predict(config: Config, generator: Generator, extractor: Extractor, device: 
         return functools.partial(method.step, None, Noise(config.training.seed))
 
     footprint = track(build, mode, [fake_generator, fake_extractor], block)
-    # The moving average of the generator is one copy of it; the low-precision copy of the extractor was there before.
-    extra = num_bytes(generator, block=block) if config.training.generator_ema is not None else 0
+    # A moving average of the generator is a copy of it; the low-precision copy of the extractor was there before.
+    extra = num_bytes(generator, block=block) * len(config.training.ema_decays)
     extra += 0 if dtype is None else num_bytes(fake_extractor, block=block)
     weights = num_bytes(generator, extractor, block=block)
     between, peak = footprint.between_steps + extra, footprint.peak + extra

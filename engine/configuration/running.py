@@ -14,6 +14,7 @@ from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Noise
 from engine.support.errors import InputError
 from engine.training.graphs import CudaGraphs
+from engine.training.rates import RateSchedule
 from engine.training.trainer import Schedule
 from kernels import reference as reference_kernels
 from kernels import select
@@ -27,12 +28,21 @@ log = logging.getLogger("gfmn")
 
 def make_schedule(config: Config) -> Schedule:
     """How long the run is, and when it writes what."""
-    training, output = config.training, config.output
+    training, output, updates = config.training, config.output, config.updates
+    rates = RateSchedule(
+        decay=updates.lr_schedule,
+        warmup=updates.warmup_steps,
+        final=updates.lr_final / training.lr,
+        steps=training.steps,
+    )
     return Schedule(
         steps=training.steps,
         batch_size=training.batch_size,
         seed=training.seed,
-        generator_ema=training.generator_ema,
+        generator_ema=training.ema_decays,
+        sample_ema=updates.sample_ema,
+        rates=rates,
+        max_skipped=updates.max_skipped,
         log_every=output.log_every,
         sample_every=output.sample_every,
         checkpoint_every=output.checkpoint_every,

@@ -251,13 +251,13 @@ def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, mo
     eager, graphed, graphs = pair(amp=True, amp_dtype="fp16")
     for trainer in (eager, graphed):
         assert isinstance(trainer.method, Matching)
-        scaler = trainer.method.scaler
+        scaler = trainer.method.gradient_step.scaler
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0})  # no step overflows and is skipped
     assert isinstance(graphed.method, Matching)
     owner, name = {
         "first": (graphed.method.generator, "count_batch"),
-        "optimizer": (graphed.method.optimizer, "step"),
-        "scaler": (graphed.method.scaler, "update"),
+        "optimizer": (graphed.method.gradient_step.optimizer, "step"),
+        "scaler": (graphed.method.gradient_step.scaler, "update"),
     }[where]
     original = getattr(owner, name)
 
@@ -280,10 +280,10 @@ def test_an_optimizer_that_fails_says_why(precision: dict[str, Any], monkeypatch
     trainer, _, _ = pair(**precision)
     assert isinstance(trainer.method, Matching)
 
-    @functools.wraps(trainer.method.optimizer.step)
+    @functools.wraps(trainer.method.gradient_step.optimizer.step)
     def failing(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no room for the optimizer's state")
 
-    monkeypatch.setattr(trainer.method.optimizer, "step", failing)
+    monkeypatch.setattr(trainer.method.gradient_step.optimizer, "step", failing)
     with pytest.raises(RuntimeError, match="no room for the optimizer"):
         trainer.train_step()
