@@ -28,7 +28,7 @@ from engine.configuration.groups import (
 )
 from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_values
-from engine.configuration.updates import UpdatesConfig
+from engine.configuration.updates import UpdatesConfig, all_of
 from engine.support.errors import InputError, one_line
 from engine.support.files import expanded, read_file, what_is
 
@@ -73,7 +73,7 @@ class Config:
             warmup < training.steps, "warmup_steps", f"{warmup} steps of warm-up leave none of {training.steps} --steps"
         )
         require(final <= training.lr, "lr_final", f"{final} is more than --lr {training.lr}")
-        known = training.ema_decays
+        known = all_of(training.generator_ema)
         names = ", ".join(map(str, known))
         missing = f"{sampled} is not among --generator-ema {names}" if known else "needs --generator-ema"
         require(sampled is None or sampled in known, "sample_ema", missing)

@@ -10,6 +10,7 @@ import torch
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype, open_data
+from engine.configuration.updates import all_of
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Noise
 from engine.support.errors import InputError
@@ -39,7 +40,7 @@ def make_schedule(config: Config) -> Schedule:
         steps=training.steps,
         batch_size=training.batch_size,
         seed=training.seed,
-        generator_ema=training.ema_decays,
+        generator_ema=all_of(training.generator_ema),
         sample_ema=updates.sample_ema,
         rates=rates,
         max_skipped=updates.max_skipped,

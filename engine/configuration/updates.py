@@ -10,13 +10,27 @@ from engine.methods.gradient_step import OPTIMIZERS
 from engine.training.rates import DECAYS
 
 
-def decays(text: str) -> float | tuple[float, ...]:
+def read_decays(text: str) -> float | tuple[float, ...]:
     """For argparse: a number, or several as in .99,.999."""
     try:
         numbers = tuple(map(float, text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor several, as in .99,.999") from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def one_or_several(decays: float | tuple[float, ...] | None) -> float | tuple[float, ...] | None:
+    """`decays` with a number in place of a list of one; InputError if it is empty or has a number twice."""
+    if not isinstance(decays, tuple):
+        return decays
+    require(len(decays) > 0, "generator_ema", "is an empty list; give null for none")
+    require(len(set(decays)) == len(decays), "generator_ema", "has the same decay twice")
+    return decays if len(decays) > 1 else decays[0]
+
+
+def all_of(decays: float | tuple[float, ...] | None) -> tuple[float, ...]:
+    """The moving averages' decays, in the order that they were given in."""
+    return decays if isinstance(decays, tuple) else () if decays is None else (decays,)
 
 
 @dataclass(kw_only=True)
@@ -44,7 +58,7 @@ class UpdatesConfig(Settings):
     )
     lr_final: float = option(
         0.0,
-        "rate after the last step of a --lr-schedule that falls",
+        "rate after the last step of a falling --lr-schedule",
         at_least=0,
         at_most=1e30,
         metavar="X",

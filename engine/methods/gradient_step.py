@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from engine.training.ranks import ALONE, Ranks
 
 OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-"""Those whose fused kernels leave weights and state as they are where they are told of a gradient that is not finite."""
+"""Those whose fused kernels change nothing where they are told of a gradient that is not finite."""
+_WEIGHT_DECAY = {"adam": 0.0, "adamw": 0.01}
 _SCALER = "scaler."
 
 
@@ -53,8 +54,9 @@ class GradientStep:
         self.parameters, self.clip, self.ranks = list(module.parameters()), clip, ranks
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
-        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-        self.optimizer = OPTIMIZERS[optimizer](self.parameters, lr, betas, **decay, fused=True, capturable=on_gpu)
+        decay = _WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
+        make = OPTIMIZERS[optimizer]
+        self.optimizer = make(self.parameters, lr, betas, weight_decay=decay, fused=True, capturable=on_gpu)
         if on_gpu:
             # Where a captured step reads it; float32 is what the fused kernel takes.
             for group in self.optimizer.param_groups:
@@ -63,7 +65,7 @@ class GradientStep:
         self.one = torch.ones((), device=device)
 
     def take(self, loss: Tensor, after_backward: Callable[[], None] | None = None) -> Tensor:
-        """∂loss/∂weights → new weights. Returns 1 if a gradient was not finite and nothing changed, else 0; float32, [].
+        """∂loss/∂weights → new weights. Returns 1 if a gradient was not finite and nothing changed, else 0 (float32).
 
         Args:
             loss: [], this rank's part of it.

@@ -63,6 +63,7 @@ class Matching:
         self.modules, self.ranks = nn.ModuleDict({"generator": generator}), ranks
         if ranks.size > 1 and global_batches:
             share_batches(generator, ranks)
+        self.device = next(generator.parameters()).device
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
         self.gradient_step = GradientStep(
             generator,

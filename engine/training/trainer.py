@@ -164,7 +164,8 @@ class Trainer:
         """Train to the last step, then write the generator, a checkpoint and samples.
 
         Raises Interrupted after Ctrl-C and signals alike (a checkpoint has been written), InputError if the loss is not
-        finite, or the gradient of many steps in a row, WriteError if something cannot be written (a checkpoint has been tried).
+        finite, or the gradient of many steps in a row, WriteError if something cannot be written (a checkpoint has been
+        tried).
         """
         schedule, total, profiled = self.schedule, self.schedule.steps, self.schedule.profile
         profiler = StepProfiler(profiled, self.run.profile, 0 if self.graphed is None else EAGER_STEPS + 1)
