@@ -40,7 +40,7 @@ BAD_INPUT = {
         ["--generator-ema", ".9,.99", "--sample-ema", ".999"],
         "--sample-ema: 0.999 is not among --generator-ema 0.9, 0.99",
     ),
-    "ema of none": (["--sample-ema", ".999"], "--sample-ema: needs --generator-ema"),
+    "ema of none": (["--preset", "cifar10", "--sample-ema", ".999"], "--sample-ema: needs --generator-ema"),
     "warm-up until the end": (["--warmup-steps", "6"], "--warmup-steps: 6 steps of warm-up leave none of 6 --steps"),
     "negative clip": (["--clip-grad", "-1"], "--clip-grad: must be positive"),
     "clip of nothing": (["--clip-grad", "0"], "--clip-grad: must be positive"),
