@@ -38,10 +38,11 @@ class SkippedSteps:
         return longest if longest > self.most else 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts."""
-        return {"total": self.total, "row": self.row, "longest": self.longest}
+        """The counts that the next step depends on."""
+        return {"total": self.total, "row": self.row}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`. Longer rows before do not count any more: `most` may have been another."""
         for name, count in self.state_dict().items():
             count.copy_(state[name])
+        self.longest.copy_(self.row)
