@@ -36,6 +36,7 @@ from engine.configuration.methods import (
 )
 from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_values
+from engine.configuration.updates import UpdatesConfig, all_of
 from engine.support.errors import InputError, one_line
 from engine.support.files import expanded, read_file, what_is
 
@@ -61,6 +62,7 @@ class Config:
     population: PopulationConfig = field(default_factory=PopulationConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    updates: UpdatesConfig = field(default_factory=UpdatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
@@ -79,6 +81,19 @@ class Config:
         queue = self.population.population_images
         smaller = self.population.population == "queue" and queue < batch
         require(not smaller, "population_images", f"is smaller than the minibatch: {queue} < {batch}")
+        self._check_updates()
+
+    def _check_updates(self) -> None:
+        updates, training = self.updates, self.training
+        warmup, final, sampled = updates.warmup_steps, updates.lr_final, updates.sample_ema
+        require(
+            warmup < training.steps, "warmup_steps", f"{warmup} steps of warm-up leave none of {training.steps} --steps"
+        )
+        require(final <= training.lr, "lr_final", f"{final} is more than --lr {training.lr}")
+        known = all_of(training.generator_ema)
+        names = ", ".join(map(str, known))
+        missing = f"{sampled} is not among --generator-ema {names}" if known else "needs --generator-ema"
+        require(sampled is None or sampled in known, "sample_ema", missing)
 
     @classmethod
     def build(cls, preset: str | None, given: Mapping[str, Any]) -> Config:
@@ -113,7 +128,7 @@ class Config:
     def resumed_with(self, given: Mapping[str, Any]) -> Config:
         """This configuration, of a run to be resumed, with `given` settings that a resumed run may change."""
         flat, given = self.flat(), _given(given)
-        free = names_with("resumable")
+        free = self._resumable()
         if self.validation.evaluate_every is None:
             free |= field_names(ValidationConfig) - {"lr_adapt"}
         if given.get("method", self.method.method) == self.method.method:
@@ -127,9 +142,13 @@ class Config:
                 )
         return self.replaced(given)
 
+    def _resumable(self) -> set[str]:
+        """What every resume may change: not the length of a run whose rate falls until its end."""
+        return names_with("resumable") - ({"steps"} if self.updates.lr_schedule != "constant" else set())
+
     def fixed(self) -> dict[str, str]:
         """What no resume may change: the settings that decide a run's numbers, as text."""
-        free = names_with("resumable")
+        free = self._resumable()
         if self.validation.lr_adapt == "none":  # then evaluations change nothing
             free |= field_names(ValidationConfig) - {"lr_adapt"}
         return {f"setting_{name}": str(value) for name, value in self.flat().items() if name not in free}

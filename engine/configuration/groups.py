@@ -23,6 +23,7 @@ from engine.configuration.methods import (
     SinkhornConfig,
 )
 from engine.configuration.options import MOST_IMAGES, Settings, option, require
+from engine.configuration.updates import UpdatesConfig, one_or_several, read_decays
 from engine.generation.networks import UPSAMPLINGS
 from engine.generation.priors import MAX_NZ, PRIORS
 from engine.support.errors import InputError
@@ -183,11 +184,16 @@ class TrainingConfig(Settings):
 
     batch_size: int = option(64, "images in a minibatch", at_least=2, at_most=MOST_IMAGES, metavar="N")
     steps: int = option(1500, "training steps", at_least=1, metavar="N", resumable=True)
-    lr: float = option(5e-5, "learning rate of the generator's Adam", above=0, at_most=1e30, metavar="X")
+    lr: float = option(5e-5, "learning rate of the generator", above=0, at_most=1e30, metavar="X")
     beta1: float = option(0.5, "β1 of the generator's Adam", at_least=0, below=1, metavar="X")
     beta2: float = option(0.999, "β2 of the generator's Adam", at_least=0, below=1, metavar="X")
-    generator_ema: float | None = option(
-        None, "sample from this moving average of the weights", above=0, below=1, metavar="DECAY"
+    generator_ema: float | tuple[float, ...] | None = option(
+        None,
+        "sample from this moving average of the weights; several, as in .99,.999, are kept side by side",
+        above=0,
+        below=1,
+        metavar="DECAY",
+        parse=read_decays,
     )
     recompute_generator: bool = option(
         False,
@@ -214,6 +220,10 @@ class TrainingConfig(Settings):
     seed: int = option(0, "of everything random", at_least=0, at_most=2**63 - 1, metavar="N")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), resumable=True)
     threads: int | None = option(None, "CPU threads, all cores by default", at_least=1, metavar="N", resumable=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.generator_ema = one_or_several(self.generator_ema)
 
 
 @dataclass(kw_only=True)
@@ -266,6 +276,7 @@ GROUPS: dict[str, type] = {
     "population": PopulationConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
+    "updates": UpdatesConfig,
     "output": OutputConfig,
     "validation": ValidationConfig,
 }

@@ -21,6 +21,7 @@ from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import amp_dtype, choose_device
 from engine.configuration.objectives import blank_reference
+from engine.configuration.updates import all_of
 from engine.generation.networks import Generator
 from engine.generation.priors import Noise, make_prior
 from engine.generation.sampling import Sampler
@@ -106,8 +107,8 @@ def predict(
 
     with modelled_ranks(size) as ranks:
         footprint = track(build, mode, [fake_generator, fake_extractor], block, gloo=not on_gpu)
-    # The moving average of the generator is one copy of it; the low-precision copy of the extractor was there before.
-    extra = num_bytes(generator, block=block) if config.training.generator_ema is not None else 0
+    # A moving average of the generator is a copy of it; the low-precision copy of the extractor was there before.
+    extra = num_bytes(generator, block=block) * len(all_of(config.training.generator_ema))
     extra += 0 if dtype is None else num_bytes(fake_extractor, block=block)
     weights = num_bytes(generator, extractor, block=block)
     between, peak = footprint.between_steps + extra, footprint.peak + extra

@@ -10,11 +10,13 @@ import torch
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype, open_data
+from engine.configuration.updates import all_of
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Noise
 from engine.support.errors import InputError
 from engine.training.graphs import CudaGraphs
 from engine.training.ranks import ALONE, Ranks
+from engine.training.rates import RateSchedule
 from engine.training.trainer import Schedule
 from kernels import reference as reference_kernels
 from kernels import select
@@ -28,12 +30,21 @@ log = logging.getLogger("gfmn")
 
 def make_schedule(config: Config) -> Schedule:
     """How long the run is, and when it writes what."""
-    training, output = config.training, config.output
+    training, output, updates = config.training, config.output, config.updates
+    rates = RateSchedule(
+        decay=updates.lr_schedule,
+        warmup=updates.warmup_steps,
+        final=updates.lr_final / training.lr,
+        steps=training.steps,
+    )
     return Schedule(
         steps=training.steps,
         batch_size=training.batch_size,
         seed=training.seed,
-        generator_ema=training.generator_ema,
+        generator_ema=all_of(training.generator_ema),
+        sample_ema=updates.sample_ema,
+        rates=rates,
+        max_skipped=updates.max_skipped,
         log_every=output.log_every,
         sample_every=output.sample_every,
         checkpoint_every=output.checkpoint_every,

@@ -34,6 +34,8 @@ def train_command(config: Config) -> str:
             return "python -m engine.train --config config.json"
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "generator_ema" and isinstance(value, tuple):
+            words += [flag, ",".join(map(str, value))]
         elif isinstance(value, tuple):
             words += [flag, *map(str, value)]
         else:

@@ -12,14 +12,14 @@ from engine.generation.low_precision import LowPrecision
 from engine.generation.networks import Generator, run_generator, share_batches
 from engine.generation.priors import Noise, Prior
 from engine.generation.sampling import Sampler
+from engine.methods.gradient_step import GradientStep
+from engine.methods.protocols import SKIPPED
 from engine.representation.protocols import Objective
 from engine.training.ranks import ALONE, Ranks
 
-_SCALER = "scaler."
-
 
 class Matching:
-    """z → generator → images → objective → ∂L/∂θ → Adam (`engine.methods.protocols.Method`).
+    """z → generator → images → objective → ∂L/∂θ → optimizer (`engine.methods.protocols.Method`).
 
     With `MomentMatching` as the objective this is GFMN (dos Santos et al. 2019, algorithm 1); with `OnFeatures` the
     loss is any differentiable distance of features.
@@ -29,7 +29,7 @@ class Matching:
         prior: the law of z.
         objective: the loss of generated images.
         batch_size: N, over all ranks.
-        lr, betas: of the generator's Adam.
+        lr, betas, optimizer, weight_decay, clip_grad: of the generator; see `GradientStep`.
         amp_dtype: low precision of the generator's arithmetic, None for its own.
         recompute_generator: compute the generator's activations again in backward instead of keeping them.
         batch_statistics: see `Sampler`.
@@ -48,6 +48,9 @@ class Matching:
         batch_size: int,
         lr: float,
         betas: tuple[float, float] = (0.5, 0.999),
+        optimizer: str = "adam",
+        weight_decay: float | None = None,
+        clip_grad: float | None = None,
         amp_dtype: torch.dtype | None = None,
         recompute_generator: bool = False,
         batch_statistics: bool = False,
@@ -61,17 +64,18 @@ class Matching:
         if ranks.size > 1 and global_batches:
             share_batches(generator, ranks)
         self.device = next(generator.parameters()).device
-        self.one = torch.ones((), device=self.device)
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
-        on_gpu = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr, betas, fused=True, capturable=on_gpu)
-        if on_gpu:
-            # Where a captured step reads it; float32 is what the fused kernel takes.
-            for group in self.optimizer.param_groups:
-                group["lr"] = torch.tensor(lr, dtype=torch.float32, device=self.device)
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.optimizer}
-        # Loss scaling is only needed where gradients underflow: float16.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        self.gradient_step = GradientStep(
+            generator,
+            lr=lr,
+            betas=betas,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            clip=clip_grad,
+            scaled=amp_dtype is torch.float16,
+            ranks=ranks,
+        )
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.gradient_step.optimizer}
 
     def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
         """See `Method.step`."""
@@ -84,26 +88,8 @@ class Matching:
         else:
             images = self.low.images(z, recompute=recompute)
         loss = self.objective(images)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward(self.one)
-        if self.low is not None:
-            self.low.collect_gradients()
-        # The sum, never the mean: every rank's gradient is that of the one loss of all images (identity 4).
-        self.ranks.sum_([weight.grad for weight in self.generator.parameters() if weight.grad is not None])
-        try:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        except Exception:
-            self._forget_step()
-            raise
-        return {"loss": loss.detach(), **self.objective.scalars()}
-
-    def _forget_step(self) -> None:
-        """After a step that failed, as a capture may, the scaler would go on from its middle: with scales squared."""
-        vars(self.optimizer).pop("grad_scale", None)
-        vars(self.optimizer).pop("found_inf", None)
-        if self.scaler.is_enabled():  # else it has no states
-            self.scaler._per_optimizer_states.clear()
+        skipped = self.gradient_step.take(loss, None if self.low is None else self.low.collect_gradients)
+        return {"loss": loss.detach(), **self.objective.scalars(), SKIPPED: skipped}
 
     def sampler(self) -> Sampler:
         """See `Method.sampler`."""
@@ -111,14 +97,7 @@ class Matching:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The objective's state, and the loss scaling's where there is one."""
-        state = dict(self.objective.state_dict())
-        if self.scaler.is_enabled():
-            scaler = self.scaler.state_dict()
-            state |= {f"{_SCALER}{name}": torch.tensor(value) for name, value in scaler.items()}
-        return state
+        return {**self.objective.state_dict(), **self.gradient_step.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.objective.load_state_dict({key: value for key, value in state.items() if not key.startswith(_SCALER)})
-        if self.scaler.is_enabled():
-            scaler = {key[len(_SCALER) :]: value.item() for key, value in state.items() if key.startswith(_SCALER)}
-            self.scaler.load_state_dict(scaler)
+        self.objective.load_state_dict(self.gradient_step.load_state_dict(state))

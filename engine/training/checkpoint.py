@@ -24,7 +24,7 @@ class Checkpoint:
     Attributes:
         step: training steps taken.
         parts: state dicts by name: the method's modules ("generator", …), "optimizer.generator", …, "rates" of the
-            optimizers, "method", "random", "ema", "validation".
+            optimizers, "method", "random", "ema" (of several "ema.0.99", …), "skipped" steps, "validation".
         fingerprint: of extractor, precision and dataset, as in the target.
     """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
-from engine.methods.protocols import SQUARED, Method
+from engine.methods.protocols import SKIPPED, SQUARED, Method
 from engine.support.errors import InputError, Interrupted, WriteError, differences, one_line
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
@@ -28,9 +28,11 @@ from engine.training.logbook import Logbook, NoLogbook
 from engine.training.precision import peak_memory, repeatable, reset_peak_memory
 from engine.training.profiling import StepProfiler
 from engine.training.ranks import ALONE, Ranks
+from engine.training.rates import CONSTANT, Rates, RateSchedule
 from engine.training.run_folder import COLUMNS, RunFolder, saved_step
+from engine.training.skipped import SkippedSteps
 from engine.training.stopping import StopRequest
-from engine.training.weight_average import WeightAverage
+from engine.training.weight_average import WeightAverages
 from kernels import reference
 
 if TYPE_CHECKING:
@@ -53,7 +55,10 @@ class Schedule:
         steps: training steps.
         batch_size: images in a minibatch, for the log's images/s.
         seed: of everything random.
-        generator_ema: decay of the moving average of the generator's weights that is sampled from; None for none.
+        generator_ema: decays of the moving averages of the generator's weights.
+        sample_ema: the one of these averages that is sampled from; the first by default.
+        rates: what a step's learning rate is of the run's.
+        max_skipped: so many steps in a row may be skipped for a gradient that is not finite.
         log_every, sample_every, checkpoint_every: steps between two lines, grids, checkpoints.
         evaluate_every: steps between two evaluations; None for none.
         keep_checkpoints: how many.
@@ -63,7 +68,10 @@ class Schedule:
     steps: int
     batch_size: int
     seed: int = 0
-    generator_ema: float | None = None
+    generator_ema: tuple[float, ...] = ()
+    sample_ema: float | None = None
+    rates: RateSchedule = CONSTANT
+    max_skipped: int = 20
     log_every: int = 10
     sample_every: int = 250
     checkpoint_every: int = 500
@@ -112,17 +120,16 @@ class Trainer:
         self.fingerprint = {**fingerprint, **(validation.fingerprint if validation is not None else {})}
         generator = method.sampler().generator
         self.device = next(generator.parameters()).device
-        decay = schedule.generator_ema
-        self.ema = None if decay is None else WeightAverage(generator, decay)
+        self.ema = WeightAverages(generator, schedule.generator_ema, schedule.sample_ema)
         self.noise = Noise(schedule.seed, self.device) if noise is None else noise
         self.fixed_z = method.sampler().prior.draw(GRID, schedule.seed + 1).to(self.device)
-        # The rates in full: an optimizer may keep its own in float32, on the device.
-        self.rates = {name: float(optimizer.defaults["lr"]) for name, optimizer in method.optimizers.items()}
+        self.rates = Rates(method.optimizers, schedule.rates)
         self.kernels = kernels
         self.step = 0
         # The device's own count of steps, and what it found; both change in place.
         self._steps_on_device = torch.tensor(0, device=self.device)
         self.first_bad_step = torch.tensor(_NEVER, device=self.device)
+        self.skipped = SkippedSteps(self.device, schedule.max_skipped)
         self.graphed = None if graphs is None else GraphedStep(self._step, graphs, self._drop_gradients, ranks)
 
     def train_step(self) -> Mapping[str, Tensor]:
@@ -132,19 +139,20 @@ class Trainer:
         step.
         """
         self.noise.deliver()
+        self._give_rates()
         scalars = self._step() if self.graphed is None else self.graphed()
         self.noise.draw_ahead()
         self.step += 1
-        if self.ema is not None:
-            self.ema.updates += 1
+        self.ema.count()
         return scalars
 
     def _step(self) -> Mapping[str, Tensor]:
         """What the device does in a step: no Python number in it changes, and what is kept changes in place."""
         self.noise.begin()
-        scalars = self.method.step(None, self.noise)
-        if self.ema is not None:
-            self.ema.take_in(self.method.sampler().generator)
+        scalars = dict(self.method.step(None, self.noise))
+        if (skipped := scalars.pop(SKIPPED, None)) is not None:
+            self.skipped.take_in(skipped)
+        self.ema.take_in(self.method.sampler().generator)
         with torch.no_grad():
             self.kernels.watch(scalars["loss"], self._steps_on_device, self.first_bad_step)
         return scalars
@@ -157,7 +165,8 @@ class Trainer:
         """Train to the last step, then write the generator, a checkpoint and samples.
 
         Raises Interrupted after Ctrl-C and signals alike (a checkpoint has been written), InputError if the loss is not
-        finite, WriteError if something cannot be written (a checkpoint has been tried).
+        finite, or the gradient of many steps in a row, WriteError if something cannot be written (a checkpoint has been
+        tried).
         """
         schedule, total, profiled = self.schedule, self.schedule.steps, self.schedule.profile
         profiler = StepProfiler(profiled, self.run.profile, 0 if self.graphed is None else EAGER_STEPS + 1)
@@ -227,11 +236,10 @@ class Trainer:
             raise WriteError(error.argument, f"{error.message}; stopped after step {self.step}, and {kept}") from error
 
     def sampler(self) -> Sampler:
-        """The method's sampler, with the moving average of the generator if there is one."""
+        """The method's sampler, with a moving average of the generator if there is any."""
         sampler = self.method.sampler()
-        if self.ema is None:
-            return sampler
-        return dataclasses.replace(sampler, generator=self.ema.generator)
+        average = self.ema.generator
+        return sampler if average is None else dataclasses.replace(sampler, generator=average)
 
     def save(self) -> None:
         """Write a checkpoint, then the generator, unless something in them is not finite."""
@@ -264,10 +272,8 @@ class Trainer:
         method = self.method
         parts: dict[str, dict[str, Tensor]] = {name: module.state_dict() for name, module in method.modules.items()}
         parts |= {f"optimizer.{name}": flatten_optimizer(optimizer) for name, optimizer in method.optimizers.items()}
-        parts["rates"] = {name: torch.tensor(rate, dtype=torch.float64) for name, rate in self.rates.items()}
-        parts |= {"method": method.state_dict(), "random": self.noise.state_dict()}
-        if self.ema is not None:
-            parts["ema"] = self.ema.state_dict()
+        parts |= {"rates": self.rates.state_dict(), "skipped": self.skipped.state_dict()}
+        parts |= {"method": method.state_dict(), "random": self.noise.state_dict(), **self.ema.parts()}
         if self.validation is not None:
             parts["validation"] = self.validation.state_dict()
         return Checkpoint(self.step, parts, self.fingerprint)
@@ -282,11 +288,12 @@ class Trainer:
                 module.load_state_dict(parts[name])
             for name, optimizer in self.method.optimizers.items():
                 restore_optimizer(optimizer, parts[f"optimizer.{name}"])
-                self._set_rate(name, float(parts["rates"][name]))
+            self.rates.load_state_dict(parts["rates"])
             self.method.load_state_dict(parts.get("method", {}))
             self.noise.load_state_dict(parts["random"])
-            if self.ema is not None:
-                self.ema.load_state_dict(parts["ema"])
+            self.ema.load_parts(parts)
+            if "skipped" in parts:
+                self.skipped.load_state_dict(parts["skipped"])
             if self.validation is not None and "validation" in parts:
                 self.validation.load_state_dict(parts["validation"])
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -295,6 +302,7 @@ class Trainer:
             ) from None
         self.step = checkpoint.step
         self._steps_on_device.fill_(self.step)
+        self._give_rates()
         if self.graphed is not None:
             self.graphed.reset()
         if self.writes and saved_step(self.run.best_checkpoint) == self.step:
@@ -302,10 +310,13 @@ class Trainer:
             save_sampler(self.run.best_generator, self.sampler(), self.step)
 
     def check_finite(self) -> None:
-        """InputError that names the first step whose loss was NaN or infinite. Waits for the device."""
+        """InputError that names the first step whose loss was NaN or infinite, or if too many steps in a row had such
+        a gradient and were skipped. Waits for the device."""
         step = int(self.first_bad_step)
         if step != _NEVER:
             raise self._diverged(step, "the loss")
+        if count := self.skipped.too_many():
+            raise self._diverged(self.step, f"the gradient, {count} times in a row,")
 
     def _diverged(self, step: int, what: str) -> InputError:
         paths = self.run.checkpoint_paths()
@@ -343,23 +354,16 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The generator's learning rate now."""
-        return self.rates["generator"]
+        """The generator's learning rate in the step that comes next."""
+        return self.rates.of("generator", self.step)
 
     def _scale_lr(self, factor: float) -> None:
-        if factor != 1:
-            for name, rate in self.rates.items():
-                self._set_rate(name, rate * factor)
+        self.rates.scale(factor)
+        self._give_rates()
 
-    def _set_rate(self, name: str, rate: float) -> None:
-        self.rates[name] = rate
-        for group in self.method.optimizers[name].param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-                continue
-            group["lr"] = rate
-            if self.graphed is not None:
-                self.graphed.reset()  # a number of Python's is part of what was captured
+    def _give_rates(self) -> None:
+        if self.rates.give(self.step) and self.graphed is not None:
+            self.graphed.reset()  # a number of Python's is part of what was captured
 
     def _log(
         self, logbook: Logbook | NoLogbook, scalars: Mapping[str, Tensor], rate: float, evaluation: Evaluation | None
@@ -369,8 +373,12 @@ class Trainer:
             squared = name.endswith(SQUARED)
             entry[name.removesuffix(SQUARED)] = math.sqrt(value.item()) if squared else value.item()
         entry |= {"images_per_second": rate, "peak_memory_bytes": peak_memory(self.device)}
-        if evaluation is not None:
+        if evaluation is not None or self.schedule.rates.varies:
             entry["lr"] = self.lr
+        if evaluation is not None and len(self.ema.averages) > 1:
+            entry["sample_ema"] = self.ema.sampled
+        if skipped := int(self.skipped.total):
+            entry["skipped_steps"] = skipped
         logbook.write(entry, None if evaluation is None else evaluation.metrics)
 
     def _sample(self, logbook: Logbook | NoLogbook) -> None:

@@ -1,9 +1,9 @@
-"""The moving average of a generator's weights that is sampled from."""
+"""Moving averages of a generator's weights, one of which is sampled from."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,3 +62,49 @@ class WeightAverage:
         self.updates = int(state[_COUNT])
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name != _COUNT}
         self.generator.load_state_dict(weights)
+
+
+class WeightAverages:
+    """Averages of one generator's weights with several decays, taken at once; none is possible.
+
+    Args:
+        generator: whose weights are averaged.
+        decays: each in (0, 1), no two alike.
+        sampled: the one of them that is sampled from; by default the first.
+    """
+
+    def __init__(self, generator: Generator, decays: Sequence[float], sampled: float | None = None):
+        self.averages = {decay: WeightAverage(generator, decay) for decay in decays}
+        self.sampled = decays[0] if sampled is None and decays else sampled
+
+    @property
+    def generator(self) -> Generator | None:
+        """The average that is sampled from; None if there is none."""
+        return None if self.sampled is None else self.averages[self.sampled].generator
+
+    @property
+    def updates(self) -> int:
+        """How often weights were taken in."""
+        return max((average.updates for average in self.averages.values()), default=0)
+
+    def take_in(self, generator: Generator) -> None:
+        """`WeightAverage.take_in` of all."""
+        for average in self.averages.values():
+            average.take_in(generator)
+
+    def count(self) -> None:
+        """Count what `take_in` took, in Python."""
+        for average in self.averages.values():
+            average.updates += 1
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Of a checkpoint: "ema" where there is one, as version 0.1 has it; "ema.0.99", "ema.0.999", … for several."""
+        return {self._part(decay): average.state_dict() for decay, average in self.averages.items()}
+
+    def load_parts(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `parts`, which may have others besides; KeyError if one is missing."""
+        for decay, average in self.averages.items():
+            average.load_state_dict(parts[self._part(decay)])
+
+    def _part(self, decay: float) -> str:
+        return "ema" if len(self.averages) == 1 else f"ema.{decay}"

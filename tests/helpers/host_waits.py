@@ -42,6 +42,7 @@ from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
 
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
+_FUSED = (torch.ops.aten._fused_adam_.tensor_lr, torch.ops.aten._fused_adamw_.tensor_lr)
 _SYNCHRONOUS = ("aten::equal", "aten::is_nonzero", "aten::item", "aten::masked_select", "aten::nonzero")
 
 
@@ -66,7 +67,7 @@ class HostWaits(TorchDispatchMode):
             self.faults.append(f"{func} {why}, by {where()}")
         if func is torch.ops.aten._pin_memory.default:
             result = args[0].clone()
-        elif func is torch.ops.aten._fused_adam_.tensor_lr:
+        elif func in _FUSED:
             return None  # it works in place; PyTorch has no fake version of it
         else:
             result = func(*args, **kwargs)

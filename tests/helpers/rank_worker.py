@@ -5,8 +5,10 @@ Trains a few float64 steps on a rank's share of every minibatch, and saves what 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,10 @@ CASES: dict[str, tuple[str, int, dict, bool]] = {
     "groups": ("ma", 7, {"chunk_size": 2}, False),
     "stages": ("none", 7, {"recompute": "stages"}, True),
     "mmd": ("mmd", 7, {"chunk_size": 2}, False),
+    "clipped": ("ma", 7, {}, False),
+    "skipped": ("ma", 7, {}, False),
 }
+_OF_METHOD: dict[str, dict[str, Any]] = {"clipped": {"clip_grad": 1e-3, "optimizer": "adamw"}}
 
 
 class Small(nn.Module):
@@ -81,9 +86,16 @@ def make(case: str, ranks: Ranks) -> Matching:
     else:
         objective = MomentMatching(network, Moments.of(features), AVERAGERS[kind], **options)
     generator = build_generator("dcgan", image_size=SIZE, nz=NZ).double()
-    return Matching(
-        generator, Double(NZ), objective, batch_size=minibatch, lr=1e-3, recompute_generator=recompute, ranks=ranks
+    method = Matching(
+        generator, Double(NZ), objective, batch_size=minibatch, lr=1e-3, recompute_generator=recompute, ranks=ranks,
+        **_OF_METHOD.get(case, {}),
     )  # fmt: skip
+    if case == "skipped" and ranks.rank == ranks.size - 1:  # what one rank finds is what all of them skip
+        steps = itertools.count()
+        next(iter(generator.parameters())).register_hook(
+            lambda gradient: gradient / 0 if next(steps) in (3, 5, 6) else gradient
+        )
+    return method
 
 
 class Double(Gaussian):

@@ -18,6 +18,7 @@ from engine.configuration.train_command import train_command
         "",
         "--preset cifar10 --weights random --no-fused-ama --amp",
         "--data some/<folder>/it's --image-size 64 --chunk-size auto --memory-budget 12GiB --center-crop 100",
+        "--generator-ema .5,.9,0.99 --sample-ema .9 --optimizer adamw --weight-decay 0 --lr-schedule cosine",
         "--lr 1e-05 --generator-ema 0.5 --averager ma --extractor vgg19+resnet18 --weights a.safetensors b.safetensors",
     ],
 )

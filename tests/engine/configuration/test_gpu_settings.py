@@ -97,8 +97,8 @@ class TestCudaGraph:
     def test_a_rate_lies_where_a_captured_step_reads_it(self, device: str) -> None:
         with FakeTensorMode():
             method = Matching(torch.nn.Linear(4, 3, device=device), Gaussian(4), None, batch_size=2, lr=5e-5)
-        (group,) = method.optimizer.param_groups
-        assert method.optimizer.defaults["lr"] == 5e-5
+        (group,) = method.gradient_step.optimizer.param_groups
+        assert method.gradient_step.optimizer.defaults["lr"] == 5e-5
         assert group["fused"]
         assert group["capturable"] == (device == "cuda")
         if device == "cpu":

@@ -45,6 +45,16 @@ NONSENSE: list[tuple[str, str, Any]] = [
     ("training", "lr", GONE),
     ("training", "beta2", 1),
     ("training", "generator_ema", 0),
+    ("training", "generator_ema", []),
+    ("training", "generator_ema", [0.9, 0.9]),
+    ("training", "generator_ema", [0.9, "0.99"]),
+    ("training", "generator_ema", "0.9,0.99"),
+    ("updates", "optimizer", "sgd"),
+    ("updates", "clip_grad", -1),
+    ("updates", "warmup_steps", -1),
+    ("updates", "warmup_steps", 10**6),
+    ("updates", "max_skipped", None),
+    ("updates", "sample_ema", 1),
     ("training", "seed", -1),
     ("training", "seed", 2**63),
     ("training", "batch_size", 1),
@@ -156,19 +166,20 @@ def test_unknown_preset_and_group(key: str, value: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_written_is_read_again(preset: str, tmp_path: Path) -> None:
-    given = {"data": "photos/\udcff é", "lr": 1, "weights": ["random"], "chunk_size": 8}
+    given = {"data": "photos/\udcff é", "lr": 1, "weights": ["random"], "chunk_size": 8, "generator_ema": [0.9, 0.99]}
     config, file = Config.build(preset, given), tmp_path / "config.json"
     file.write_text(config.to_json())
     assert asdict(Config.load(file)) == asdict(config)
     assert type(config.training.lr) is float
     assert config.networks.weights == ("random",)
+    assert config.training.generator_ema == (0.9, 0.99)
     assert file.read_text() == Config.load(file).to_json()
 
 
 def test_a_configuration_of_version_0_1_is_read(tmp_path: Path) -> None:
     """It had no methods, other groups for some settings, and other names for two."""
     content, file = values(), tmp_path / "config.json"
-    del content["method"], content["mmd"], content["networks"]["prior"]
+    del content["method"], content["mmd"], content["updates"], content["networks"]["prior"]
     content["matching"] |= content.pop("gfmn")
     content["matching"]["averager"] = "ma"
     content["output"]["target"] = content["matching"].pop("target")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ LONGER = ["--steps", str(STEPS)]
         ["--averager", "ma", "--ma-variant", "authors", "--chunk-size", "3"],
         ["--averager", "none", "--recompute", "stages", "--recompute-generator"],
         ["--amp", "--generator-ema", "0.5"],
+        [
+            *("--generator-ema", "0.5,0.9", "--sample-ema", "0.9", "--optimizer", "adamw", "--clip-grad", "0.1"),
+            *("--lr-schedule", "cosine", "--warmup-steps", "2"),
+        ],
         ["--amp", "--amp-dtype", "fp16", "--chunk-size", "2"],
         ["--method", "mmd", "--mmd-images", "20"],
     ],
@@ -245,19 +250,61 @@ def test_the_first_bad_step_is_found_in_a_replay() -> None:
         graphed.check_finite()
 
 
+def test_a_schedule_changes_the_rate_in_place() -> None:
+    """And what an evaluation multiplies it by holds for the steps after it."""
+    eager, graphed, graphs = pair(lr_schedule="cosine", warmup_steps=2, steps=20)
+    place = graphed.method.optimizers["generator"].param_groups[0]["lr"]
+    steps((eager, graphed), 7)
+    for trainer in (eager, graphed):
+        trainer._scale_lr(0.5)
+    steps((eager, graphed), 7)
+    assert graphs.log.count("capture") == 1
+    assert graphed.method.optimizers["generator"].param_groups[0]["lr"] is place
+    base = graphed.method.optimizers["generator"].defaults["lr"]
+    assert float(place) == pytest.approx(0.5 * base * (1 + math.cos(math.pi * (13 - 2) / 18)) / 2)
+    assert_same_state(graphed, eager)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted_in_a_replay() -> None:
+    eager, graphed, graphs = pair(max_skipped=2)
+    factors = [torch.ones(()) for _ in (eager, graphed)]
+    for trainer, factor in zip((eager, graphed), factors, strict=True):
+        weight = next(trainer.method.modules["generator"].parameters())
+        weight.register_hook(lambda gradient, factor=factor: gradient * factor)
+    steps((eager, graphed), 6)
+    for factor in factors:
+        factor.fill_(float("nan"))
+    before = next(graphed.method.modules["generator"].parameters()).clone()
+    steps((eager, graphed), 2)
+    assert torch.equal(before, next(graphed.method.modules["generator"].parameters()))
+    graphed.check_finite()
+    for factor in factors:
+        factor.fill_(1)
+    steps((eager, graphed), 1)
+    assert not torch.equal(before, next(graphed.method.modules["generator"].parameters()))
+    assert (int(graphed.skipped.total), int(graphed.skipped.row)) == (2, 0)
+    assert_same_state(graphed, eager)
+    factors[1].fill_(float("inf"))
+    for _ in range(3):
+        graphed.train_step()
+    assert graphs.log[-1] == "replay"
+    with pytest.raises(InputError, match="the gradient, 3 times in a row, became NaN or infinite at step 12"):
+        graphed.check_finite()
+
+
 @pytest.mark.parametrize("where", ["first", "optimizer", "scaler"])
 def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, monkeypatch, caplog) -> None:
     """It fails at its beginning, in the middle of the optimizer's step, and in the middle of the loss scaling."""
     eager, graphed, graphs = pair(amp=True, amp_dtype="fp16")
     for trainer in (eager, graphed):
         assert isinstance(trainer.method, Matching)
-        scaler = trainer.method.scaler
+        scaler = trainer.method.gradient_step.scaler
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0})  # no step overflows and is skipped
     assert isinstance(graphed.method, Matching)
     owner, name = {
         "first": (graphed.method.generator, "count_batch"),
-        "optimizer": (graphed.method.optimizer, "step"),
-        "scaler": (graphed.method.scaler, "update"),
+        "optimizer": (graphed.method.gradient_step.optimizer, "step"),
+        "scaler": (graphed.method.gradient_step.scaler, "update"),
     }[where]
     original = getattr(owner, name)
 
@@ -280,10 +327,10 @@ def test_an_optimizer_that_fails_says_why(precision: dict[str, Any], monkeypatch
     trainer, _, _ = pair(**precision)
     assert isinstance(trainer.method, Matching)
 
-    @functools.wraps(trainer.method.optimizer.step)
+    @functools.wraps(trainer.method.gradient_step.optimizer.step)
     def failing(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no room for the optimizer's state")
 
-    monkeypatch.setattr(trainer.method.optimizer, "step", failing)
+    monkeypatch.setattr(trainer.method.gradient_step.optimizer, "step", failing)
     with pytest.raises(RuntimeError, match="no room for the optimizer"):
         trainer.train_step()

@@ -63,6 +63,7 @@ def measured(config: Config, plans: Planner) -> int:
         {"recompute": "stages", "recompute_generator": True},
         {"amp": True},
         {"amp": True, "chunk_size": 4, "recompute_generator": True, "averager": "ma"},
+        {"generator_ema": (0.5, 0.9, 0.99), "optimizer": "adamw", "clip_grad": 0.1},
         {"generator_ema": None, "feature_scale": "target-deviation"},
         {"generator": "resnet", "batch_size": 4, "amp": True, "recompute": "stages"},
         {"extractor_bn": "batch"},

@@ -6,7 +6,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.generation.networks import Generator, build_generator
-from engine.training.weight_average import WeightAverage
+from engine.training.weight_average import WeightAverage, WeightAverages
 
 DECAY = 0.9
 
@@ -60,3 +60,46 @@ def test_resumes_from_either_state() -> None:
     expected = floats(reference.state_dict())
     for found in (resumed.state_dict(), again.state_dict()):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+class TestSeveral:
+    DECAYS = (0.5, 0.9, 0.99)
+
+    def test_each_is_pytorchs_of_its_decay(self) -> None:
+        torch.manual_seed(2)
+        generator = build_generator("dcgan", image_size=32, nz=5)
+        references = {
+            decay: AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+            for decay in self.DECAYS
+        }
+        averages = WeightAverages(generator, self.DECAYS, 0.9)
+        for _ in range(4):
+            trained(generator)
+            averages.take_in(generator)
+            averages.count()
+            for reference in references.values():
+                reference.update_parameters(generator)
+        parts = averages.parts()
+        assert list(parts) == ["ema.0.5", "ema.0.9", "ema.0.99"]
+        for decay, reference in references.items():
+            expected, found = floats(reference.state_dict()), parts[f"ema.{decay}"]
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert averages.generator is averages.averages[0.9].generator
+        again = WeightAverages(generator, self.DECAYS)
+        assert again.generator is again.averages[0.5].generator, "the first"
+        again.load_parts(parts)
+        assert again.updates == 4
+        for part, state in again.parts().items():
+            assert all(torch.equal(parts[part][name], tensor) for name, tensor in state.items())
+
+    def test_one_is_what_it_was_and_none_is_nothing(self) -> None:
+        generator = build_generator("dcgan", image_size=32, nz=5)
+        single, own = WeightAverage(generator, 0.9), WeightAverages(generator, [0.9])
+        single.update(generator)
+        own.load_parts({"ema": single.state_dict(), "generator": {}})
+        assert own.updates == 1
+        assert list(own.parts()) == ["ema"]
+        none = WeightAverages(generator, [])
+        none.take_in(generator)
+        none.count()
+        assert (none.generator, none.parts(), none.updates) == (None, {}, 0)

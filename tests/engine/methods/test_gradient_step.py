@@ -1,0 +1,117 @@
+"""From a loss to new weights, against torch's own optimizers and clipping, in float64 and one parameter at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.methods.gradient_step import GradientStep
+
+STEPS = 6
+RATES: dict[str, Any] = {"lr": 1e-2, "betas": (0.4, 0.9)}
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def loss_of(module: nn.Module, step: int, factor: float | Tensor = 1.0) -> Tensor:
+    """Another one at every step, with gradients of a norm about 1."""
+    weight = next(module.parameters())
+    x = torch.randn(11, 7, generator=torch.Generator().manual_seed(step)).to(weight)
+    return (module(x) - step).square().mean() * factor
+
+
+def plain(module: nn.Module, steps: list[int], name: str = "adam", clip: float | None = None, **options: Any) -> None:
+    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    optimizer = make(module.parameters(), **RATES, **options, foreach=False, fused=False)
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(module, step).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip, foreach=False)
+        optimizer.step()
+
+
+def difference(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {}),
+        ({"optimizer": "adamw"}, {"name": "adamw"}),
+        ({"optimizer": "adamw", "weight_decay": 0.3}, {"name": "adamw", "weight_decay": 0.3}),
+        ({"clip": 0.05}, {"clip": 0.05}),
+        ({"clip": 2.0, "optimizer": "adamw"}, {"clip": 2.0, "name": "adamw"}),
+    ],
+    ids=str,
+)
+def test_is_torchs_step(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    module, reference, other = network(), network(), network()
+    update = GradientStep(module, **RATES, **options)
+    for step in range(STEPS):
+        assert update.take(loss_of(module, step)) == 0
+    plain(reference, list(range(STEPS)), **expected)
+    assert difference(module, reference) < 1e-13
+    if expected:
+        plain(other, list(range(STEPS)))
+        assert difference(module, other) > 1e-6, "it matters"
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_scaled_loss_makes_no_difference_to_steps_and_clipping(clip: float | None) -> None:
+    """The norm is that of the gradients without the loss's scale, 65536 at first."""
+    module, reference = network(torch.float32), network(torch.float32)
+    update = GradientStep(module, **RATES, clip=clip, scaled=True)
+    assert update.scaler.get_scale() == 65536
+    for step in range(STEPS):
+        assert update.take(loss_of(module, step)) == 0
+    plain(reference, list(range(STEPS)), clip=clip)
+    assert difference(module, reference) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("options", [{}, {"clip": 0.05}, {"optimizer": "adamw"}], ids=str)
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(bad: float, options: dict[str, Any]) -> None:
+    """One number of one gradient is enough. Neither weights, nor Adam's moments, nor its count of steps move."""
+    module, reference = network(), network()
+    poisoned, (first, *_) = [False], module.parameters()
+
+    def poison(gradient: Tensor) -> Tensor:
+        return gradient.index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(bad).double())
+
+    first.register_hook(lambda gradient: poison(gradient) if poisoned[0] else gradient)
+    update, found = GradientStep(module, **RATES, **options), []
+    for step in range(STEPS):
+        poisoned[0] = step in (0, 3)
+        found.append(float(update.take(loss_of(module, step))))
+    assert found == [1, 0, 0, 1, 0, 0]
+    named = {"name": options["optimizer"]} if "optimizer" in options else options
+    plain(reference, [1, 2, 4, 5], **named)
+    assert difference(module, reference) < 1e-13
+    assert {float(state["step"]) for state in update.optimizer.state.values()} == {4}
+
+
+def test_an_overflow_of_the_scaled_loss_is_skipped_and_lowers_the_scale() -> None:
+    module = network(torch.float32)
+    update = GradientStep(module, **RATES, scaled=True)
+    before = [weight.detach().clone() for weight in module.parameters()]
+    assert update.take(loss_of(module, 0, 1e36)) == 1
+    assert update.scaler.get_scale() == 32768
+    assert all(torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+    again = GradientStep(network(torch.float32), **RATES, scaled=True)
+    rest = again.load_state_dict({**update.state_dict(), "v": torch.ones(1)})
+    assert list(rest) == ["v"]
+    assert again.scaler.get_scale() == 32768
+
+
+def test_weight_decay_is_adamws() -> None:
+    with pytest.raises(ValueError, match="weight_decay: is adamw's"):
+        GradientStep(network(), lr=1e-3, weight_decay=0.1)
