@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from engine.comparison import moment_matching
 from engine.comparison.averagers import AMA, Averager, MovingAverage, NoAverage
-from engine.comparison.distances import kernels
-from engine.comparison.distances.mean_embedding import MMD
+from engine.comparison.distances import MMD, Frechet, Sinkhorn, drifting, kernels
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
-from engine.comparison.on_features import OnFeatures
+from engine.comparison.on_features import Discrepancy, OnFeatures
+from engine.comparison.populations import MovingPopulation, QueuedFeatures, QueuedPopulation
 from engine.generation.networks import build_generator
 from engine.generation.priors import Gaussian, Noise
 from engine.methods.matching import Matching
@@ -34,15 +35,23 @@ AVERAGERS: dict[str, Averager] = {
     "ma": MovingAverage(alpha=0.2),
     "ma-authors": MovingAverage(alpha=0.2, variant="authors"),
     "none": NoAverage(),
+    "ema": MovingPopulation(0.7),
+    "queue": QueuedPopulation(3),
 }
-# Name → (averager or "mmd", minibatch, options of the objective, recompute the generator).
+DISTANCES: dict[str, Callable[[Tensor], Discrepancy]] = {
+    "mmd": lambda real: MMD(real, kernels.rational_quadratic()),
+    "frechet": lambda real: QueuedFeatures(Frechet.of(real), 9, real.shape[1], real),
+    "sinkhorn": lambda real: Sinkhorn(real, 0.2, iterations=40, tolerance=None),
+    "drifting": lambda real: lambda x: drifting(x, real),
+}
+# Name → (averager or distance, minibatch, options of the objective, recompute the generator).
 CASES: dict[str, tuple[str, int, dict, bool]] = {
     **{name: (name, 8, {}, False) for name in AVERAGERS},
     "odd": ("ma", 7, {}, False),
     "chunks": ("ma", 7, {"chunk_size": 2}, False),
     "groups": ("ma", 7, {"chunk_size": 2}, False),
     "stages": ("none", 7, {"recompute": "stages"}, True),
-    "mmd": ("mmd", 7, {"chunk_size": 2}, False),
+    **{name: (name, 7, {"chunk_size": 2}, False) for name in DISTANCES},
     "clipped": ("ma", 7, {}, False),
     "skipped": ("ma", 7, {}, False),
 }
@@ -78,11 +87,11 @@ def make(case: str, ranks: Ranks) -> Matching:
     real = torch.rand(12, 3, SIZE, SIZE, dtype=torch.float64) * 2 - 1
     features = network.features(real)
     options = {"kernels": "reference", "ranks": ranks, **options}
-    if kind == "mmd":
+    if kind in DISTANCES:
         pooled = torch.cat([part.unflatten(1, tap.shape).mean(dim=(2, 3)) for part, tap in zip(
             features.split([tap.num_features for tap in network.taps], dim=1), network.taps, strict=True
         )], dim=1)  # fmt: skip
-        objective = OnFeatures(network, MMD(pooled, kernels.rational_quadratic()), **options)
+        objective = OnFeatures(network, DISTANCES[kind](pooled), **options)
     else:
         objective = MomentMatching(network, Moments.of(features), AVERAGERS[kind], **options)
     generator = build_generator("dcgan", image_size=SIZE, nz=NZ).double()
