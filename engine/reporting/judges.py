@@ -84,11 +84,12 @@ def _warning(judgements: Judgements) -> str:
     when = ", ".join(
         number(span[0]) if len(span) == 1 else f"{number(span[0])} to {number(span[-1])}" for span in spans
     )
-    now = judgements.parted[-1] == judgements.found[-1].step
+    several = "s" * (len(judgements.parted) > 1)
+    last = ", the last one" + " among them" * bool(several)
     return (
         "The samples came closer to the real images by what was matched, and farther from them by every network that "
-        f"was not matched: at the evaluation{'s' * (len(judgements.parted) > 1)} of step {when}"
-        f"{', the last one' if now else ''}."
+        f"was not matched: at the evaluation{several} of step{several} {when}"
+        f"{last if judgements.parted[-1] == judgements.found[-1].step else ''}."
     )
 
 

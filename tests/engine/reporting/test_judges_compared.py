@@ -56,7 +56,7 @@ def test_all_judges_are_side_by_side(run: Path) -> None:
     assert captions == [
         "Loss, matched",
         "KID, Inception-v3",
-        *(f"K{columns[number][1:]}" for number in (4,)),
+        "Kernel distance (not KID), resnet18",
         "Kernel distance (not KID), timm:<b>",
     ]
     assert "Warning" not in section
@@ -67,8 +67,8 @@ def test_all_judges_are_side_by_side(run: Path) -> None:
 @pytest.mark.parametrize(
     ("matched", "judges", "said"),
     [
-        (FALLING, [RISING, RISING], "at the evaluations of step 5 to 6, the last one."),
-        (FALLING, [RISING], "at the evaluations of step 5 to 6, the last one."),
+        (FALLING, [RISING, RISING], "at the evaluations of steps 5 to 6, the last one among them."),
+        (FALLING, [RISING], "at the evaluations of steps 5 to 6, the last one among them."),
         ([*FALLING[:5], 9.0], [RISING, RISING], "at the evaluation of step 5."),
         (FALLING, [RISING, FALLING], ""),
         (RISING, [RISING, RISING], ""),
@@ -85,7 +85,7 @@ def test_spans_of_steps_are_kept_apart() -> None:
     rising = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     compared = judges_compared(entries(matched, rising, first="vgg19"))
     assert compared is not None
-    assert compared.warning.endswith("of step 5 to 6, 11 to 12, the last one.")
+    assert compared.warning.endswith("of steps 5 to 6, 11 to 12, the last one among them.")
 
 
 def test_one_judge_that_agrees_needs_no_section(run: Path) -> None:
@@ -100,4 +100,4 @@ def test_a_matched_network_is_marked(run: Path) -> None:
     compared = judges_compared(log)
     assert compared is not None
     assert compared.columns[4] == "kernel distance (not KID), resnet18 (matched)"
-    assert compared.warning.endswith("of step 5 to 6, the last one.")
+    assert compared.warning.endswith("of steps 5 to 6, the last one among them.")
