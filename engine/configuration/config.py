@@ -228,7 +228,8 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
         if result.get(name) is not None:
             result[name] = str(expanded(result[name]).absolute())
     if result.get("evaluate_weights") is not None:
-        result["evaluate_weights"] = _absolute(result["evaluate_weights"])
+        files = result["evaluate_weights"]
+        result["evaluate_weights"] = tuple(map(_absolute, (files,) if isinstance(files, str) else files))
     if "weights" in result:
         result["weights"] = tuple(map(_absolute, result["weights"]))
     return result

@@ -29,6 +29,8 @@ from engine.generation.priors import MAX_NZ, PRIORS
 from engine.support.errors import InputError
 from pipelines import DATASETS
 
+INCEPTION, OWN_WEIGHTS = "inception", "own"
+"""Among networks that evaluate, the name of Inception-v3; among their weights, the word for those that one brings."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b", re.IGNORECASE)
 
 
@@ -248,8 +250,18 @@ class ValidationConfig(Settings):
     evaluate_extractor: str | None = option(
         None, "network whose features are compared (default: Inception-v3, as for FID and KID)", metavar="NAME"
     )
-    evaluate_weights: str | None = option(
-        None, "weights of that network: a file (default: its own)", metavar="FILE", resumable=True
+    evaluate_with: tuple[str, ...] = option(
+        (),
+        "several such networks, in place of --evaluate-extractor: all of them judge the same samples, and the first "
+        "decides what is best; 'inception' is Inception-v3",
+        metavar="NAME",
+        since="0.2",
+    )
+    evaluate_weights: tuple[str, ...] | str | None = option(
+        None,
+        "weights of that network: a file (default: its own); of several networks one for each, 'own' for its own",
+        metavar="FILE",
+        resumable=True,
     )
     lr_adapt: str = option(
         "none",
@@ -259,7 +271,32 @@ class ValidationConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        weights, several = self.evaluate_weights, self.evaluate_with
+        self.evaluate_weights = (weights,) if isinstance(weights, str) else weights or None
         require(self.lr_adapt == "none" or self.evaluate_every is not None, "lr_adapt", "needs --evaluate-every N")
+        require(not several or self.evaluate_every is not None, "evaluate_with", "needs --evaluate-every N")
+        alone = self.evaluate_extractor is None or not several
+        require(alone, "evaluate_with", "names all the networks; leave out --evaluate-extractor")
+        twice = next((name for name in several if several.count(name) > 1), None)
+        require(twice is None, "evaluate_with", f"has {twice} twice")
+        given, needed = len(self.evaluate_weights or ()), max(len(several), 1)
+        wrong = f"{given} given for {needed} network{'s'[: needed - 1]}; give one for each, 'own' for its own"
+        require(given in (0, needed), "evaluate_weights", wrong)
+
+    @property
+    def judges(self) -> tuple[tuple[str | None, str | None], ...]:
+        """Name and file of weights of every network that evaluates. None is Inception-v3, and a network's own."""
+        names: tuple[str | None, ...] = self.evaluate_with or (self.evaluate_extractor,)
+        weights = tuple(self.evaluate_weights or ()) or (OWN_WEIGHTS,) * len(names)
+        return tuple(
+            (None if name == INCEPTION else name, None if file == OWN_WEIGHTS else file)
+            for name, file in zip(names, weights, strict=True)
+        )
+
+    @property
+    def named_in(self) -> str:
+        """The setting that names these networks."""
+        return "evaluate_with" if self.evaluate_with else "evaluate_extractor"
 
 
 GROUPS: dict[str, type] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.comparison.reference.bank import FeatureBank
 from engine.configuration.build import bare_extractor, make_generator, make_method
@@ -142,20 +144,20 @@ def _outside_steps(config: Config, generator: Generator) -> int:
     needed = drawn.weights + drawn.peak
     if config.validation.evaluate_every is None:
         return needed
-    # Of another network for Inception's numbers, torchvision's has the same layers; both see images of 299 pixels.
-    name = config.validation.evaluate_extractor
-    size = _INCEPTION_SIZE if name is None else config.data.image_size
-    with arguments_as(name="evaluate_extractor"):
-        judge = fake_copy(make_network(name or "torchvision:inception_v3", size).module, mode)
+    kept, peak = 0, 0  # weights of judges stay on the device
+    for name, _ in config.validation.judges:
+        # Of another network for Inception's numbers, torchvision's has the same layers; both see images of 299 pixels.
+        size = _INCEPTION_SIZE if name is None else config.data.image_size
+        with arguments_as(name=config.validation.named_in):
+            judge = fake_copy(make_network(name or "torchvision:inception_v3", size).module, mode)
 
-    def judging() -> Callable[[], object]:
-        return torch.no_grad()(lambda: judge(torch.empty(_JUDGED_AT_ONCE, 3, size, size)))
+        def judging(judge: nn.Module = judge, size: int = size) -> Callable[[], object]:
+            return torch.no_grad()(lambda: judge(torch.empty(_JUDGED_AT_ONCE, 3, size, size)))
 
-    try:
-        judged = track(judging, mode, [judge], gpu_block)
-    except (RuntimeError, AssertionError, ValueError):  # it cannot take these images, which `make_validation` says
-        return needed
-    return max(needed, judged.weights + judged.peak)
+        with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # images that `make_validation` refuses
+            judged = track(judging, mode, [judge], gpu_block)
+            kept, peak = kept + judged.weights, max(peak, judged.peak)
+    return max(needed, kept + peak)
 
 
 def _plain_kernels() -> Any:

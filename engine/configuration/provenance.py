@@ -13,6 +13,15 @@ from engine.support.files import what_is
 _ALIASES = {"vgg19": "torchvision:vgg19_bn", "timm:tf_efficientnet_lite0": "efficientnet-lite0"}
 
 
+def same_network(one: str | None, other: str | None) -> bool:
+    """Whether two names are of one network; None is Inception-v3."""
+    return _called(one) == _called(other)
+
+
+def _called(name: str | None) -> str | None:
+    return None if name is None else _ALIASES.get(name, name)
+
+
 def was_trained_on(config: Config, name: str | None, weights: str | Path | None) -> bool:
     """Whether a run of `config` matched the features of the network `name` with `weights`, as far as can be told.
 
@@ -22,7 +31,7 @@ def was_trained_on(config: Config, name: str | None, weights: str | Path | None)
         return False
     parts, sources = config.networks.extractor.split("+"), config.networks.weights
     for part, source in zip(parts, sources if len(sources) == len(parts) else sources[:1] * len(parts)):
-        if _ALIASES.get(part, part) != _ALIASES.get(name, name) or source == "random":
+        if not same_network(part, name) or source == "random":
             continue
         if source == "imagenet" or (source == "pretrain" and brings_weights(part)):
             if weights is None:

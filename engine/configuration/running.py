@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
+from engine.configuration.groups import ValidationConfig
 from engine.configuration.inputs import amp_dtype, open_data
 from engine.configuration.updates import all_of
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
@@ -73,37 +75,49 @@ def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
     return {"noise": DrawnAhead(training.seed, CudaLane(device)), "kernels": backend, "graphs": graphs}
 
 
+def _check_different(asked: ValidationConfig) -> None:
+    """InputError if two of the judges are one network."""
+    from engine.configuration.provenance import same_network
+
+    for (name, file), (other, others_file) in itertools.combinations(asked.judges, 2):
+        if same_network(name, other) and file == others_file:
+            raise InputError(asked.named_in, f"{name} and {other} are two names of one network; give one of them")
+
+
 def make_validation(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Validation | None:
     """Evaluation during training: against all images of the run's data set, none of them mirrored; None for none.
 
-    The ranks share the images; all of them have to come. Warns if the network is the one whose features are matched.
-    InputError if it is unavailable.
+    The ranks share the images; all of them have to come. Warns of a network that is the one whose features are matched.
+    InputError if one is unavailable, or there twice under two names.
     """
     asked = config.validation
     if asked.evaluate_every is None:
         return None
     # torch-fidelity takes a second to import.
     from engine.configuration.provenance import was_trained_on
-    from engine.evaluation.judges import evaluation_network
+    from engine.evaluation.judges import EvaluationNetwork, evaluation_network
     from engine.training.validation import Validation
 
-    with arguments_as(name="evaluate_extractor", feature_extractor="evaluate_extractor", weights="evaluate_weights"):
-        network = ranks.first(  # which downloads it
-            "judge",
-            lambda: evaluation_network(
-                asked.evaluate_extractor, weights=asked.evaluate_weights, image_size=config.data.image_size
-            ),
-        )
-    if ranks.rank == 0 and was_trained_on(config, asked.evaluate_extractor, asked.evaluate_weights):
-        log.warning(
-            "warning: --evaluate-extractor: %s is the network that is matched; by it the samples look better than they "
-            "are",
-            network.label,
-        )
+    def networks() -> list[EvaluationNetwork]:
+        size = config.data.image_size
+        return [evaluation_network(name, weights=file, image_size=size) for name, file in asked.judges]
+
+    _check_different(asked)
+    with arguments_as(name=asked.named_in, feature_extractor=asked.named_in, weights="evaluate_weights"):
+        judges = ranks.first("judge", networks)  # which downloads them
+    matched = [was_trained_on(config, name, file) for name, file in asked.judges]
+    for judge, is_matched in zip(judges, matched, strict=True):
+        if ranks.rank == 0 and is_matched:
+            log.warning(
+                "warning: --%s: %s is the network that is matched; by it the samples look better than they are",
+                asked.named_in.replace("_", "-"),
+                judge.label,
+            )
     dataset = open_data(config.replaced({"horizontal_flip": False}))
     return Validation(
-        network,
+        judges,
         read_pixels(dataset, backend=config.data.loader, shard=ranks.rank, num_shards=ranks.size),
+        matched=matched,
         every=asked.evaluate_every,
         samples=asked.evaluate_samples,
         adapt_lr=asked.lr_adapt == "kid",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from engine.reporting.charts import Chart, Point, line_chart, number
+from engine.training.held_out import judged
 
 Entries = Sequence[dict[str, Any]]
 """The objects of metrics.jsonl, each with its "step"."""
@@ -45,6 +46,12 @@ _EVALUATIONS = {
     "precision": ("precision", "precision", ""),
     "recall": ("recall", "recall", ""),
 }
+
+
+def distance_name(name: str, inception: bool) -> str:
+    """What people call a distance, on Inception's features or on another network's."""
+    label, other, remark = _EVALUATIONS[name]
+    return label if inception else other + remark
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -93,8 +100,8 @@ def evaluation_tables(metrics: Entries) -> list[EvaluationTable]:
     """The evaluations among the entries, network by network."""
     found: dict[tuple[str, bool], list[tuple[int, dict[str, Any]]]] = {}
     for entry in metrics:
-        values = entry.get("evaluation")
-        if isinstance(values, dict):
+        evaluation = entry.get("evaluation")
+        for values in judged(evaluation) if isinstance(evaluation, dict) else ():
             key = str(values.get("network", "unknown")), bool(values.get("is_inception"))
             found.setdefault(key, []).append((entry["step"], values))
     return [_evaluation_table(network, inception, rows) for (network, inception), rows in found.items()]
@@ -105,7 +112,7 @@ def _evaluation_table(network: str, inception: bool, entries: list[tuple[int, di
     rows, columns, titles = [], ["step", "samples"], {}
     for name in names:
         label, other, remark = _EVALUATIONS[name]
-        columns.append(label if inception else other + remark)
+        columns.append(distance_name(name, inception))
         titles[name] = label if inception else f"{other} on {network} features{remark}"
     for step, values in entries:
         cells = [f"{values[name]:#.4g}" if is_number(values.get(name)) else "–" for name in names]

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.configuration.config import Config
 from engine.generation.saved import SavedSampler
 from engine.reporting.charts import Chart, histogram_chart, number
+from engine.reporting.judges import judges_compared
 from engine.reporting.neighbours import NearestImages, nearest_images
 from engine.reporting.numbers import evaluation_tables, is_number, logged_charts
 from engine.reporting.pictures import as_picture, as_png, data_uri, largest_side, samples_over_time, upper_left
@@ -78,6 +79,7 @@ def render(
         steps=samples_over_time(run, size),
         paths=upper_left(paths, size),
         losses=logged_charts(metrics),
+        judges=judges_compared(metrics),
         evaluations=evaluation_tables(metrics),
         neighbours=_neighbours(sampler, config, real, seed, limit),
         preset=config.preset,

@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from engine.support.errors import pip_line, reason
 from engine.support.files import append_line, write_atomically
+from engine.training.held_out import Judgements
+from engine.training.run_folder import read_metrics
 
 log = logging.getLogger("gfmn")
 
@@ -121,6 +123,7 @@ class Logbook:
         self.every = max(total // _LINES, 1)
         self.next = step + 1
         self.begun, self.first = time.perf_counter(), step
+        self.judgements = Judgements(read_metrics(metrics))
 
     def __enter__(self) -> Logbook:
         return self
@@ -143,7 +146,12 @@ class Logbook:
         if evaluation is not None:
             line["evaluation"] = dict(evaluation)
             scalars |= {f"evaluation/{key}": value for key, value in evaluation.items() if isinstance(value, float)}
+            for other in evaluation.get("others", ()):
+                numbers = {key: value for key, value in other.items() if isinstance(value, float)}
+                scalars |= {f"evaluation/{key}[{other['network']}]": value for key, value in numbers.items()}
         append_line(self.metrics, json.dumps(line))
+        if (warning := self.judgements.add(line)) is not None:
+            log.warning("warning: step %d: %s", step, warning)
         for name, value in scalars.items():
             self.events.scalar(name, value, step)
         self.bar.set_postfix(loss=f"{entry['loss']:.4g}", images_per_second=f"{entry['images_per_second']:.0f}")

@@ -218,18 +218,8 @@ class RunFolder:
         return saved_step(self.generator) == step and self.final_samples.exists()
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """The logged steps, oldest first; lines that cannot be read are left out. InputError for an unreadable file."""
-        try:
-            lines = self.metrics.read_bytes().splitlines()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise InputError(self.metrics, f"cannot be read, {error.strerror or error}") from None
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                    yield entry
+        """See the function `read_metrics`."""
+        return read_metrics(self.metrics)
 
     def rewind(self, step: int) -> None:
         """Drop metrics and sample grids of steps after `step`."""
@@ -238,6 +228,21 @@ class RunFolder:
         for grid in self.samples.glob("step_*.png"):
             if step_of(grid) > step:
                 _discard(grid)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The logged steps, oldest first; lines that cannot be read are left out. InputError for an unreadable file."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(path, f"cannot be read, {error.strerror or error}") from None
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield entry
 
 
 def _discard(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ class Evaluation:
     """What one evaluation found.
 
     Attributes:
-        metrics: for `metrics.jsonl`: the network, numbers of images, distances, and the three-sample test if it ran.
+        metrics: for `metrics.jsonl`: the first network, numbers of images, distances, the three-sample test if it ran,
+            and under "others" what further networks found, as a list of the same entries.
         best: whether no earlier evaluation of the run had a smaller kernel distance.
         lr_factor: factor for the learning rate: 1, or less where samples stopped getting closer.
     """
@@ -74,88 +75,42 @@ class KernelRate:
         return p_value, True
 
 
-class Validation:
-    """Compares samples with real images every `config.evaluate_every` steps.
-
-    The ranks of a job share the images, real and drawn, and compute features of their own; rank 0 compares, of all
-    images in rank order, so that the numbers are those of a single process.
+class Judge:
+    """One network that compares samples with the real images.
 
     Args:
         network: whose features are compared.
+        matched: whether they are what a run is trained to match.
         real: uint8 [M, 3, H, W], this rank's share.
-        every: steps between two evaluations.
-        samples: of each.
-        adapt_lr: whether the three-sample test lowers the learning rate.
         device: where features are computed.
         ranks: the processes that share the images.
+
+    Attributes:
+        real: on rank 0 the features [M, F] of all of them.
     """
 
     def __init__(
-        self,
-        network: EvaluationNetwork,
-        real: Tensor,
-        *,
-        every: int,
-        samples: int,
-        adapt_lr: bool = False,
-        device: torch.device | str = "cpu",
-        ranks: Ranks = ALONE,
+        self, network: EvaluationNetwork, matched: bool, real: Tensor, device: torch.device | str, ranks: Ranks
     ):
-        self.network, self.every, self.samples, self.device, self.ranks = network, every, samples, device, ranks
+        self.network, self.matched, self.device, self.ranks = network, matched, device, ranks
         self.fidelity = fidelity()
-        self.best = float("inf")
-        self.rate: KernelRate | None = None
-        self.real = self._features(real)
+        self.real = self.features(real)
         if ranks.rank == 0:
             self.real_statistics = self.fidelity.metric_fid.fid_features_to_statistics(self.real)
-            self.rate = KernelRate(self.real) if adapt_lr else None
 
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """Of the network, for the run's: a resumed run is judged by the same one."""
-        return {"evaluation_weights": self.network.digest} if self.network.digest else {}
-
-    def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation | None:
-        """Evaluate `draw(n)`, this rank's share of n images of fresh random z, uint8 [., 3, H, W], after `step` steps;
-        `seed` decides KID's subsets. All ranks have to come; rank 0 gets what was found, the others None.
-
-        The last step of a run may lie between two evaluations: it changes no rate, so that a resumed run is
-        the one that never stopped. What is `best` is so for later evaluations once `keep` was called.
-        """
-        samples = self._features(draw(self.samples))
-        if self.ranks.rank > 0:
-            return None
-        metrics: dict[str, Any] = {
-            "network": self.network.label,
-            "is_inception": self.network.is_inception,
-            "samples": len(samples),
-            "real": len(self.real),
-            **self._distances(samples, seed),
-        }
-        lower = False
-        if self.rate is not None and step % self.every == 0:
-            p_value, lower = self.rate.update(samples)
-            if p_value is not None:
-                metrics["three_sample_p"] = p_value
-        best = metrics["kernel_distance"] < self.best
-        return Evaluation(metrics, best, FACTOR if lower else 1.0)
-
-    def _features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Of everybody's images, in rank order, on rank 0; on others of their own."""
         own = torch.empty(0, self.network.num_features)
         if len(images):
             own = self.network.features(images, device=self.device)
         return torch.cat([state["features"] for state in self.ranks.to_first({"features": own})])
 
-    @contextlib.contextmanager
-    def keep(self, evaluation: Evaluation) -> Iterator[None]:
-        """Inside, the samples of a `best` evaluation are the best, and remain so unless an error ends the block."""
-        before, self.best = self.best, evaluation.metrics["kernel_distance"]
-        try:
-            yield
-        except BaseException:
-            self.best = before
-            raise
+    def compare(self, samples: Tensor, seed: int) -> dict[str, Any]:
+        """What `metrics.jsonl` says of samples with these features [N, F]."""
+        found: dict[str, Any] = {"network": self.network.label, "is_inception": self.network.is_inception}
+        if self.matched:
+            found["is_matched"] = True
+        return {**found, "samples": len(samples), "real": len(self.real), **self._distances(samples, seed)}
 
     def _distances(self, samples: Tensor, seed: int) -> dict[str, float]:
         """torch-fidelity's numbers. With fewer images than KID's subsets usually have, every subset is all of them."""
@@ -167,6 +122,81 @@ class Validation:
         statistics = frechet.fid_features_to_statistics(samples)
         fid = frechet.fid_statistics_to_metric(statistics, self.real_statistics, verbose=False)
         return common_names(fid | kid)
+
+
+class Validation:
+    """Compares samples with real images every `config.evaluate_every` steps.
+
+    The ranks of a job share the images, real and drawn, and compute features of their own; rank 0 compares, of all
+    images in rank order, so that the numbers are those of a single process.
+
+    Args:
+        networks: whose features are compared. The first decides what is best, and on the learning rate.
+        real: uint8 [M, 3, H, W], this rank's share.
+        matched: for each network, whether a run is trained to match its features.
+        every: steps between two evaluations.
+        samples: of each.
+        adapt_lr: whether the three-sample test lowers the learning rate.
+        device: where features are computed.
+        ranks: the processes that share the images.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[EvaluationNetwork],
+        real: Tensor,
+        *,
+        matched: Sequence[bool] = (),
+        every: int,
+        samples: int,
+        adapt_lr: bool = False,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
+    ):
+        self.every, self.samples, self.ranks = every, samples, ranks
+        self.best = float("inf")
+        known = matched or (False,) * len(networks)
+        self.judges = [Judge(*judge, real, device, ranks) for judge in zip(networks, known, strict=True)]
+        self.rate = KernelRate(self.judges[0].real) if adapt_lr and ranks.rank == 0 else None
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the networks, for the run's: a resumed run is judged by the same ones."""
+        names = ["evaluation_weights", *(f"evaluation_weights_{number}" for number in range(2, len(self.judges) + 1))]
+        digests = (judge.network.digest for judge in self.judges)
+        return {name: digest for name, digest in zip(names, digests, strict=True) if digest}
+
+    def evaluate(self, draw: Draw, step: int, seed: int) -> Evaluation | None:
+        """Evaluate `draw(n)`, this rank's share of n images of fresh random z, uint8 [., 3, H, W], after `step` steps;
+        `seed` decides KID's subsets. All ranks have to come; rank 0 gets what was found, the others None.
+
+        The last step of a run may lie between two evaluations: it changes no rate, so that a resumed run is
+        the one that never stopped. What is `best` is so for later evaluations once `keep` was called.
+        """
+        images = draw(self.samples)
+        features = [judge.features(images) for judge in self.judges]
+        if self.ranks.rank > 0:
+            return None
+        metrics, *others = (judge.compare(own, seed) for judge, own in zip(self.judges, features, strict=True))
+        lower = False
+        if self.rate is not None and step % self.every == 0:
+            p_value, lower = self.rate.update(features[0])
+            if p_value is not None:
+                metrics["three_sample_p"] = p_value
+        if others:
+            metrics["others"] = others
+        best = metrics["kernel_distance"] < self.best
+        return Evaluation(metrics, best, FACTOR if lower else 1.0)
+
+    @contextlib.contextmanager
+    def keep(self, evaluation: Evaluation) -> Iterator[None]:
+        """Inside, the samples of a `best` evaluation are the best, and remain so unless an error ends the block."""
+        before, self.best = self.best, evaluation.metrics["kernel_distance"]
+        try:
+            yield
+        except BaseException:
+            self.best = before
+            raise
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next evaluation depends on."""

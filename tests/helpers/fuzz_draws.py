@@ -30,6 +30,7 @@ QUICK = {
     "mmd_images": (2, 3, 100),
     "evaluate_samples": (2, 8, 9),
     "evaluate_extractor": ("vgg-small",),
+    "evaluate_with": (("vgg-small",), ("vgg-small", "dcgan-encoder"), ("vgg-small", "vgg-small")),
     "memory_budget": ("1GiB", "1KB", "400 MB"),
     "taps": ("*", "features.0", "x*,features*"),
     "threads": (1, 2),

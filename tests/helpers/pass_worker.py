@@ -57,9 +57,12 @@ def evaluations(folder: Path, ranks: Ranks, *, batch_statistics: bool) -> list[d
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_mean += 1 + ranks.rank
     dataset = open_dataset("images", folder / "61.npy", image_size=rank_worker.SIZE)
-    network = evaluation_network("vgg-small", weights=folder / "judge.safetensors", image_size=rank_worker.SIZE)
+    networks = [
+        evaluation_network(name, weights=folder / f"{file}.safetensors", image_size=rank_worker.SIZE)
+        for name, file in (("vgg-small", "judge"), ("dcgan-encoder", "encoder"))
+    ]
     real = read_pixels(dataset, backend="torch", shard=ranks.rank, num_shards=ranks.size)
-    validation = Validation(network, real, every=1, samples=SAMPLES, adapt_lr=True, ranks=ranks)
+    validation = Validation(networks, real, every=1, samples=SAMPLES, adapt_lr=True, ranks=ranks)
     run = RunFolder(folder / "run")
     trainer = Trainer(
         method, Schedule(steps=2, batch_size=8, seed=3, evaluate_every=1), run, {}, validation, ranks=ranks

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import pass_worker
 from helpers.jobs import ends, start_job
+from helpers.judging import write_weights
 from oracle import relative_error
 
 from engine import precompute
@@ -22,6 +23,7 @@ from engine.comparison.reference import statistics_pass
 from engine.comparison.reference.target import MomentsKind
 from engine.representation.pretraining import pretrain
 from engine.support.errors import InputError
+from engine.training.held_out import judged
 from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
 from pipelines import ImageLoader, open_dataset, read_pixels
@@ -47,13 +49,14 @@ FeaturePass.collect = slowly
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real digits in files, 61 and 2 of them, and a judge."""
+    """Real digits in files, 61 and 2 of them, and two judges."""
     folder = tmp_path_factory.mktemp("shared")
     pixels = read_pixels(open_dataset("digits"), backend="torch")[:61].permute(0, 2, 3, 1).numpy()
     for count in (61, 2):
         np.save(folder / f"{count}.npy", pixels[:count])
     judge = pretrain("vgg-small", open_dataset("digits"), task="classify", image_size=32, steps=2, seed=9)
     judge.save(folder / "judge.safetensors")
+    write_weights(folder / "encoder.safetensors", "dcgan-encoder")
     return folder
 
 
@@ -88,10 +91,12 @@ def test_all_ranks_get_the_reference_of_one(found, alone) -> None:
 @pytest.mark.parametrize("batch_statistics", [False, True], ids=["running", "batch"])
 def test_evaluations_are_those_of_one(batch_statistics: bool, found, alone) -> None:
     first, *others = (rank["evaluations"][batch_statistics] for rank in found)
-    for ours, expected in zip(first, alone["evaluations"][batch_statistics], strict=True):
-        assert ours.pop("network") == expected["network"]
-        assert (ours["samples"], ours["real"]) == (pass_worker.SAMPLES, 61)
-        assert ours == pytest.approx({name: expected[name] for name in ours}, rel=1e-4)
+    for found_together, found_alone in zip(first, alone["evaluations"][batch_statistics], strict=True):
+        of_all = zip(judged(found_together), judged(found_alone), ("vgg-small", "dcgan-encoder"), strict=True)
+        for ours, expected, network in of_all:
+            assert ours.pop("network") == expected["network"] == network
+            assert (ours["samples"], ours["real"]) == (pass_worker.SAMPLES, 61)
+            assert ours == pytest.approx({name: expected[name] for name in ours}, rel=1e-4)
     assert "three_sample_p" in first[1]
     assert all(evaluation is None for other in others for evaluation in other)
 
