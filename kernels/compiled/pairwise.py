@@ -41,9 +41,9 @@ def profile(kernel: str, t: Tensor, parameters: list[Tensor]) -> tuple[Tensor, T
             values.append(torch.exp(t * parameter))
             slopes.append(values[-1] * parameter)
         elif kernel == "rational-quadratic":
-            ratio = t / (2 * parameter)
-            values.append(torch.exp(-parameter * torch.log1p(ratio)))
-            slopes.append(-0.5 * values[-1] / (1 + ratio))
+            base = 1 + t / (2 * parameter)
+            values.append(base.pow(-parameter))  # Inductor would store exp(−α·log1p(…)), and values are used twice
+            slopes.append(-0.5 * values[-1] / base)
         else:
             values.append(parameter / (parameter + t))
             slopes.append(-values[-1] / (parameter + t))
@@ -66,9 +66,12 @@ def constants(kernel: str, parameters: Sequence[float], features: int, dtype: to
 @Kernel
 def profile_kernel(
     products: Tensor, x_norms: Tensor | None, y_norms: Tensor | None, values: Tensor | None,
-    parameters: list[Tensor], kernel: str,
+    parameters: list[Tensor], kernel: str, slopes: bool,
 ) -> None:  # fmt: skip
-    """products [R, C] ← f' and values [R, C] ← f; without values, products ← f. x_norms [R, 1], y_norms [C]."""
+    """values [R, C] ← f; products [R, C] ← f' if `slopes`, or ← f if there are no values either.
+
+    x_norms [R, 1] and y_norms [C] of radial kernels.
+    """
     t = products
     if x_norms is not None and y_norms is not None:
         norms = x_norms + y_norms
@@ -76,23 +79,28 @@ def profile_kernel(
         if kernel == "energy":
             t = torch.where(t > norms * parameters[0], t, 0)
     value, slope = profile(kernel, t, parameters)
-    if values is None:
-        products.copy_(value)
-    else:
+    if values is not None:
         values.copy_(value)
-        products.copy_(slope)
+    if slopes or values is None:
+        products.copy_(slope if slopes else value)
 
 
 def evaluate(
     products: Tensor, x_norms: Tensor | None, y_norms: Tensor | None, values: Tensor | None,
     parameters: list[Tensor], kernel: str,
 ) -> None:  # fmt: skip
-    """`profile_kernel`, compiled; a single row is not worth it (a size of 1 is special to torch.compile)."""
-    if len(products) == 1:
-        profile_kernel.function(products, x_norms, y_norms, values, parameters, kernel)
-        return
-    key = (products.dtype, kernel, len(parameters), values is None)
-    profile_kernel(products.numel(), key, products, x_norms, y_norms, values, parameters, kernel)
+    """products [R, C] ← f' and values [R, C] ← f; without values, products ← f."""
+    wanted = [(values, values is not None)]
+    if kernel == "gaussian" and values is not None:
+        # Inductor stores every `exp` that is used twice; two loops with exponentials of their own need no memory.
+        wanted = [(values, False), (None, True)]
+    for out, slopes in wanted:
+        arguments = (products, x_norms, y_norms, out, parameters, kernel, slopes)
+        if len(products) == 1:  # a size of 1 is special to torch.compile, and a single row not worth it
+            profile_kernel.function(*arguments)
+        else:
+            key = (products.dtype, kernel, len(parameters), out is None, slopes)
+            profile_kernel(products.numel(), key, *arguments)
 
 
 def tiles(count: int) -> list[slice]:
