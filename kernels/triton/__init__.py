@@ -17,6 +17,7 @@ from kernels.triton.moments import (
 from kernels.triton.pairwise import (
     nearest,
     nearest_kernel,
+    numbers_kernel,
     pairwise_sums,
     pairwise_sums_kernel,
     weighted_rows_kernel,
@@ -31,6 +32,7 @@ __all__ = [
     "merge_splits_kernel",
     "nearest",
     "nearest_kernel",
+    "numbers_kernel",
     "pairwise_sums",
     "pairwise_sums_kernel",
     "relu_moments",

@@ -29,7 +29,7 @@ INTERPRETED = triton.knobs.runtime.interpret and not isinstance(tl.sum, triton.J
 # Sizes that no kernel is compiled for.
 RUNTIME_SIZES = [
     "rows", "channels", "inner", "count", "rows_per_split", "splits", "dof", "programs", "columns", "offset",
-    "columns_per_split",
+    "diagonal", "columns_per_split",
 ]  # fmt: skip
 
 

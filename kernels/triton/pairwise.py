@@ -27,21 +27,40 @@ from kernels.layout import accumulation_dtype
 from kernels.operators import operator
 from kernels.profiles import MOST_PARAMETERS, PROFILES, rounding_floor
 from kernels.triton import launching
-from kernels.triton.launching import RUNTIME_SIZES
+from kernels.triton.launching import NUM_WARPS, RUNTIME_SIZES
 
 # Rows and columns of a tile, by dtype: float64 accumulators take twice the registers.
 BLOCKS = {torch.float32: 64, torch.float64: 32}
 # Features that are multiplied at once, to which all are padded; and features of a program of the gradient.
-BLOCK_K, BLOCK_F = 32, 64
+BLOCK_K, BLOCK_F = 16, 64
 # Pairs of a panel: 16 MiB of f' in float32 stay in the cache between the two kernels.
 SCRATCH = 2**22
 STRIP_ROWS = 4096
+# The offset of rows that are no columns.
+APART = -(2**30)
 
 
 @triton.jit
-def _widened(value, dtype: tl.constexpr):
-    """A host's float argument as a float64 scalar, then `dtype` (the interpreter passes plain Python floats)."""
-    return (tl.full([], 0.0, tl.float64) + value).to(dtype)
+def _store_number(pointer, number):
+    # Widened by hand: the interpreter passes plain Python floats, which become float32.
+    tl.store(pointer, tl.full([], 0.0, tl.float64) + number)
+
+
+@triton.jit
+def numbers_kernel(
+    numbers_ptr,  # [8] float64, out
+    n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64,
+    n4: tl.float64, n5: tl.float64, n6: tl.float64, n7: tl.float64,
+):  # fmt: skip
+    """The host's numbers on the device, without a copy that the host would wait for."""
+    _store_number(numbers_ptr + 0, n0)
+    _store_number(numbers_ptr + 1, n1)
+    _store_number(numbers_ptr + 2, n2)
+    _store_number(numbers_ptr + 3, n3)
+    _store_number(numbers_ptr + 4, n4)
+    _store_number(numbers_ptr + 5, n5)
+    _store_number(numbers_ptr + 6, n6)
+    _store_number(numbers_ptr + 7, n7)
 
 
 @triton.jit
@@ -63,16 +82,15 @@ def _term(t, parameter, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def profile(t, norms, p0, p1, p2, p3, p4, p5, p6, p7, KERNEL: tl.constexpr, COUNT: tl.constexpr):
-    """(f(t), f'(t)) of a tile; see `_numbers` for what p0 to p7 are."""
+def profile(t, norms, numbers_ptr, count, KERNEL: tl.constexpr):
+    """(f(t), f'(t)) of a tile; see `_numbers` for what the `count` numbers are."""
     dtype: tl.constexpr = t.dtype
-    first = _widened(p0, dtype)
+    first = tl.load(numbers_ptr).to(dtype)
     if KERNEL == "polynomial":
-        share = _widened(p1, dtype)
+        share = tl.load(numbers_ptr + 1).to(dtype)
         base = t * share + 1.0
         lower = tl.full(t.shape, 1.0, dtype)
-        degree = first.to(tl.int32)
-        for _ in range(1, degree):
+        for _ in range(1, first.to(tl.int32)):
             lower *= base
         value = lower * base
         slope = lower * (first * share)
@@ -82,10 +100,10 @@ def profile(t, norms, p0, p1, p2, p3, p4, p5, p6, p7, KERNEL: tl.constexpr, COUN
         value = tl.where(apart, -roots, 0.0)
         slope = tl.where(apart, -0.5 / roots, 0.0)
     else:
-        parameters = (p0, p1, p2, p3, p4, p5, p6, p7)
+        # A loop, not unrolled: all terms side by side are too many registers.
         value, slope = _term(t, first, KERNEL)
-        for index in tl.static_range(1, COUNT):
-            another, its_slope = _term(t, _widened(parameters[index], dtype), KERNEL)
+        for index in range(1, count):
+            another, its_slope = _term(t, tl.load(numbers_ptr + index).to(dtype), KERNEL)
             value += another
             slope += its_slope
     return value, slope
@@ -115,24 +133,16 @@ def pairwise_sums_kernel(
     sums_ptr,  # [splits, rows] float64, out: Σ_j f
     slope_sums_ptr,  # [splits, rows], as x, out: Σ_j f', or None
     slopes_ptr,  # [rows, panel], as x, out: f', or None
+    numbers_ptr,  # [8] float64
     features,
     rows,
     columns,  # of this panel, without what is padded
     panel,
-    offset,  # of the first row from the first column, where x is compared with itself
+    offset,  # of the first row from the first column, where x is paired with itself; otherwise `APART`
+    diagonal,  # 1 if a row is paired with itself, too
     columns_per_split,
-    p0: tl.float64,
-    p1: tl.float64,
-    p2: tl.float64,
-    p3: tl.float64,
-    p4: tl.float64,
-    p5: tl.float64,
-    p6: tl.float64,
-    p7: tl.float64,
+    count,  # of numbers
     KERNEL: tl.constexpr,
-    COUNT: tl.constexpr,
-    ITSELF: tl.constexpr,  # whether y is x
-    DIAGONAL: tl.constexpr,  # whether a row is paired with itself then
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -151,17 +161,14 @@ def pairwise_sums_kernel(
         if x_norms_ptr is not None:
             norms = tl.load(x_norms_ptr + row)[:, None] + tl.load(y_norms_ptr + column)[None, :]
             t = tl.maximum(norms - 2.0 * t, 0.0)
-        counts = (column < columns)[None, :]
-        if ITSELF:
-            same = (row + offset)[:, None] == column[None, :]
-            if x_norms_ptr is not None:
-                t = tl.where(same, 0.0, t)
-            if not DIAGONAL:
-                counts = counts & ~same
-        value, slope = profile(t, norms, p0, p1, p2, p3, p4, p5, p6, p7, KERNEL, COUNT)
+        same = (row + offset)[:, None] == column[None, :]
+        if x_norms_ptr is not None:
+            t = tl.where(same, 0.0, t)
+        counts = (column < columns)[None, :] & ((diagonal != 0) | ~same)
+        value, slope = profile(t, norms, numbers_ptr, count, KERNEL)
         total += tl.sum(tl.where(counts, value, 0.0), axis=1).to(tl.float64)
         if slopes_ptr is not None:
-            if ITSELF and x_norms_ptr is not None:
+            if x_norms_ptr is not None:
                 counts = counts & ~same  # x_i − x_i = 0
             slope = tl.where(counts, slope, 0.0)
             slope_total += tl.sum(slope, axis=1)
@@ -282,18 +289,21 @@ def _parts(operand: Operand, most: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + most, rows)) for start in range(0, rows, most))
 
 
-def _numbers(kernel: str, parameters: Sequence[float], features: int, dtype: torch.dtype) -> list[float]:
-    """p0 to p7 of `profile`: the parameters; also 1/F for a polynomial, and the energy kernel's rounding floor."""
+def _numbers(kernel: str, parameters: Sequence[float], x: Tensor, features: int) -> Tensor:
+    """[8] float64: the parameters; also 1/F for a polynomial, and the rounding floor for the energy kernel."""
     numbers = list(parameters)
     if kernel == "polynomial":
         numbers.append(1 / features)
     elif kernel == "energy":
-        numbers.append(rounding_floor(features, torch.finfo(dtype).eps))
-    return numbers + [1.0] * (MOST_PARAMETERS - len(numbers))
+        numbers.append(rounding_floor(features, torch.finfo(x.dtype).eps))
+    numbers += [1.0] * (MOST_PARAMETERS - len(numbers))
+    result = x.new_empty(MOST_PARAMETERS, dtype=torch.float64)
+    launching.launch(numbers_kernel, x.device, (1,), result, *numbers, num_warps=1)
+    return result
 
 
 def _panel_sums(
-    own: Operand, panel: Operand, offset: int, numbers: list[float], constants: dict[str, object], gradient: bool
+    own: Operand, panel: Operand, kernel: str, numbers: Tensor, count: int, offset: int, diagonal: bool, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ f and Σ f' [rows], and Σ f'·y [rows, features], over the columns of one panel."""
     x, y, block = own.values, panel.values, BLOCKS[own.values.dtype]
@@ -304,8 +314,9 @@ def _panel_sums(
     slope_sums, slopes = (x.new_empty(splits, rows), x.new_empty(rows, width)) if gradient else (None, None)
     launching.launch(
         pairwise_sums_kernel, x.device, (rows // block, splits),
-        x, y, own.norms, panel.norms, sums, slope_sums, slopes, features, rows, panel.count, width, offset,
-        tiles * block, *numbers, **constants, BLOCK_N=block, BLOCK_M=block, BLOCK_K=BLOCK_K,
+        x, y, own.norms, panel.norms, sums, slope_sums, slopes, numbers, features, rows, panel.count, width, offset,
+        int(diagonal), tiles * block, count, KERNEL=kernel, BLOCK_N=block, BLOCK_M=block, BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     if slope_sums is None:
         return sums.sum(dim=0), x, x
@@ -315,6 +326,7 @@ def _panel_sums(
     launching.launch(
         weighted_rows_kernel, x.device, (rows // block, blocks, splits),
         slopes, y, partial, features, rows, width, tiles * block, BLOCK_N=block, BLOCK_K=BLOCK_K, BLOCK_F=BLOCK_F,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return sums.sum(dim=0), slope_sums.sum(dim=0), partial.sum(dim=0)
 
@@ -337,8 +349,7 @@ def pairwise_sums(
     shift, block = plain.mean_row(x, y) if radial else None, BLOCKS[dtype]
     rows = Operand.of(x, shift, block)
     columns = rows if y is None else Operand.of(y, shift, block)
-    numbers = _numbers(kernel, parameters, features, dtype)
-    constants = {"KERNEL": kernel, "COUNT": len(parameters), "ITSELF": y is None, "DIAGONAL": diagonal}
+    numbers = _numbers(kernel, parameters, rows.values, features)
     sums = x.new_zeros(len(rows.values), dtype=torch.float64)
     slope_sums = rows.values.new_zeros(len(rows.values), 1)
     result = torch.zeros_like(rows.values) if gradient else rows.values.new_empty(0, features)
@@ -346,7 +357,8 @@ def pairwise_sums(
         own = rows.part(top, bottom)
         for left, right in _parts(columns, max(SCRATCH // (bottom - top) // block, 1) * block):
             panel = columns.part(left, right)
-            found = _panel_sums(own, panel, top - left, numbers, constants, gradient)
+            offset = top - left if y is None else APART
+            found = _panel_sums(own, panel, kernel, numbers, len(parameters), offset, diagonal, gradient)
             sums[top:bottom] += found[0]
             if gradient:
                 slope_sums[top:bottom, 0] += found[1]
@@ -371,7 +383,7 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     launching.launch(
         nearest_kernel, x.device, (rows // block, splits),
         own.values, others.values, others.norms, best, index, features, rows, others.count, tiles * block,
-        BLOCK_N=block, BLOCK_M=block, BLOCK_K=BLOCK_K,
+        BLOCK_N=block, BLOCK_M=block, BLOCK_K=BLOCK_K, num_warps=NUM_WARPS,
     )  # fmt: skip
     # Of equal ones `argmin` takes the first, so the one with the lowest index.
     found = index.gather(0, best.argmin(dim=0, keepdim=True))[0, : len(x)].clone()
