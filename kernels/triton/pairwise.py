@@ -71,13 +71,13 @@ def _term(t, parameter, KERNEL: tl.constexpr):
         value = tl.exp(t * rate)
         slope = value * rate
     elif KERNEL == "rational-quadratic":
-        base = 1.0 + t / (2.0 * parameter)
-        value = tl.exp(-parameter * tl.log(base))
-        slope = -0.5 * value / base
+        inverse = 1.0 / (1.0 + t * (0.5 / parameter))
+        value = tl.exp(parameter * tl.log(inverse))
+        slope = -0.5 * value * inverse
     else:
-        base = parameter + t
-        value = parameter / base
-        slope = -value / base
+        inverse = 1.0 / (parameter + t)
+        value = parameter * inverse
+        slope = -value * inverse
     return value, slope
 
 
