@@ -68,7 +68,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def mean_row(x: Tensor, y: Tensor | None) -> Tensor:
-    """The mean [F] of all rows of x and y, in `accumulation_dtype`; distances don't change when both are moved by it."""
+    """The mean [F] of all rows of both, in `accumulation_dtype`; distances don't change when both are moved by it."""
     dtype = accumulation_dtype(x.dtype)
     if y is None:
         return x.mean(dim=0, dtype=dtype)

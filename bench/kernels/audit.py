@@ -210,7 +210,10 @@ def described(call: Call) -> tuple[str, str]:
     if name not in _STREAMS:
         return dtype, "counts the step" if constants.get("ADVANCE") else ""
     if name in _OF_PAIRS:
-        details = [constants.get("KERNEL", ""), "×".join(str(v) for k, v in constants.items() if k.startswith("BLOCK_"))]
+        details = [
+            constants.get("KERNEL", ""),
+            "×".join(str(v) for k, v in constants.items() if k.startswith("BLOCK_")),
+        ]
         if name == "pairwise_sums_kernel":
             details.append("gradient" if call.argument("slopes_ptr") is not None else "")
         return dtype, ", ".join(filter(None, details))

@@ -109,6 +109,12 @@ def tiles(count: int) -> list[slice]:
     return [slice(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
+def squared_norms(rows: Tensor) -> Tensor:
+    """‖·‖² [n] of rows [n, F], without a matrix of squares."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square_()
+
+
 class Operands:
     """x [n, F] as it is multiplied, in `accumulation_dtype`, and tiles of y that are made when they are asked for.
 
@@ -121,21 +127,14 @@ class Operands:
         self.dtype, self.y = accumulation_dtype(x.dtype), y
         self.shift = plain.mean_row(x, y) if radial else None
         self.rows = self._centred(x)
-        self.norms = self._norms(self.rows) if radial else None
+        self.norms = squared_norms(self.rows)[:, None] if radial else None
 
-    def columns(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """A tile of y, or of x itself [C, F], and its norms [C]."""
-        if self.y is None:
-            return self.rows[part], None if self.norms is None else self.norms[part, 0]
-        columns = self._centred(self.y[part])
-        return columns, None if self.norms is None else self._norms(columns)[:, 0]
+    def columns(self, part: slice) -> Tensor:
+        """A tile of y, or of x itself [C, F]."""
+        return self.rows[part] if self.y is None else self._centred(self.y[part])
 
     def _centred(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).contiguous() if self.shift is None else (x.to(self.dtype) - self.shift).contiguous()
-
-    @staticmethod
-    def _norms(rows: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_()
 
 
 class Buffers:
@@ -150,7 +149,8 @@ class Buffers:
         """[rows, columns] of the buffer `name`."""
         if name not in self.held:
             self.held[name] = self.like.new_empty(self.size)
-        return self.held[name][: rows * columns].view(rows, columns)
+        buffer: Tensor = self.held[name]
+        return buffer[: rows * columns].view(rows, columns)
 
 
 @contextmanager
@@ -188,7 +188,10 @@ def _in_tiles(
     slope_sums = rows.new_zeros(count, 1)
     result = torch.zeros_like(rows) if gradient else rows.new_empty(0, features)
     for part in tiles(others):
-        columns, column_norms = operands.columns(part)
+        columns = operands.columns(part)
+        column_norms = None
+        if norms is not None:
+            column_norms = norms[part, 0] if y is None else squared_norms(columns)
         for own in tiles(count):
             if y is None and own.start > part.start:
                 continue
@@ -226,11 +229,13 @@ def _in_tiles(
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """See `kernels.nearest`."""
     with _plainly(x.device):
-        operands, buffers = Operands(x, y, radial=True), Buffers(x.new_empty(0, dtype=accumulation_dtype(x.dtype)), len(x), len(y))
+        operands = Operands(x, y, radial=True)
+        buffers = Buffers(operands.rows, len(x), len(y))
         best = operands.rows.new_full((len(x),), float("inf"))
         index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for part in tiles(len(y)):
-            columns, norms = operands.columns(part)
+            columns = operands.columns(part)
+            norms = squared_norms(columns)
             for own in tiles(len(x)):
                 products = buffers.take("products", own.stop - own.start, part.stop - part.start)
                 # ‖x‖² is the same for all columns; without it the smallest is that of the nearest all the same.
