@@ -96,7 +96,7 @@ def evaluate(
         wanted = [(values, False), (None, True)]
     for out, slopes in wanted:
         arguments = (products, x_norms, y_norms, out, parameters, kernel, slopes)
-        if len(products) == 1:  # a size of 1 is special to torch.compile, and a single row not worth it
+        if 1 in products.shape:  # special to torch.compile, and not worth it
             profile_kernel.function(*arguments)
         else:
             key = (products.dtype, kernel, len(parameters), out is None, slopes)

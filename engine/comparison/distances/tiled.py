@@ -106,8 +106,9 @@ class _Tiled(torch.autograd.Function):
         return within.sum() * inner - across.sum() * outer
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # a penalty's gradient would lack this part, and nobody would be told
+            raise RuntimeError("MMD in tiles has no second derivative (create_graph=True): use MMD")
         (gradient,) = ctx.saved_tensors
         return upstream.to(gradient.dtype) * gradient, None, None, None
 
