@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import kernels
+from bench.rows import peak_memory
 from kernels import plain
 from kernels.layout import accumulation_dtype
 from kernels.profiles import PROFILES
@@ -284,6 +285,22 @@ def test_the_fastest_backend_is_chosen() -> None:
         (kernels.nearest(x, y), chosen.nearest(x, y)),
     ):
         assert all(torch.equal(one, two) for one, two in zip(found, right, strict=True))
+
+
+def test_no_matrix_of_pairs_is_held() -> None:
+    """Tiles of their real size, with threads: two buffers of 4 MiB, where the matrix has 30 MB."""
+    x, y = draw(3000, 4, torch.float32), draw(2500, 4, torch.float32)
+    parameters, matrix = KERNELS["gaussian"]
+    sums, gradient = backend("compiled").pairwise_sums(x, y, "gaussian", parameters)
+    for rows in (slice(0, 50), slice(2950, 3000)):
+        right = expected(x[rows], y, matrix, True)
+        assert relative_error(sums[rows], right[0]) <= 1e-6
+        assert relative_error(gradient[rows], right[1]) <= 3e-5
+    for other in (y, None):
+        held = peak_memory(
+            lambda other=other: backend("compiled").pairwise_sums(x, other, "gaussian", parameters), "cpu"
+        )
+        assert 2 * 2**20 < held < 10 * 2**20
 
 
 def test_long_sets_are_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
