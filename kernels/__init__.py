@@ -1,6 +1,6 @@
-"""The fused operations of moment matching, and the one place that chooses who computes them.
+"""The fused operations of the engine, and the one place that chooses who computes them.
 
-Every backend is a module with the same five operations under the names and signatures that this one documents:
+Every backend is a module with the same seven operations under the names and signatures that this one documents:
 
 | operation | what it does |
 | --- | --- |
@@ -9,6 +9,8 @@ Every backend is a module with the same five operations under the names and sign
 | `averager_step` | difference → averager's step → loss → coefficients of the gradient |
 | `dataset_moments` | `relu_moments` over a whole dataset, in float64 |
 | `watch` | counts steps, and keeps the first whose loss was not finite |
+| `pairwise_sums` | Σ_j k(x_i, y_j) and its gradient, without the matrix of all pairs |
+| `nearest` | the nearest row of y for every row of x, without that matrix |
 
 `reference` is plain PyTorch (the oracle), `compiled` goes through torch.compile (CPU), `triton` runs on CUDA, or on a
 CPU inside Triton's interpreter. The functions here choose by the tensors' device and dtype, as `select("auto", …)`
@@ -30,6 +32,7 @@ import importlib
 import importlib.util
 import logging
 import subprocess
+from collections.abc import Sequence
 from types import ModuleType
 from typing import cast
 
@@ -47,6 +50,8 @@ __all__ = [
     "difference",
     "direction",
     "matching_loss",
+    "nearest",
+    "pairwise_sums",
     "relu_moments",
     "relu_moments_backward",
     "select",
@@ -232,3 +237,65 @@ def watch(loss: Tensor, step: Tensor, first_bad: Tensor) -> None:
         first_bad: 0-d int64, a number larger than all steps as long as there was none.
     """
     select("auto", loss.device, loss.dtype).watch(loss, step, first_bad)
+
+
+def pairwise_sums(
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    parameters: Sequence[float] = (),
+    diagonal: bool = True,
+    gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """For every row x_i, the sum of a kernel over all rows y_j, and its gradient with respect to x_i, y fixed:
+
+        S_i = Σ_j k(x_i, y_j)          G_i = Σ_j ∂/∂x_i k(x_i, y_j)
+
+    | `kernel` | k(x, y) | `parameters` |
+    | --- | --- | --- |
+    | "gaussian" | Σ_σ exp(−‖x−y‖²/(2σ²)) | all σ |
+    | "rational-quadratic" | Σ_α (1 + ‖x−y‖²/(2α))^−α | all α |
+    | "imq" | Σ_c c/(c + ‖x−y‖²) | all c |
+    | "energy" | −‖x−y‖, with gradient 0 where the distance is 0 | none |
+    | "linear" | x·y | none |
+    | "polynomial" | (x·y/F + 1)^degree | the degree |
+
+    With f(t) of t = ‖x−y‖² or t = x·y, the gradient is 2 Σ_j f'(t_ij) (x_i − y_j) or Σ_j f'(t_ij) y_j. Both results
+    come from one pass over the pairs, a tile at a time (`reference` holds the whole matrix). Squared distances are
+    ‖x−c‖² + ‖y−c‖² − 2 (x−c)·(y−c), c the mean of all rows, negative ones 0. For the energy kernel those below their
+    own rounding error are 0: (8 + √F) · eps · (‖x−c‖² + ‖y−c‖²). The same bits at every call. There is no second
+    derivative.
+
+    Args:
+        x: [n, F] of any floating dtype and any strides.
+        y: [m, F], of x's dtype; None for x itself, whose distances to itself are exactly 0. The total Σ_ij k(x_i, x_j)
+            has the gradient 2 G then, since k is symmetric.
+        kernel, parameters: of `kernels.profiles.PROFILES`; at most 8 parameters.
+        diagonal: without y, whether the pairs (i, i) count.
+        gradient: whether G is wanted.
+
+    Returns:
+        S [n] float64, of tiles that are summed in the dtype of G; and G [n, F], or [0, F] if it isn't wanted, float32
+        for float16, bfloat16 and float32 features, float64 for float64.
+    """
+    backend = select("auto", x.device, x.dtype)
+    result = backend.pairwise_sums(x, y, kernel, parameters, diagonal, gradient)
+    return cast("tuple[Tensor, Tensor]", result)
+
+
+def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """For every row x_i, the row y_j with the smallest ‖x_i − y_j‖², all rows compared, a tile of them at a time.
+
+    Compared are squared distances as `pairwise_sums` has them, so rows that are equally near but for rounding may be
+    taken for each other; of equal ones the first is taken.
+
+    Args:
+        x: [n, F] of any floating dtype and any strides.
+        y: [m, F], of x's dtype.
+
+    Returns:
+        Their indices [n] int64, and squared distances [n], computed again from the differences; float32 for float16,
+        bfloat16 and float32 features, float64 for float64.
+    """
+    result = select("auto", x.device, x.dtype).nearest(x, y)
+    return cast("tuple[Tensor, Tensor]", result)

@@ -9,13 +9,14 @@ formula: an autograd.Function of the engine owns the gradient.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kernels.layout import accumulation_dtype, is_channels_last
+from kernels.profiles import check_profile
 from kernels.rules import RULES
 
 ACTIVATIONS = ("relu", "relu6", "none")
@@ -39,6 +40,11 @@ _SCHEMAS = {
         " bool advance, Tensor? weight=None) -> (Tensor, Tensor, Tensor)"
     ),
     "watch": "(Tensor loss, Tensor(a!) step, Tensor(b!) first_bad) -> ()",
+    "pairwise_sums": (
+        "(Tensor x, Tensor? y, str kernel, float[] parameters=[], bool diagonal=True, bool gradient=True)"
+        " -> (Tensor, Tensor)"
+    ),
+    "nearest": "(Tensor x, Tensor y) -> (Tensor, Tensor)",
 }
 
 
@@ -175,12 +181,64 @@ def _check_watch(loss: Tensor, step: Tensor, first_bad: Tensor) -> None:
     _check("first_bad", first_bad, (), torch.int64, loss.device)
 
 
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or 0 in x.shape or x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected [n ≥ 1, F ≥ 1] of a floating dtype, got {list(x.shape)} {x.dtype}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires grad, but the operators have no autograd formula; use them under no_grad")
+
+
+def _check_pairwise_sums(
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    parameters: Sequence[float] = (),
+    diagonal: bool = True,
+    gradient: bool = True,
+) -> None:
+    _check_rows("x", x)
+    if y is not None:
+        _check_rows("y", y)
+        _check("y", y, (y.shape[0], x.shape[1]), x.dtype, x.device)
+    check_profile(kernel, parameters)
+    if y is not None and not diagonal:
+        raise ValueError("diagonal: can only be left out where there is no y")
+
+
+def _fake_pairwise_sums(
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    parameters: Sequence[float] = (),
+    diagonal: bool = True,
+    gradient: bool = True,
+) -> tuple[Tensor, Tensor]:
+    _check_pairwise_sums(x, y, kernel, parameters, diagonal, gradient)
+    rows, features = x.shape
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(rows, dtype=torch.float64), x.new_empty(rows if gradient else 0, features, dtype=dtype)
+
+
+def _check_nearest(x: Tensor, y: Tensor) -> None:
+    _check_rows("x", x)
+    _check_rows("y", y)
+    _check("y", y, (y.shape[0], x.shape[1]), x.dtype, x.device)
+
+
+def _fake_nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    _check_nearest(x, y)
+    rows = x.shape[0]
+    return x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=accumulation_dtype(x.dtype))
+
+
 _OPERATIONS: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "relu_moments": (_check_relu_moments, _check_relu_moments),
     "relu_moments_backward": (_check_relu_moments_backward, _check_relu_moments_backward),
     "dataset_moments": (_check_dataset_moments, _check_dataset_moments),
     "averager_step": (_check_averager_step, _fake_averager_step),
     "watch": (_check_watch, _check_watch),
+    "pairwise_sums": (_check_pairwise_sums, _fake_pairwise_sums),
+    "nearest": (_check_nearest, _fake_nearest),
 }
 # Operators live as long as this object.
 _library: Any = torch.library.Library("gfmn", "DEF")  # type: ignore[no-untyped-call]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from kernels.layout import feature_rows
+from kernels.layout import accumulation_dtype, feature_rows
 
 _BLOCK = 2**22  # features × images converted to float64 at once (32 MiB)
 
@@ -57,3 +59,40 @@ def watch(loss: Tensor, step: Tensor, first_bad: Tensor) -> None:
     """See `kernels.watch`."""
     step += 1
     first_bad.copy_(torch.where(loss.isfinite(), first_bad, torch.minimum(first_bad, step)))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast: it would multiply in half precision what is subtracted next."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def mean_row(x: Tensor, y: Tensor | None) -> Tensor:
+    """The mean [F] of all rows of both, in `accumulation_dtype`; distances don't change when both are moved by it."""
+    dtype = accumulation_dtype(x.dtype)
+    if y is None:
+        return x.mean(dim=0, dtype=dtype)
+    return (x.sum(dim=0, dtype=dtype) + y.sum(dim=0, dtype=dtype)) / (len(x) + len(y))
+
+
+def linear_sums(x: Tensor, y: Tensor | None, diagonal: bool, gradient: bool) -> tuple[Tensor, Tensor]:
+    """`kernels.pairwise_sums` of the linear kernel: Σ_j x_i·y_j = x_i·Σ_j y_j, so there are no pairs to look at."""
+    total = (x if y is None else y).sum(dim=0, dtype=torch.float64)
+    dtype = accumulation_dtype(x.dtype)
+    sums = x.new_empty(len(x), dtype=torch.float64)
+    slopes = x.new_empty(len(x) if gradient else 0, x.shape[1], dtype=dtype)
+    for start in range(0, len(x), block := max(_BLOCK // x.shape[1], 1)):
+        rows = x[start : start + block].double()
+        toward = total if diagonal else total - rows
+        torch.sum(rows * toward, dim=1, out=sums[start : start + block])
+        if gradient:
+            slopes[start : start + block] = toward
+    return sums, slopes
+
+
+def squared_differences(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """‖x_i − y_index(i)‖² [n], in `accumulation_dtype`, from the differences: no digit is lost."""
+    dtype, found = accumulation_dtype(x.dtype), []
+    for rows, indices in zip(*(torch.split(part, max(_BLOCK // x.shape[1], 1)) for part in (x, index)), strict=True):
+        found.append((rows.to(dtype) - y[indices].to(dtype)).square_().sum(dim=1))
+    return torch.cat(found)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from bench.kernels.launched import launched
 from bench.kernels.workloads import AVERAGER_OPTIONS, DTYPE_BYTES, Call, Recorder, short, triton_backend
 from bench.rows import Row, print_rows
+from kernels.profiles import PROFILES
 from kernels.rules import RULES
 
 # From the CUDA C++ Programming Guide's table of compute capabilities: per multiprocessor, warps, blocks, 32-bit
@@ -33,9 +35,13 @@ _STREAMS = {
         "mean_ptr", "m2_ptr", "target_mean_ptr", "target_variance_ptr", "weight_ptr", "v_ptr", "m_ptr", "u_ptr",
         "a_ptr", "b_ptr",
     ),
+    "pairwise_sums_kernel": ("x_ptr", "y_ptr"),
+    "weighted_rows_kernel": ("slopes_ptr", "y_ptr"),
+    "nearest_kernel": ("x_ptr", "y_ptr"),
 }  # fmt: skip
 # Those that see images, and so a layout.
 _OF_IMAGES = ("relu_moments_kernel", "relu_moments_backward_kernel", "merge_splits_kernel")
+_OF_PAIRS = ("pairwise_sums_kernel", "weighted_rows_kernel", "nearest_kernel")
 _OPTIONAL = {"bias_ptr": "bias", "residual_ptr": "shortcut", "shortcut_ptr": "shortcut", "weight_ptr": "weighted"}
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32, "ENL2": 32}
 
@@ -137,6 +143,10 @@ def _wide_accesses(call: Call) -> tuple[int, int]:
         if name == "relu_moments_backward_kernel":
             return loads, per_tile
         return 2 * loads, 2 * per_tile * constants["CHANGES"]  # the first tile, and the loop over the others
+    if name in _OF_PAIRS:
+        size = call.arguments[0].element_size()
+        sides = constants["BLOCK_N"] + constants.get("BLOCK_M", constants.get("BLOCK_F", 0))
+        return max(2, sides * constants["BLOCK_K"] * size // (16 * threads)), 0
     mean = call.argument("mean_ptr")
     if name == "merge_splits_kernel":
         per_vector = max(1, constants["BLOCK_F"] * mean.element_size() // (16 * threads))
@@ -180,12 +190,33 @@ def _designed_calls() -> Iterator[tuple[Call, str]]:
                 yield from ((call, "any") for call in recorder.calls)
 
 
+def _calls_of_pairs() -> Iterator[Call]:
+    """Every kernel of two sets; what is paired with itself, or has other parameters, runs the same."""
+    ops = triton_backend()
+    for dtype in (torch.float32, torch.float64):
+        with FakeTensorMode(), Recorder(ops.launching.NOMINAL_PROCESSORS) as recorder:
+            x, y = torch.empty(512, 512, dtype=dtype), torch.empty(4096, 512, dtype=dtype)
+            for kernel, profile in PROFILES.items():
+                for gradient in (True, False):
+                    ops.pairwise_sums.__wrapped__(x, y, kernel, [2.0] * profile.least, True, gradient)
+            ops.nearest.__wrapped__(x, y)
+        yield from recorder.calls
+
+
 def described(call: Call) -> tuple[str, str]:
     """(dtype, variant) of a launch, as the table shows them."""
     constants, name = call.constants, call.kernel.__name__
     dtype = short(call.arguments[0].dtype)
     if name not in _STREAMS:
         return dtype, "counts the step" if constants.get("ADVANCE") else ""
+    if name in _OF_PAIRS:
+        details = [
+            constants.get("KERNEL", ""),
+            "×".join(str(v) for k, v in constants.items() if k.startswith("BLOCK_")),
+        ]
+        if name == "pairwise_sums_kernel":
+            details.append("gradient" if call.argument("slopes_ptr") is not None else "")
+        return dtype, ", ".join(filter(None, details))
     if name == "averager_step_kernel":
         details = [constants["RULE"], "" if constants["ADVANCE"] else "no step"]
     else:
@@ -207,7 +238,8 @@ def described(call: Call) -> tuple[str, str]:
 def audited() -> dict[str, tuple[Call, str]]:
     """What is audited: launches and their layouts, by specialisation."""
     found: dict[str, tuple[Call, str]] = {}
-    for call, layout in itertools.chain(_designed_calls(), ((call, "channels_last") for call in launched())):
+    others = ((call, "channels_last") for call in itertools.chain(launched(), _calls_of_pairs()))
+    for call, layout in itertools.chain(_designed_calls(), others):
         if call.kernel.__name__ not in _OF_IMAGES:
             layout = "any"
         key = specialisation(call)
@@ -243,7 +275,7 @@ def _audit_jobs(capabilities: Sequence[int], only: str = "") -> list[_Job]:
 
 
 def _accesses(code: str, instruction: str) -> list[int]:
-    """Bytes per thread of every `instruction` (LDG, STG, LDL, STL) in SASS."""
+    """Bytes per thread of every `instruction` (LDG, LDGSTS, STG, LDL, STL) in SASS."""
     widths = []
     for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
         widths.append(next((_WIDTHS[part] for part in modifiers.split(".") if part in _WIDTHS), 4))
@@ -278,7 +310,8 @@ def _audit_one(job: _Job) -> AuditRow:
     if found is None:
         raise RuntimeError(f"cuobjdump: no resource usage of {job.kernel}: {usage.strip()}")
     registers, stack = (int(value) for value in found.groups())
-    loads, stores = _accesses(code, "LDG"), _accesses(code, "STG")
+    # LDGSTS loads into shared memory while the products of the tiles before are computed.
+    loads, stores = _accesses(code, "LDG") + _accesses(code, "LDGSTS"), _accesses(code, "STG")
     spilled = sum(_accesses(code, "STL"))
     violations = []
     if spilled or _accesses(code, "LDL"):

@@ -25,11 +25,14 @@ from bench.kernels.workloads import (
     EXTRACTOR,
     IMAGE_SIZE,
     MINIBATCH,
+    PAIRS,
+    WIDTHS,
     TapShape,
     averager_arguments,
     plain_averager,
     plain_backward,
     plain_forward,
+    plain_pairwise,
     short,
     taps_of,
 )
@@ -295,6 +298,30 @@ def timing_of_averager(features: int, device: str) -> Timing:
     return Timing("averager_step, AMA", str(features), torch.float32, calls(), calls, 4 * features * 18)
 
 
+def timing_of_pairs(count: int, others: int, features: int, device: str) -> Timing:
+    """Sums of a Gaussian mixture over all pairs of rows, and their gradient, everyone verified against float64."""
+    torch.manual_seed(0)
+    x, y = torch.randn(count, features, device=device), torch.randn(others, features, device=device)
+    own_name, ours = _fastest(device, torch.float32)
+
+    def calls_on(x: Tensor, y: Tensor) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+        return {
+            own_name: partial(ours.pairwise_sums, x, y, "gaussian", WIDTHS),
+            "plain PyTorch": partial(plain_pairwise, x, y, WIDTHS),
+        }
+
+    exact = reference.pairwise_sums(x.double(), y.double(), "gaussian", WIDTHS)
+    for name, call in calls_on(x, y).items():
+        verify(name, call(), exact, 1e-4)
+
+    def calls() -> Calls:
+        return dict(calls_on(x.clone(), y.clone()))
+
+    floor = 4 * features * (2 * count + others) + 8 * count
+    shape = "×".join(map(str, (count, others, features)))
+    return Timing("pairwise_sums, Gaussian mixture", shape, torch.float32, calls(), calls, floor)
+
+
 def _distinct(taps: Sequence[TapShape]) -> list[TapShape]:
     """One tap of each shape, with and without a shortcut, the largest first."""
     kinds = {(tap.shape, tap.residual): tap for tap in taps}
@@ -304,12 +331,13 @@ def _distinct(taps: Sequence[TapShape]) -> list[TapShape]:
 def measure_operations(
     device: str, repetitions: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
 ) -> Iterator[OperationRow]:
-    """All operations: the kinds of taps of `EXTRACTOR` in every dtype, and the averager over all of them."""
+    """The averager over all taps of `EXTRACTOR`, sums over `PAIRS`, and the kinds of taps in every dtype."""
     taps = taps_of(EXTRACTOR, IMAGE_SIZE)
     cuda = cuda_of(device)
     # A backward pass can only be captured on the stream of its forward pass.
     with contextlib.nullcontext() if cuda is None else cuda.on_stream():
         yield from timing_of_averager(sum(tap.features for tap in taps), device).rows(repetitions, device, cuda)
+        yield from timing_of_pairs(*PAIRS, device).rows(repetitions, device, cuda)
         for dtype in dtypes:
             for tap in _distinct(taps):
                 for timing in timings_of_tap(tap, dtype, device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -202,3 +202,16 @@ def averager_arguments(features: int, device: str) -> list[Any]:
     state = [torch.rand(2, features, device=device) for _ in range(3)]
     step = torch.zeros((), dtype=torch.int64, device=device)
     return [vectors[0], vectors[1], MINIBATCH, *vectors[2:], *state, step]
+
+
+# Features of two sets, and the widths of a Gaussian mixture that suit the distances between them.
+PAIRS = (4096, 4096, 512)
+WIDTHS = (8.0, 16.0, 32.0, 64.0, 128.0)
+
+
+def plain_pairwise(x: Tensor, y: Tensor, widths: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What one writes without kernels: Σ_j k(x_i, y_j) of the Gaussian mixture, and its gradient by autograd."""
+    x = x.detach().requires_grad_()
+    squares = torch.cdist(x, y).square()
+    sums = torch.stack([torch.exp(squares * (-0.5 / width**2)).sum(dim=1) for width in widths]).sum(dim=0)
+    return sums.detach(), torch.autograd.grad(sums.sum(), x)[0]

@@ -61,7 +61,7 @@ def traffic(results: Results) -> str:
 
 
 def times(results: Results) -> str:
-    """Taps without a shortcut and the averager: ours, and how many times longer others take."""
+    """Taps without a shortcut, the averager and pairs of rows: ours, and how many times longer others take."""
     medians: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in results.rows:
         key = (row["op"], row["dtype"], row["shape"])
@@ -72,14 +72,18 @@ def times(results: Results) -> str:
         if "shortcut" in shape:
             continue
         what = f"{int(shape):,} features" if shape.isdecimal() else shape.split("×", 1)[1]
+        if op.startswith("pairwise"):
+            what = "{:,}×{:,} pairs of {:,} features".format(*map(int, shape.split("×")))
         least = f"{found['ours'] / found[_LEAST]:.2f}" if _LEAST in found else ""
-        others = (f"{found[name] / found['ours']:.1f}" for name in ("plain PyTorch", "torch.compile"))
+        others = (
+            f"{found[name] / found['ours']:.1f}" if name in found else "" for name in ("plain PyTorch", "torch.compile")
+        )
         lines.append([op, dtype, what, f"{found['ours']:,.0f}", *others, least])
     headings = (
         "operation", "dtype", "tap", "ours, µs", "plain PyTorch / ours", "torch.compile / ours",
         "ours / ReLU in place and one read",
     )  # fmt: skip
-    lines.sort(key=lambda line: (line[0].startswith("averager"), line[1], line[0]))
+    lines.sort(key=lambda line: (not line[0].startswith("relu"), line[1], line[0]))
     return f"{table(headings, lines)}\n\n{results.conditions('triton')}"
 
 

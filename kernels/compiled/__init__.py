@@ -29,10 +29,20 @@ import torch
 from kernels._dynamo import GRAIN, dynamo
 from kernels.compiled.averaging import averager_step
 from kernels.compiled.moments import dataset_moments, relu_moments, relu_moments_backward
+from kernels.compiled.pairwise import nearest, pairwise_sums
 from kernels.compiled.watching import watch
 from kernels.layout import accumulation_dtype
 
-__all__ = ["averager_step", "dataset_moments", "relu_moments", "relu_moments_backward", "watch", "works"]
+__all__ = [
+    "averager_step",
+    "dataset_moments",
+    "nearest",
+    "pairwise_sums",
+    "relu_moments",
+    "relu_moments_backward",
+    "watch",
+    "works",
+]
 
 
 def works(dtype: torch.dtype) -> str | None:

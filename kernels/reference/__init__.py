@@ -14,6 +14,7 @@ from kernels.reference.averaging import (
     totals,
 )
 from kernels.reference.moments import dataset_moments, relu_moments, relu_moments_backward
+from kernels.reference.pairwise import nearest, pairwise_sums
 from kernels.reference.watching import watch
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "difference",
     "direction",
     "matching_loss",
+    "nearest",
+    "pairwise_sums",
     "relu_moments",
     "relu_moments_backward",
     "totals",

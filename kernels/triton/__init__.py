@@ -14,6 +14,14 @@ from kernels.triton.moments import (
     relu_moments_backward_kernel,
     relu_moments_kernel,
 )
+from kernels.triton.pairwise import (
+    nearest,
+    nearest_kernel,
+    numbers_kernel,
+    pairwise_sums,
+    pairwise_sums_kernel,
+    weighted_rows_kernel,
+)
 from kernels.triton.watching import watch, watch_kernel
 
 __all__ = [
@@ -22,6 +30,11 @@ __all__ = [
     "averager_step_kernel",
     "dataset_moments",
     "merge_splits_kernel",
+    "nearest",
+    "nearest_kernel",
+    "numbers_kernel",
+    "pairwise_sums",
+    "pairwise_sums_kernel",
     "relu_moments",
     "relu_moments_backward",
     "relu_moments_backward_kernel",
@@ -29,4 +42,5 @@ __all__ = [
     "sum_partials_kernel",
     "watch",
     "watch_kernel",
+    "weighted_rows_kernel",
 ]

@@ -27,7 +27,10 @@ NOMINAL_PROCESSORS = 132
 # Whether Triton, its own library included, was imported with TRITON_INTERPRET=1.
 INTERPRETED = triton.knobs.runtime.interpret and not isinstance(tl.sum, triton.JITFunction)
 # Sizes that no kernel is compiled for.
-RUNTIME_SIZES = ["rows", "channels", "inner", "count", "rows_per_split", "splits", "dof", "programs"]
+RUNTIME_SIZES = [
+    "rows", "channels", "inner", "count", "rows_per_split", "splits", "dof", "programs", "columns", "offset",
+    "diagonal", "columns_per_split",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

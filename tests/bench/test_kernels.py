@@ -22,7 +22,7 @@ import torch
 from bench.kernels import __main__ as program
 from bench.kernels import times
 from bench.kernels.steps import Clocked, measure_step
-from bench.kernels.times import OperationRow, Timing, timing_of_averager, timings_of_tap
+from bench.kernels.times import OperationRow, Timing, timing_of_averager, timing_of_pairs, timings_of_tap
 from bench.kernels.workloads import TapShape, taps_of
 from bench.rows import print_rows, read_json, write_json
 from bench.scenario import Problem, Scenario
@@ -259,6 +259,15 @@ class TestTimes:
         assert list(timing.calls)[1:] == ["plain PyTorch", "torch.compile"]
         assert next(iter(timing.calls)).startswith("gfmn, ")
         assert timing.floor_bytes == 1000 * 18 * 4
+        for calls in (timing.calls, timing.again()):
+            for call in calls.values():
+                call()
+
+    def test_pairs_are_verified_and_repeat(self) -> None:
+        timing = timing_of_pairs(70, 50, 20, "cpu")
+        assert timing.shape == "70×50×20"
+        assert timing.floor_bytes == 4 * 20 * (2 * 70 + 50) + 8 * 70
+        assert list(timing.calls)[1:] == ["plain PyTorch"]
         for calls in (timing.calls, timing.again()):
             for call in calls.values():
                 call()

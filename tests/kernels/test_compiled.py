@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from kernels import compiled
 from kernels.compiled.averaging import step_kernel
 from kernels.compiled.moments import backward_kernel, moments_kernel
+from kernels.compiled.pairwise import profile_kernel
 
 # Below and above the grain that decides on threads; sizes that coincide with each other; one image; many images.
 SMALL = ((64, 64, 1, 1), (2, 2, 1, 1), (1, 5, 3, 3), (7, 3, 5, 5), (33, 2, 2, 2), (2000, 3, 1, 1))
@@ -23,7 +24,7 @@ LARGE = ((16, 64, 8, 8), (64, 512, 2, 2), (256, 256, 1, 1), (1, 128, 16, 16), (1
 @pytest.fixture
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    for kernel in (moments_kernel, backward_kernel, step_kernel):
+    for kernel in (moments_kernel, backward_kernel, step_kernel, profile_kernel):
         monkeypatch.setattr(kernel, "variants", {})
 
 
@@ -60,6 +61,18 @@ def test_the_averager_compiles_once_for_all_numbers_of_features(nothing_compiled
     with torch._dynamo.config.patch(error_on_recompile=True):
         for features, count in ((75, 5), (2048, 64), (4001, 2048)):
             AveragerRun("ama", features=features, count=count, advances=(True, True)).run(compiled)
+    assert graphs() - before == 1
+
+
+def test_pairs_compile_once_for_all_sizes_and_parameters(nothing_compiled) -> None:
+    """Square tiles or not, in any order; a single row or column is not worth a kernel."""
+    before = graphs()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, columns, features, scale in ((64, 64, 5, 1.0), (7, 5, 3, 2.0), (3, 100, 64, 2.0), (20, 20, 20, 3.0)):
+            for y in (torch.randn(columns, features), None):
+                compiled.pairwise_sums(torch.randn(rows, features), y, "imq", (scale, 4.0))
+        compiled.pairwise_sums(torch.randn(1, 5), torch.randn(9, 5), "imq", (1.0, 4.0))
+        compiled.pairwise_sums(torch.randn(9, 5), torch.randn(1, 5), "imq", (1.0, 4.0))
     assert graphs() - before == 1
 
 

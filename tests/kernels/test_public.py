@@ -16,7 +16,9 @@ import kernels
 from kernels import reference
 from kernels.rules import RULES
 
-OPERATIONS = ("relu_moments", "relu_moments_backward", "averager_step", "dataset_moments")
+OPERATIONS = (
+    "relu_moments", "relu_moments_backward", "averager_step", "dataset_moments", "watch", "pairwise_sums", "nearest",
+)  # fmt: skip
 PIECES = ("difference", "average_moments", "direction", "matching_loss", "coefficients")
 
 

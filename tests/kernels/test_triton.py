@@ -78,17 +78,26 @@ for aligned in (True, False):
                     kernels_triton.relu_moments_backward(x, x.clone(), mean, mean.clone())
     for name in ("relu_moments_kernel", "merge_splits_kernel", "relu_moments_backward_kernel"):
         print(name, len({specialisation(call) for call in recorder.calls if call.kernel.__name__ == name}))
+with Recorder() as recorder:
+    for rows in (1, 16, 63, 300):
+        for features in (1, 5, 16, 33, 512):
+            x = torch.zeros(rows, features)
+            for y in (None, torch.zeros(70, features)):
+                for parameters in ((1.0,), (1.0, 2.0)):
+                    kernels_triton.pairwise_sums(x, y, "imq", parameters, y is not None)
+for name in ("pairwise_sums_kernel", "weighted_rows_kernel"):
+    print(name, len({specialisation(call) for call in recorder.calls if call.kernel.__name__ == name}))
 """
 
 
 def test_no_size_is_a_constant() -> None:
-    """Images, channels, counts, layouts: one compiled kernel, two where sums are split over the images."""
+    """Images, channels, counts, layouts, rows: one compiled kernel, two where sums are split over the images."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", _COUNT_SPECIALISATIONS], capture_output=True, text=True, check=True, env=environment
     )
     expected = ["relu_moments_kernel 2", "merge_splits_kernel 1", "relu_moments_backward_kernel 1"]
-    assert done.stdout.splitlines() == expected * 2
+    assert done.stdout.splitlines() == [*expected * 2, "pairwise_sums_kernel 1", "weighted_rows_kernel 1"]
 
 
 @pytest.mark.requires_gpu
@@ -112,6 +121,8 @@ class TestOnADevice:
             kernels_triton.relu_moments(own["x"], own["mean"], own["m2"], 0)
             kernels_triton.relu_moments_backward(own["grad"], own["x"], own["a"], own["b"])
             kernels_triton.dataset_moments(own["x"], wide_mean, wide_m2, 0, own["bias"], own["residual"])
+            kernels_triton.pairwise_sums(own["x"].flatten(1), None, "imq", (1.0, 2.0), False)
+            kernels_triton.nearest(own["x"].flatten(1), own["grad"].flatten(1))
             kernels_triton.averager_step(
                 state["mean0"], state["m20"], 7, state["target_mean0"], state["target_variance0"],
                 state["v"], state["m"], state["u"], step,

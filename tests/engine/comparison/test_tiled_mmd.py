@@ -1,0 +1,71 @@
+"""MMD² in tiles against the plain one: values, gradients, and that there is no second derivative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import relative_error
+from torch import Tensor
+
+from engine.comparison.distances import MMD, kernels
+from engine.comparison.distances.tiled import TILED_PAIRS, TiledMMD, bound_mmd, profile_of
+from engine.support.errors import InputError
+
+
+def gradient(value: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(3 * value, x)[0]
+
+
+@pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_equals_the_plain_one(name: str, unbiased: bool) -> None:
+    kernel = kernels.KERNELS[name]()
+    y = torch.randn(41, 7, dtype=torch.float64) + 0.5
+    x = torch.randn(23, 7, dtype=torch.float64, requires_grad=True)
+    ours, plain = TiledMMD(y, kernel, unbiased), MMD(y, kernel, unbiased)
+    assert float((ours(x) - plain(x)).detach().abs()) <= 1e-10
+    assert relative_error(gradient(ours(x), x), gradient(plain(x), x)) <= 1e-10
+    with torch.no_grad():
+        assert float((ours(x) - plain(x)).detach().abs()) <= 1e-10
+
+
+def test_half_precision_is_float32_inside() -> None:
+    y, x = torch.randn(41, 7).bfloat16(), torch.randn(23, 7).bfloat16().requires_grad_()
+    ours, plain = TiledMMD(y, kernels.imq()), MMD(y, kernels.imq())
+    assert ours(x).dtype == torch.float32
+    assert float((ours(x) - plain(x)).detach().abs()) <= 1e-5
+    found = gradient(ours(x), x)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, gradient(plain(x), x)) <= 1e-2
+
+
+def test_there_is_no_second_derivative() -> None:
+    x = torch.randn(5, 3, requires_grad=True)
+    value = TiledMMD(torch.randn(6, 3), kernels.energy())(x)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_large_sets_are_tiled_where_that_can_be() -> None:
+    y = torch.randn(100, 3)
+    rows = 1000
+    assert rows * (rows + 100) >= TILED_PAIRS > 900 * 1000
+    assert isinstance(bound_mmd(y, kernels.imq(), rows), TiledMMD)
+    assert isinstance(bound_mmd(y, kernels.imq(), 900), MMD)
+    assert isinstance(bound_mmd(y, kernels.gaussian(range(1, 10)), rows), MMD)
+    assert bound_mmd(y, kernels.imq(), rows, unbiased=True).unbiased
+
+
+def test_what_it_refuses() -> None:
+    y = torch.randn(6, 3)
+    many = kernels.gaussian(range(1, 10))
+    assert profile_of(many) is None
+    assert profile_of(lambda x, y: x @ y.T) is None
+    for argument, call in {
+        "kernel": lambda: TiledMMD(y, many),
+        "y": lambda: TiledMMD(y[:1], kernels.imq(), unbiased=True),
+        "x": lambda: TiledMMD(y, kernels.imq())(torch.randn(5, 4)),
+    }.items():
+        with pytest.raises(InputError) as error:
+            call()
+        assert error.value.argument == argument
