@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
 from engine.comparison.distances import MMD, Frechet, LandmarkMMD, Sinkhorn, drifting, kernels
 from engine.comparison.distances.moments import Moments
+from engine.comparison.distances.tiled import bound_mmd
 from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import Discrepancy, OfNetworks, OnFeatures
 from engine.comparison.pooling import make_pool, sizes
@@ -87,7 +88,7 @@ def _mmd(config: Config, real: Tensor) -> Discrepancy:
     else:
         kernel = factory(settings.bandwidths) if settings.bandwidths else factory()
     if settings.mmd_landmarks is None:
-        return MMD(real, kernel, unbiased=settings.mmd_unbiased)
+        return bound_mmd(real, kernel, config.training.batch_size, settings.mmd_unbiased)
     with arguments_as(landmarks="mmd_landmarks", ridge="mmd_landmarks"):
         return LandmarkMMD(real, kernel, settings.mmd_landmarks, settings.mmd_unbiased, seed=config.training.seed)
 
