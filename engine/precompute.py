@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine.comparison.reference.cache import made_once, put_in_cache, write_bad_images
+from engine.comparison.reference.cache import found_or_made, job_at, put_in_cache, write_bad_images
 from engine.comparison.reference.protocols import Reference
 from engine.comparison.reference.statistics_pass import compute_reference, fingerprint
 from engine.configuration.build import make_extractor, pass_images, reference_kind
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = Config.build(arguments.preset, given_flags(arguments))
         if config.matching.target is not None:
             raise InputError("target", "is what this command writes; name the file with --out")
-        _precompute(config, out, ranks)
+        with job_at(out, ranks):
+            _precompute(config, out, ranks)
 
 
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
@@ -86,7 +87,7 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
             log.info("%s: %d features of %d images", out, extractor.num_features, target.count)
         return target
 
-    made_once(out, find, make, ranks)
+    found_or_made(out, find, make, ranks)
 
 
 def _prepare(

@@ -67,7 +67,7 @@ def room_of(module: str) -> str | None:
 
 
 def breaches(name: str, path: Path) -> list[str]:
-    own = room_of(name)
+    own = room_of(name) if name.startswith("engine") else None
     found = []
     for target, line in imported(path):
         top = target.split(".")[0]

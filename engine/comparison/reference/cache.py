@@ -70,23 +70,32 @@ def cached_reference(
 
     found = find() if ranks.rank == 0 else None  # before it is locked: a cache may be read-only
     if not any(ranks.meet("cached", found is not None)):
-        found = made_once(path, find, make, ranks)
+        with job_at(path, ranks):
+            found = found_or_made(path, find, make, ranks)
     return handed_out(kind, found, ranks)
 
 
-def made_once(path: Path, find: Callable[[], R | None], make: Callable[[Path], R], ranks: Ranks = ALONE) -> R | None:
-    """On rank 0 what `find()` gives, or else what `make(partial)` puts at `path`; on others it is of no interest.
-
-    One job at a time is at `path`, and all its ranks make. Each keeps what a later job resumes from in its `partial`
-    beside `path`, which is removed once the result is there.
-    """
+@contextlib.contextmanager
+def job_at(path: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """One job at a time, all its ranks, works at `path` (see `exclusive`)."""
     with contextlib.ExitStack() as alone:
         # Rank 0 first: two jobs could wait for each other's ranks.
         ranks.first("alone", lambda: alone.enter_context(exclusive(own_path(path, ranks))))
-        found = find() if ranks.rank == 0 else None
-        if not any(ranks.meet("found", found is not None)):
-            found = make(partial_path(path, ranks))
-        forget_partials(path, ranks)
+        yield
+
+
+def found_or_made(
+    path: Path, find: Callable[[], R | None], make: Callable[[Path], R], ranks: Ranks = ALONE
+) -> R | None:
+    """On rank 0 what `find()` gives, or else what `make(partial)` puts at `path`; on others it is of no interest.
+
+    To be called inside `job_at`; all ranks make. Each keeps what a later job resumes from in its `partial` beside
+    `path`, which is removed once the result is there.
+    """
+    found = find() if ranks.rank == 0 else None
+    if not any(ranks.meet("found", found is not None)):
+        found = make(partial_path(path, ranks))
+    forget_partials(path, ranks)
     return found
 
 
