@@ -15,14 +15,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from engine.support.errors import InputError, Interrupted
+from engine.support.errors import InputError, Interrupted, one_line
 from engine.training import rendezvous
 from engine.training.arriving import Arriving, M, Merging
 from engine.training.lifeline import KILLED, LOST, Lifeline, served
 from engine.training.rendezvous import EndedElsewhere
 
 T = TypeVar("T")
-
 
 _POLL = 0.2
 _GATHERING = timedelta(minutes=10)
@@ -275,7 +274,13 @@ class Ranks:
         # whose capture has failed would be waited for.
         if torch.cuda.is_available():
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
+        try:
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
+        except RuntimeError as error:
+            with served():
+                self._raise_failure()
+            why = f"process {self.rank} of {self.size} cannot connect to the others ({one_line(error)})"
+            raise InputError("", f"{why}; start the job again to resume") from None
         self._group = True
 
     @contextlib.contextmanager

@@ -5,7 +5,13 @@ from __future__ import annotations
 import signal
 
 import pytest
+import torch.distributed as dist
 from helpers.jobs import ends, start_ranks
+
+from engine.support.errors import InputError
+from engine.training.lifeline import LOST
+from engine.training.ranks import Ranks
+from engine.training.rendezvous import EndedElsewhere
 
 BEGIN = """
 import os, signal, sys, time
@@ -48,3 +54,20 @@ def test_one_that_comes_to_its_end_is_not_waited_for() -> None:
 
 def test_ends_at_different_times_are_no_failure() -> None:
     assert ends(start_ranks([["-c", PASSES]] * 2), within=60) == [(0, ""), (0, "")]
+
+
+def test_a_group_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Unable to resolve hostname\nframe #0: somewhere")
+
+    monkeypatch.setattr(dist, "init_process_group", unreachable)
+    store = dist.HashStore()
+    ranks = Ranks(0, 2, store)
+    with pytest.raises(InputError, match=r"process 0 of 2 cannot connect to the others \(Unable to resolve hostname\)"):
+        ranks.counts(1)
+    store.add(LOST, 1)
+    with pytest.raises(InputError, match="has ended"):
+        ranks.counts(1)
+    store.add("failures", 1)
+    with pytest.raises(EndedElsewhere):
+        ranks.counts(1)
