@@ -97,7 +97,7 @@ class OnFeatures(nn.Module):
         L = discrepancy(x),    x_n = the pooled features of image n, [F]
 
     Exact for any minibatch, in the extractor memory of one chunk; the price is a second forward pass where there are
-    several chunks. It remembers nothing between two minibatches.
+    several chunks. What is remembered between two minibatches is the discrepancy's (`engine.comparison.populations`).
 
     Args:
         extractor: from `build_extractor`.

@@ -15,7 +15,7 @@ import torch
 
 from engine.comparison.reference.cache import cached_reference, exclusive, handed_out
 from engine.comparison.reference.protocols import Kind, Reference
-from engine.comparison.reference.statistics_pass import fingerprint, reference_loader
+from engine.comparison.reference.statistics_pass import check_same_features, fingerprint, reference_loader
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
@@ -26,7 +26,7 @@ from engine.generation.priors import make_prior
 from engine.methods.matching import Matching
 from engine.methods.protocols import Method
 from engine.representation.build import build_extractor
-from engine.representation.extractor import Extractor
+from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.pretraining import UnfitCheckpoint, pretrain
 from engine.representation.weights import read_state_dict
 from engine.representation.zoo import brings_weights, has_imagenet_weights
@@ -191,6 +191,8 @@ def make_reference(
         ranks: the processes that share the pass. All get what rank 0 found or made, bit for bit.
     """
     kind = reference_kind(config)
+    # A reference from a file or the cache is rank 0's alone, and two machines may have pretrained two networks.
+    check_same_features(feature_fingerprint(extractor, dtype), ranks)
     known = _known_reference(config, kind, extractor, dataset, dtype, kept, was) if ranks.rank == 0 else None
     if any(ranks.meet("known", known is not None)):
         return handed_out(kind, known, ranks)

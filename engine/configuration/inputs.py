@@ -122,6 +122,13 @@ def check_graph(config: Config, device: torch.device) -> None:
         raise InputError("cuda_graph", f"needs a CUDA device, and this run is on the {device.type.upper()}")
     if config.matching.backend not in ("auto", "triton"):
         raise InputError("cuda_graph", f"needs the Triton kernels, not --kernels {config.matching.backend}")
+    if not can_be_captured(config):
+        raise InputError("cuda_graph", "--method frechet cannot be captured: its singular values need the host")
+
+
+def can_be_captured(config: Config) -> bool:
+    """Whether no step waits for the device, as one of "frechet" does: a library of the host's drives its SVD."""
+    return config.method.method != "frechet"
 
 
 def check_ranks(config: Config, ranks: Ranks, arguments: Mapping[str, object] | None = None) -> None:

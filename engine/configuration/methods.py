@@ -266,6 +266,12 @@ class PopulationConfig(Settings):
         640, "of 'queue', with the newest minibatch", at_least=2, at_most=MOST_IMAGES, metavar="N", since="0.2"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decays, queues = self.population == "ema", self.population == "queue"
+        require(decays or self.population_decay == 0.9, "population_decay", "needs --population ema")
+        require(queues or self.population_images == 640, "population_images", "needs --population queue")
+
     @property
     def summary(self) -> str:
         return {

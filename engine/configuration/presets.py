@@ -78,10 +78,10 @@ def usual_steps(image_size: int) -> str:
 def preset_values(name: str, method: str) -> Mapping[str, Any]:
     """The values of the preset `name` for `method`.
 
-    Where EfficientNet-Lite0 is not installed, "photos" has a small network that is pretrained on the pictures.
+    Where EfficientNet-Lite0 is not installed, a small network that is pretrained on the pictures takes its place.
     """
     values = {**PRESETS[name], **_OF_METHODS.get(method, {}).get(name, {})}
-    if name == "photos" and not has_perceptual():
+    if values.get("extractor") == "efficientnet-lite0" and not has_perceptual():
         values["extractor"] = "vgg-small"
         _say_small_once()
     return values

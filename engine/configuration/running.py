@@ -11,7 +11,7 @@ import torch
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.groups import ValidationConfig
-from engine.configuration.inputs import amp_dtype, open_data
+from engine.configuration.inputs import amp_dtype, can_be_captured, open_data
 from engine.configuration.updates import all_of
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Noise
@@ -65,10 +65,7 @@ def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"noise": Noise(training.seed, device), "kernels": reference_kernels, "graphs": None}
     backend = select(config.matching.backend, device, amp_dtype(config) or torch.float32)
-    waits = config.method.method == "frechet"  # for its singular values, which a library of the host's drives
-    if training.cuda_graph and waits:
-        raise InputError("cuda_graph", "--method frechet cannot be captured: its singular values need the host")
-    captured = training.cuda_graph is not False and backend is not reference_kernels and not waits
+    captured = training.cuda_graph is not False and backend is not reference_kernels and can_be_captured(config)
     graphs = CudaGraphs(device) if captured else None
     if training.cuda_graph and graphs is None:
         raise InputError("cuda_graph", "needs the Triton kernels, which cannot run here")

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from engine.support.errors import InputError, Interrupted
+from engine.support.errors import InputError, Interrupted, one_line
 from engine.training import rendezvous
 from engine.training.arriving import Arriving, M, Merging
+from engine.training.lifeline import KILLED, LOST, Lifeline, served
 from engine.training.rendezvous import EndedElsewhere
 
 T = TypeVar("T")
-
 
 _POLL = 0.2
 _GATHERING = timedelta(minutes=10)
@@ -29,7 +29,6 @@ _ENDING = 20.0
 # A rank that another one's failure finds in a collective has so long to come out of it by itself.
 _GRACE = 5.0
 _INTERRUPTED = "interrupted"
-_KILLED = "another process of this job has ended (killed, or out of memory); start the job again to resume"
 
 
 class Ranks:
@@ -53,6 +52,7 @@ class Ranks:
         self._named: Counter[str] = Counter()
         self._group = False
         self._ended = threading.Event()
+        self._lifeline: Lifeline | None = None
         # The counts of one step that is taken for a capture, and what of them the capture has not asked for yet.
         self._told: list[tuple[int, list[int]]] | None = None
         self._rehearsed: list[tuple[int, list[int]]] = []
@@ -64,7 +64,10 @@ class Ranks:
 
         InputError if the others don't come within a time that the environment may set (`engine.training.rendezvous`).
         """
-        return cls(*rendezvous.join())
+        ranks = cls(*rendezvous.join())
+        with served():
+            ranks._lifeline = Lifeline.of(ranks.rank, ranks.store)
+        return ranks
 
     def device(self, device: torch.device) -> torch.device:
         """This rank's own device where there are several; InputError if there are more processes than GPUs."""
@@ -83,7 +86,8 @@ class Ranks:
             self._await([name])
         result = make()
         if self.rank == 0 and self.store is not None:
-            self.store.set(name, "")
+            with served():
+                self.store.set(name, "")
         return result
 
     def meet(self, name: str, message: Any, give_up: Callable[[], bool] = lambda: False) -> list[Any]:
@@ -95,10 +99,11 @@ class Ranks:
         if self.store is None:
             return [message]
         name = self._once(name)
-        self.store.set(f"{name} {self.rank}", json.dumps(message))
         keys = [f"{name} {rank}" for rank in range(self.size)]
-        self._await(keys, give_up)
-        return [json.loads(self.store.get(key)) for key in keys]
+        with served():
+            self.store.set(keys[self.rank], json.dumps(message))
+            self._await(keys, give_up)
+            return [json.loads(self.store.get(key)) for key in keys]
 
     def to_first(self, state: Mapping[str, torch.Tensor]) -> list[Mapping[str, torch.Tensor]]:
         """On rank 0 everybody's `state` (of the same names, of any shapes) in rank order, elsewhere one's own alone."""
@@ -269,7 +274,13 @@ class Ranks:
         # whose capture has failed would be waited for.
         if torch.cuda.is_available():
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
+        try:
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
+        except RuntimeError as error:
+            with served():
+                self._raise_failure()
+            why = f"process {self.rank} of {self.size} cannot connect to the others ({one_line(error)})"
+            raise InputError("", f"{why}; start the job again to resume") from None
         self._group = True
 
     @contextlib.contextmanager
@@ -283,7 +294,7 @@ class Ranks:
             time.sleep(_POLL)  # let it say so
             with contextlib.suppress(RuntimeError):
                 self._raise_failure()
-            raise InputError("", _KILLED) from None
+            raise InputError("", KILLED) from None
 
     def watch(self) -> None:
         """From now on a thread ends this process if another rank fails and this one waits for it in a collective."""
@@ -291,19 +302,26 @@ class Ranks:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
+        store = self.store.clone()  # whoever waits for a key in the other one keeps it to itself
         while not self._ended.wait(5 * _POLL):
             try:
-                failed = self.store.add("failures", 0) > 0
+                failed = store.add("failures", 0) + store.add(LOST, 0) > 0
             except RuntimeError:  # the launcher has gone
                 failed = True
             if failed:
                 if not self._ended.wait(_GRACE):
+                    with contextlib.suppress(RuntimeError):
+                        if store.add("failures", 1) == 1:  # nobody else has said why
+                            os.write(2, f"error: {KILLED}\n".encode())
                     os._exit(2)
                 return
 
     def close(self) -> None:
         """Leave the group."""
         self._ended.set()
+        if self._lifeline is not None:
+            self._lifeline.close()
+            self._lifeline = None
         if self._group:
             dist.destroy_process_group()
             self._group = False
@@ -313,7 +331,8 @@ class Ranks:
         now = time.monotonic()
         if self.store is not None and now >= self._checked + 1:
             self._checked = now
-            self._raise_failure()
+            with served():
+                self._raise_failure()
 
     def fail(self) -> bool:
         """Tell the others that this rank has failed, and let them come to an end. Whether it was the first to fail."""
@@ -346,26 +365,27 @@ class Ranks:
     def _leave(self) -> None:
         self.store.add("ended", 1)
         end = time.monotonic() + _ENDING
-        while self.store.add("ended", 0) < self.size and time.monotonic() < end:
+        while self.store.add("ended", 0) + self.store.add(LOST, 0) < self.size and time.monotonic() < end:
             time.sleep(_POLL / 4)
         # The store may live in rank 0's process.
         if self.rank == 0:
             time.sleep(_POLL)
 
     def _await(self, keys: Sequence[str], give_up: Callable[[], bool] = lambda: False) -> None:
-        while not self._there(keys):
-            if give_up():
-                raise KeyboardInterrupt
-            time.sleep(_POLL)
+        with served():
+            while not self._there(keys):
+                if give_up():
+                    raise KeyboardInterrupt
+                time.sleep(_POLL)
 
     def _there(self, keys: Sequence[str]) -> bool:
-        """Whether the store has all of `keys`; what is raised instead if another rank has failed or was killed."""
-        try:
-            if self.store.check(list(keys)):
-                return True
-            self._raise_failure()
-        except RuntimeError:  # whoever serves the store has gone
-            raise InputError("", _KILLED) from None
+        """Whether the store has all of `keys`; what is raised instead if one of them will never come."""
+        ended = self.store.add("ended", 0)  # asked first: all that those had to say is there
+        if self.store.check(list(keys)):
+            return True
+        self._raise_failure()
+        if ended:
+            raise InputError("", "another process of this job has come to its end, and this one waits for it")
         return False
 
     def _raise_failure(self) -> None:
@@ -373,6 +393,8 @@ class Ranks:
             raise EndedElsewhere
         if self.store.check([_INTERRUPTED]):
             raise Interrupted("another process of this job was told to stop", int(self.store.get(_INTERRUPTED)))
+        if self.store.add(LOST, 0):
+            raise InputError("", KILLED)
 
 
 ALONE = Ranks()

@@ -22,8 +22,9 @@ LEAVES = {"training.ranks", "training.stopping", "training.progress", "training.
 # Room → the other rooms that it may import. The longest name that fits a module is its room.
 ARROWS: dict[str, set[str]] = {
     "support": set(),
-    "training.ranks": {"training.arriving", "training.rendezvous"},
+    "training.ranks": {"training.arriving", "training.lifeline", "training.rendezvous"},
     "training.arriving": set(),
+    "training.lifeline": set(),
     "training.rendezvous": set(),
     "training.stopping": set(),
     "training.progress": set(),
@@ -61,7 +62,9 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
 
 def room_of(module: str) -> str | None:
     """The longest room of `ARROWS` that a module of the engine lies in; None for the front doors and configuration."""
-    parts = module.split(".")[1:]
+    top, *parts = module.split(".")
+    if top != "engine":
+        return None
     candidates = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((room for room in candidates if room in ARROWS), None)
 

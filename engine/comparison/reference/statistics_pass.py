@@ -104,7 +104,7 @@ def compute_reference(
     """
     feature_pass = FeaturePass(extractor, dtype=amp_dtype, kernels=kernels)
     entries = fingerprint(kind, extractor, images, amp_dtype)
-    _check_same(entries, ranks)
+    check_same_features(entries, ranks)
     shard = f"{images.shard} of {images.num_shards}"
     own = {**entries, "batch_size": str(images.batch_size), "shard": shard}
     state = SavedPass(path=None if partial is None else Path(partial), of=own)
@@ -164,11 +164,12 @@ def compute_reference(
     return result
 
 
-def _check_same(entries: dict[str, str], ranks: Ranks) -> None:
-    first, *others = ranks.meet("passed over", entries)
+def check_same_features(entries: dict[str, str], ranks: Ranks) -> None:
+    """Wait for all ranks; InputError unless what decides their features has the same `entries` as on rank 0."""
+    first, *others = ranks.meet("features", entries)
     for rank, theirs in enumerate(others, start=1):
-        if different := differences(theirs, first):
-            raise InputError("", f"process {rank} would pass over something else than process 0: {different}")
+        if different := differences(first, theirs):
+            raise InputError("", f"process {rank} has other features than process 0: {different}")
 
 
 def _continued(images: ImageLoader, position: int) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ from engine import precompute, pretrain, train
 from engine.configuration import running
 from engine.configuration.config import Config
 from engine.configuration.inputs import check_graph, check_precision, choose_device
+from engine.configuration.planning import is_captured
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Gaussian, Noise
 from engine.methods.matching import Matching
@@ -60,6 +61,16 @@ class TestCudaGraph:
             with pytest.raises(InputError, match="needs the Triton kernels, not --kernels reference") as error:
                 check_graph(config(cuda_graph=True, **settings), CUDA)
             assert error.value.argument == "cuda_graph"
+
+    def test_a_distance_that_needs_the_host_has_none(self, monkeypatch) -> None:
+        with pytest.raises(InputError, match="--method frechet cannot be captured") as error:
+            check_graph(config(method="frechet", cuda_graph=True), CUDA)
+        assert error.value.argument == "cuda_graph"
+        check_graph(config(method="frechet"), CUDA)
+        monkeypatch.setattr(running, "select", lambda name, device, dtype: kernels)
+        assert running.make_machinery(config(method="frechet"), CUDA)["graphs"] is None
+        assert is_captured(config())
+        assert not is_captured(config(method="frechet"))
 
     def test_on_a_cpu_nothing_is_captured_or_drawn_ahead(self) -> None:
         found = running.make_machinery(config(seed=5), CPU)

@@ -11,6 +11,7 @@ import pytest
 from helpers.runs import command
 
 from engine import train
+from engine.configuration import presets
 from engine.configuration.config import Config
 from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError
@@ -233,3 +234,9 @@ def test_flags(argv: list[str], named: str, tmp_path: Path, monkeypatch, capsys)
 
 def test_a_flag_that_is_like_none_gets_no_suggestion(capsys) -> None:
     assert "mean" not in command(train.main, ["--qqqq"], capsys)[1]
+
+
+def test_pixels_stay_pixels_where_efficientnet_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "has_perceptual", lambda: False)
+    assert Config.build("photos", {"data": "x"}).networks.extractor == "vgg-small"
+    assert Config.build("photos", {"data": "x", "method": "gmmn"}).networks.extractor == "pixels"

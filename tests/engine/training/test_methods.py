@@ -58,6 +58,8 @@ def test_lowers_its_loss(name: str, flags: list[str], tmp_path: Path) -> None:
         (["--method", "sinkhorn", "--sinkhorn-epsilon", "0"], "--sinkhorn-epsilon: must be positive"),
         (["--method", "drifting", "--drifting-temperatures", "-1"], "--drifting-temperatures: must be positive"),
         (["--method", "gmmn", "--gmmn-bandwidths", "0"], "--gmmn-bandwidths: must be positive"),
+        (["--population", "queue", "--population-decay", "0.5"], "--population-decay: needs --population ema"),
+        (["--population-images", "64"], "--population-images: needs --population queue"),
         (["--population", "queue", "--population-images", "3"], "--population-images: is smaller than the minibatch"),
         (["--method", "frechet", "--pool", "grid0"], "--pool: 'grid0' is not one of"),
         (["--method", "mmd", "--population", "ema"], "--population: belongs to --method gfmn or frechet"),

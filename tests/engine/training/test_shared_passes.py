@@ -21,6 +21,8 @@ from engine import precompute
 from engine.comparison.distances.moments import Moments
 from engine.comparison.reference import statistics_pass
 from engine.comparison.reference.target import MomentsKind
+from engine.configuration.build import make_reference
+from engine.configuration.config import Config
 from engine.representation.pretraining import pretrain
 from engine.support.errors import InputError
 from engine.training.held_out import judged
@@ -172,18 +174,30 @@ def iter_targets(cache: Path, job: Sequence[subprocess.Popen[str]]):
         time.sleep(0.02)
 
 
-def test_ranks_that_see_other_images_are_refused(tiny_extractor, folder: Path) -> None:
-    class Two(Ranks):
-        def meet(self, name, message, give_up=lambda: False):
-            return [message, {**message, "data_count": "3"}] if name == "passed over" else [message]
+class Two(Ranks):
+    """Alone, and told of another rank with something else."""
 
+    def __init__(self, **other: str):
+        super().__init__()
+        self.other = other
+
+    def meet(self, name, message, give_up=lambda: False):
+        return [message, {**message, **self.other}] if name == "features" else [message]
+
+
+def test_ranks_that_see_other_images_are_refused(tiny_extractor, folder: Path) -> None:
     dataset = open_dataset("images", folder / "2.npy", image_size=8)
-    with pytest.raises(
-        InputError, match="process 1 would pass over something else than process 0: the number of images"
-    ):
+    with pytest.raises(InputError, match="process 1 has other features than process 0: the number of images"):
         statistics_pass.compute_reference(
-            MomentsKind(), tiny_extractor, ImageLoader(dataset, 2), kernels="reference", ranks=Two()
+            MomentsKind(), tiny_extractor, ImageLoader(dataset, 2), kernels="reference", ranks=Two(data_count="3")
         )
+
+
+def test_ranks_with_other_networks_are_refused(tiny_extractor, folder: Path) -> None:
+    """Whatever is known of the real images: rank 0 may have it from the cache."""
+    dataset, config = open_dataset("images", folder / "2.npy", image_size=8), Config.build("digits", {"method": "mmd"})
+    with pytest.raises(InputError, match="process 1 has other features than process 0: the extractor's weights"):
+        make_reference(config, tiny_extractor, dataset, None, ranks=Two(extractor_weights="other"))
 
 
 def test_evaluate_says_that_it_runs_in_one_process(folder: Path) -> None:

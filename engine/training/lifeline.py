@@ -1,0 +1,102 @@
+"""Whether the processes of a job are alive, where no launcher ends all when one of them was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from engine.support.errors import InputError
+
+LOST = "lost"
+"""The key under which the store counts processes that have ended without a farewell."""
+KILLED = "another process of this job has ended (killed, or out of memory); start the job again to resume"
+_FAREWELL = b"."
+_POLL = 0.2
+_REACH = 10.0
+
+
+class Lifeline:
+    """A connection from every process to rank 0, which also serves the store; nothing is sent but a farewell.
+
+    However a process ends, the system closes its connections, and rank 0 tells the others. Nothing has to be sent now
+    and then, so one that is busy or stopped is not taken for dead. Rank 0's own end is that of the store. Under a
+    launcher there is no lifeline: it ends all itself, and rank 0 need not be where the store is. A rank that a firewall
+    keeps from rank 0 has none either.
+
+    Args:
+        rank, store: see `engine.training.ranks.Ranks`.
+    """
+
+    def __init__(self, rank: int, store: Any):
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._own: socket.socket | None = None
+        if rank == 0:
+            server = socket.create_server(("", 0))
+            word = secrets.token_hex(16)
+            store.set("lifeline", f"{server.getsockname()[1]} {word}")
+            # A thread has a store of its own: operations of one wait for each other, also for one that waits for a key.
+            heard = (server, word.encode(), store.clone())
+            self._thread = threading.Thread(target=self._listen, args=heard, daemon=True)
+            self._thread.start()
+            return
+        port, word = store.get("lifeline").decode().split()
+        with contextlib.suppress(OSError):
+            self._own = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=_REACH)
+            self._own.sendall(word.encode())
+
+    @classmethod
+    def of(cls, rank: int, store: Any) -> Lifeline | None:
+        """That of a job; None for a single process, and under a launcher."""
+        launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        return None if store is None or launched else cls(rank, store)
+
+    def _listen(self, server: socket.socket, word: bytes, store: Any) -> None:
+        with contextlib.ExitStack() as opened, selectors.DefaultSelector() as known, server:
+            known.register(server, selectors.EVENT_READ)
+            while not self._ended.is_set():
+                for key, _ in known.select(_POLL):
+                    if key.fileobj is server:
+                        other = opened.enter_context(server.accept()[0])
+                        known.register(other, selectors.EVENT_READ, data=bytearray())
+                    elif self._closed(key):
+                        known.unregister(key.fileobj)
+                        if key.data == word:
+                            with contextlib.suppress(RuntimeError):
+                                store.add(LOST, 1)
+
+    @staticmethod
+    def _closed(key: selectors.SelectorKey) -> bool:
+        """Keep what came in the key's data; whether nothing will come any more."""
+        assert isinstance(key.fileobj, socket.socket)
+        try:
+            came = key.fileobj.recv(64)
+        except OSError:
+            came = b""
+        key.data.extend(came[: 64 - len(key.data)])
+        return not came
+
+    def close(self) -> None:
+        """The farewell of a process that is about to end, and has said why where that is of interest."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._own is not None:
+            with contextlib.suppress(OSError):
+                self._own.sendall(_FAREWELL)
+            self._own.close()
+
+
+@contextlib.contextmanager
+def served() -> Iterator[None]:
+    """Inside the store is asked. InputError if it has gone, with the process that served it."""
+    try:
+        yield
+    except RuntimeError:
+        raise InputError("", KILLED) from None

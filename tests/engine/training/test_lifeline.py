@@ -1,0 +1,73 @@
+"""Processes that a kill ends at any moment, without a launcher: those that wait for them say so."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch.distributed as dist
+from helpers.jobs import ends, start_ranks
+
+from engine.support.errors import InputError
+from engine.training.lifeline import LOST
+from engine.training.ranks import Ranks
+from engine.training.rendezvous import EndedElsewhere
+
+BEGIN = """
+import os, signal, sys, time
+from engine.configuration.command import run_command
+from engine.training.job import job
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def main(argv):
+    with job() as ranks:
+        ranks.meet("all are here", None)
+"""
+WAITS = BEGIN + "        ranks.meet('again', None)\n" + "run_command(main)\n"
+DIES = BEGIN + "        time.sleep(0.5)\n        die()\n" + "run_command(main)\n"
+CHECKS = BEGIN + "        while True:\n            ranks.check(); time.sleep(0.1)\n" + "run_command(main)\n"
+ENDS = BEGIN + "run_command(main)\n"
+PASSES = BEGIN + "        time.sleep(3 * ranks.rank)\n" + "run_command(main)\n"
+
+
+@pytest.mark.parametrize(
+    ("killed", "waits"),
+    [(0, WAITS), (2, WAITS), (1, CHECKS)],
+    ids=["who serves the store", "before a meeting", "between two batches"],
+)
+def test_a_killed_process_ends_those_that_wait(killed: int, waits: str) -> None:
+    commands = [["-c", DIES if rank == killed else waits] for rank in range(3)]
+    found = ends(start_ranks(commands), within=60)
+    assert found.pop(killed)[0] == -signal.SIGKILL
+    assert [status for status, _ in found] == [2, 2], found
+    said = [line for _, errors in found for line in errors.splitlines() if line.startswith("error: ")]
+    assert said
+    assert all("another process of this job has ended (killed" in line for line in said), said
+    assert len(said) == 1 or killed == 0  # without a store they cannot agree on who says it
+
+
+def test_one_that_comes_to_its_end_is_not_waited_for() -> None:
+    (ended, _), (waited, said) = ends(start_ranks([["-c", ENDS], ["-c", WAITS]]), within=60)
+    assert (ended, waited) == (0, 2)
+    assert "another process of this job has come to its end" in said
+
+
+def test_ends_at_different_times_are_no_failure() -> None:
+    assert ends(start_ranks([["-c", PASSES]] * 2), within=60) == [(0, ""), (0, "")]
+
+
+def test_a_group_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Unable to resolve hostname\nframe #0: somewhere")
+
+    monkeypatch.setattr(dist, "init_process_group", unreachable)
+    store = dist.HashStore()
+    ranks = Ranks(0, 2, store)
+    with pytest.raises(InputError, match=r"process 0 of 2 cannot connect to the others \(Unable to resolve hostname\)"):
+        ranks.counts(1)
+    store.add(LOST, 1)
+    with pytest.raises(InputError, match="has ended"):
+        ranks.counts(1)
+    store.add("failures", 1)
+    with pytest.raises(EndedElsewhere):
+        ranks.counts(1)
