@@ -112,7 +112,8 @@ class MomentCriterion:
             self._start(self.waiting.pop(0))
 
     def _start(self, group: TapGroup) -> None:
-        mean, m2 = (buffer[group.features] for buffer in self.buffers)
+        alone = len(self.objective.groups) == 1
+        mean, m2 = self.buffers if alone else (buffer[group.features] for buffer in self.buffers)
         self.merging.start(BatchMoments(self.count, mean, m2))
 
     def finish(self, ranks: Ranks) -> Tensor:

@@ -88,7 +88,7 @@ class FeatureCriterion:
     def gradient(self, tap: int, images: slice) -> PerImage:
         """See `engine.representation.protocols.Criterion`."""
         g, pooled = self.gradients[tap][images], self.of_taps[tap][images]
-        return self.objective.pool.gradient(g, pooled, self.taps[tap])
+        return PerImage(*self.objective.pool.gradient(g, pooled, self.taps[tap]))
 
 
 class OnFeatures(nn.Module):

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.representation.extractor import Tap
-from engine.representation.protocols import PerImage
 from engine.support.errors import InputError
 
 _GRID = re.compile(r"grid([1-9]\d{0,2})")
 # Below 1e-3 a map hardly varies, and the slope of its deviation would be large and say nothing.
 _VARIANCE_FLOOR = 1e-6
+
+
+PerImageParts = tuple[Tensor, Tensor | None]
+"""`g` and `slope` of `engine.representation.protocols.PerImage`."""
 
 
 class Pool(Protocol):
@@ -30,7 +33,7 @@ class Pool(Protocol):
         """Pooled features [n, f], float32 (float64 for float64 y)."""
         ...
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
         """∂L/∂y for g = ∂L/∂pooled, with `pooled` what the call returned; [n, f] both."""
         ...
 
@@ -59,15 +62,15 @@ class Grid:
         side = (min(self.side, y.shape[2]), min(self.side, y.shape[3]))
         return F.adaptive_avg_pool2d(_wide(y), side).flatten(1)
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
         """Every cell's gradient, shared out among its features."""
         channels, height, width = self._cells(tap)
         g = g.reshape(len(g), channels, height, width)
         if (height, width) == (1, 1):
-            return PerImage(g / (tap.shape[1] * tap.shape[2]))
+            return g / (tap.shape[1] * tap.shape[2]), None
         # Products, which are the same bits every time; on a GPU the pooling's own backward adds in any order.
         down, across = (_shares(side, cells, g) for side, cells in zip(tap.shape[1:], (height, width), strict=True))
-        return PerImage(down @ g @ across.T)
+        return down @ g @ across.T, None
 
 
 class MeanAndDeviation:
@@ -90,16 +93,16 @@ class MeanAndDeviation:
         variance, mean = torch.var_mean(y, dim=(2, 3), correction=0)
         return torch.cat((mean, (variance + _VARIANCE_FLOOR).sqrt()), dim=1)
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
         """See the class."""
         channels, height, width = tap.shape
         if height * width == 1:
-            return PerImage(g[:, :, None, None])
+            return g[:, :, None, None], None
         of_mean, of_deviation = torch.split(g, channels, dim=1)
         mean, deviation = torch.split(pooled, channels, dim=1)
         slope = of_deviation / (deviation * (height * width))
         constant = of_mean / (height * width) - slope * mean
-        return PerImage(constant[:, :, None, None], slope[:, :, None, None])
+        return constant[:, :, None, None], slope[:, :, None, None]
 
 
 class Everything:
@@ -111,8 +114,8 @@ class Everything:
     def __call__(self, y: Tensor) -> Tensor:
         return _wide(y).flatten(1)
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImage:
-        return PerImage(g.reshape(len(g), *tap.shape))
+    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
+        return g.reshape(len(g), *tap.shape), None
 
 
 POOLS: dict[str, Pool] = {"mean": Grid(1), "mean+std": MeanAndDeviation(), "grid4": Grid(4), "none": Everything()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
 from engine.comparison.distances import MMD, Frechet, LandmarkMMD, Sinkhorn, drifting, kernels
@@ -89,6 +90,9 @@ def _mmd(config: Config, real: Tensor) -> Discrepancy:
         kernel = factory(settings.bandwidths) if settings.bandwidths else factory()
     if settings.mmd_landmarks is None:
         return bound_mmd(real, kernel, config.training.batch_size, settings.mmd_unbiased)
+    if isinstance(real, FakeTensor):  # a model of a step: there are no numbers to find landmarks in
+        points = real[: settings.mmd_landmarks]
+        return LandmarkMMD.of_weights(points, points.new_zeros(len(points)), kernel, settings.mmd_unbiased)
     with arguments_as(landmarks="mmd_landmarks", ridge="mmd_landmarks"):
         return LandmarkMMD(real, kernel, settings.mmd_landmarks, settings.mmd_unbiased, seed=config.training.seed)
 

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from engine.comparison.reference.bank import FeatureBank
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
@@ -247,7 +248,7 @@ def fake_cuda_trainer(config: Config, ranks: Ranks = ALONE) -> Trainer:
     options: dict[str, Any] = {"kernels": triton}
     reference = blank_reference(config, extractor, torch.rand)
     # Fake tensors have no numbers to make weights or scales of.
-    if config.method.method == "mmd":
+    if isinstance(reference, FeatureBank):
         options["scales"] = torch.ones(reference.features.shape[1])
     elif config.gfmn.feature_scale != "none":
         options["weights"] = torch.ones(extractor.num_features)

@@ -17,14 +17,11 @@ import torch
 import torch.distributed as dist
 
 from bench.rows import peak_memory
-from engine.comparison.distances.moments import Moments
-from engine.comparison.pooling import POOLS, sizes
-from engine.comparison.reference.bank import FeatureBank
 from engine.configuration.build import make_method
 from engine.configuration.config import Config
+from engine.configuration.objectives import blank_reference
 from engine.configuration.planning import Planner
 from engine.configuration.running import make_schedule
-from engine.representation.extractor import Extractor
 from engine.training.ranks import Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
@@ -42,21 +39,11 @@ def configuration(case: str) -> Config:
     return Config.build("digits", {"weights": ("random",), "kernels": "reference", **CASES[case]})
 
 
-def reference(config: Config, extractor: Extractor) -> Any:
-    torch.manual_seed(2)
-    if config.method.method == "mmd":
-        features = sizes(POOLS[config.mmd.pool], extractor.taps)
-        images = config.mmd.mmd_images
-        return FeatureBank(torch.randn(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
-    ones = torch.ones(extractor.num_features, dtype=torch.float64)
-    return Moments(2, ones, ones)
-
-
 def measured(case: str, ranks: Ranks) -> int:
     """From before objective and optimizer are made to the end of the second step."""
     config = configuration(case)
     plans = Planner(config)
-    known = reference(config, plans.extractor)
+    known = blank_reference(config, plans.extractor, torch.rand)
 
     def two_steps() -> None:
         method = make_method(config, plans.generator, plans.extractor, known, ranks=ranks)

@@ -21,7 +21,7 @@ def train(folder: Path, stop: int, case: str, ranks: Ranks) -> None:
     method = rank_worker.make(case, ranks)
     rare = {"sample_every": 1000, "checkpoint_every": 1000, "log_every": 1000}
     trainer = Trainer(
-        method, Schedule(steps=stop, batch_size=8, seed=11, generator_ema=0.5, **rare), run, {}, ranks=ranks
+        method, Schedule(steps=stop, batch_size=8, seed=11, generator_ema=(0.5,), **rare), run, {}, ranks=ranks
     )
     checkpoint = run.newest_checkpoint()
     if checkpoint is not None:

@@ -88,12 +88,21 @@ _OF_ALL: dict[str, dict[str, Any]] = {
     "own-batches": {"generator_bn": "local"},
     **PRECISIONS,
 }
+
+
+def _of_all(method: str) -> dict[str, dict[str, Any]]:
+    """The other methods on features take mmd's steps, but for the distance."""
+    if method in ("gfmn", "mmd"):
+        return _OF_ALL
+    return {name: _OF_ALL[name] for name in ("float32", "bf16", "chunks")}
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{preset}-{name}": (preset, given) for preset in PRESETS for name, given in PRECISIONS.items()},
     **{
         f"{method}-{name}": ("digits", {"method": method, **given})
         for method in METHODS
-        for name, given in {**_OF_ALL, **_OF_METHODS.get(method, {})}.items()
+        for name, given in {**_of_all(method), **_OF_METHODS.get(method, {})}.items()
     },
 }
 """Name → preset and settings, of every way to train whose operators or arguments are its own."""

@@ -87,9 +87,7 @@ def test_a_signal_to_the_launcher_of_one_machine_stops_both(whole: Path, tmp_pat
     found = ends(machines, within=120)
     said = [line for _, errors in found for line in errors.splitlines() if "resume with" in line]
     assert len(said) == 1, found
-    (stopped,) = {int(path.stem.removeprefix("step_")) for path in run.glob("checkpoints/step_*")} - set(
-        range(0, 999, 4)
-    )
+    stopped = max(int(path.stem.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
     assert f"stopped at step {stopped} of 100000" in said[0]
 
 

@@ -59,7 +59,7 @@ BAD_INPUT = {
     "resume without out": (["--resume"], "--resume"),
     "unknown method": (["--method", "nothing"], "--method"),
     "unknown kernel": (["--method", "mmd", "--mmd-kernel", "nothing"], "--mmd-kernel"),
-    "unknown pool": (["--method", "mmd", "--pool", "grid9"], "--pool"),
+    "unknown pool": (["--method", "mmd", "--pool", "grid0"], "--pool"),
     "bandwidth of nothing": (["--method", "mmd", "--mmd-bandwidths", "1", "0"], "--mmd-bandwidths: must be positive"),
     "bandwidth that is no number": (["--method", "mmd", "--mmd-bandwidths", "nan"], "--mmd-bandwidths"),
     "bandwidths of a kernel without": (
@@ -71,7 +71,7 @@ BAD_INPUT = {
         ["--method", "mmd", "--averager", "ma"],
         "--averager: belongs to --method gfmn, and this is --method mmd",
     ),
-    "a flag of mmd": (["--pool", "mean"], "--pool: belongs to --method mmd, and this is --method gfmn"),
+    "a flag of mmd": (["--mmd-kernel", "energy"], "--mmd-kernel: belongs to --method mmd, and this is --method gfmn"),
     "degree of a kernel without": (["--method", "mmd", "--mmd-degree", "5"], "--mmd-degree"),
     "Triton on a CPU": (["--kernels", "triton"], "--kernels: the triton backend cannot run here"),
     "unknown prior": (["--prior", "nothing"], "--prior"),
