@@ -61,7 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     section = parser.add_argument_group("pretraining", "Defaults are the preset's.")
     add = section.add_argument
     unset = argparse.SUPPRESS
-    add("--task", choices=tuple(TASKS), default=unset, help="rotate and autoencode need no labels (default: classify)")
+    add(
+        "--task",
+        choices=tuple(TASKS),
+        default=unset,
+        help="rotate and autoencode need no labels; tinted is classify for grey images, whose features answer to hue, "
+        "too (default: classify)",
+    )
     add("--arch", default=unset, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
     add("--epochs", type=int, default=unset, metavar="N", help="passes over the training images")
     add("--steps", type=int, default=unset, metavar="N", help="training steps, instead of --epochs")

@@ -136,6 +136,11 @@ class ArrayDataset(ImageDataset):
         self._filter = resize_filter
         self._sha256: str | None = None
 
+    def is_grey(self) -> bool:
+        """Whether no image has a colour: all three channels are equal everywhere."""
+        red, green, blue = np.moveaxis(self.images, 3, 0)
+        return bool((red == green).all() and (green == blue).all())
+
     def _resize_filter(self) -> str:
         return self._filter
 

@@ -33,8 +33,11 @@ from engine.representation.zoo import brings_weights, has_imagenet_weights
 from engine.support.errors import InputError, Interrupted, WriteError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset, ImageLoader, cache_is_kept, cached, temporary_folder
+from pipelines.dataset import ArrayDataset
 
 log = logging.getLogger("gfmn")
+
+_TINTED_EPOCHS = 12
 
 
 def make_extractor(
@@ -99,6 +102,8 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
     if kept is not None and _is_readable(own := kept / f"{architecture}.safetensors"):
         return own
     task = "classify" if dataset.num_classes >= 2 else "rotate"
+    if task == "classify" and isinstance(dataset, ArrayDataset) and dataset.is_grey():
+        task = "tinted"
     recipe = {**dataset.fingerprint(), "architecture": architecture, "task": task, "seed": seed, "recipe": 1}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path = cached("extractors", f"{architecture}-{digest}.safetensors")
@@ -127,8 +132,17 @@ def _pretrain_into(
     log.info("extractor %s: pretraining on %s (%s)", architecture, dataset.name, task)
     begun, partial = time.perf_counter(), path.with_suffix(".partial")
     checkpoint = partial if cache_is_kept() else None
+    epochs: dict[str, Any] = {"epochs": _TINTED_EPOCHS} if task == "tinted" else {}
     run = functools.partial(
-        pretrain, architecture, dataset, task=task, seed=seed, device=str(device), checkpoint=checkpoint, resume=True
+        pretrain,
+        architecture,
+        dataset,
+        task=task,
+        seed=seed,
+        device=str(device),
+        checkpoint=checkpoint,
+        resume=True,
+        **epochs,
     )
     try:
         with without_pretraining(architecture), arguments_as(architecture="extractor"):

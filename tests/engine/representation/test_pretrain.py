@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 
 from engine.configuration.command import run_command
 from engine.pretrain import main
+from engine.representation.architectures import ARCHITECTURES
 from engine.representation.build import build_extractor
 from engine.representation.pretraining import images as sources
 from engine.representation.pretraining import pretrain, training
 from engine.representation.pretraining.images import Augmentation, open_images
 from engine.representation.pretraining.recipe import one_cycle
 from engine.representation.pretraining.shares import Rows
-from engine.representation.pretraining.tasks import TASKS, Rotate
+from engine.representation.pretraining.tasks import TASKS, TINTS, Rotate, Tinted
 from engine.support.errors import InputError, Interrupted
 from pipelines import open_dataset
 
@@ -143,6 +144,44 @@ def test_augmentation_is_a_window_of_the_padded_image(padding, flip):
     assert {mirrored for _, _, mirrored in seen} == ({False, True} if flip else {False})
     assert {top for top, _, _ in seen} == set(range(2 * padding + 1))
     assert {left for _, left, _ in seen} == set(range(2 * padding + 1))
+
+
+class TestTinted:
+    """Grey images dyed slightly, so that features answer to hue."""
+
+    def test_tints_are_slight_and_leave_black_alone(self):
+        gains = torch.tensor(TINTS)
+        assert gains.amax(dim=1).tolist() == [1.0] * len(TINTS)
+        assert gains[0].tolist() == [1.0, 1.0, 1.0]
+        assert gains[1:].amin() > 0.9
+        assert len({tuple(gain.round(decimals=4).tolist()) for gain in gains}) == len(TINTS)
+
+    def test_loss_is_that_of_dyed_images(self, tiny):
+        """Written out image by image."""
+        task = Tinted(ARCHITECTURES["vgg-small"], tiny)
+        task.module.eval()
+        images, labels = torch.rand(9, 3, 16, 16) * 2 - 1, torch.arange(9) % 2
+        expected = 0.0
+        for number, (image, label) in enumerate(zip(images, labels)):
+            tint = number % len(TINTS)
+            gains = torch.tensor(TINTS[tint]).view(3, 1, 1)
+            outputs = task.module(((image / 2 + 0.5) * gains * 2 - 1)[None])[0]
+            expected -= outputs[:2].log_softmax(0)[label] + 0.5 * outputs[2:].log_softmax(0)[tint]
+        assert task.loss(images, labels, Rows.all_of(images)).item() == pytest.approx(expected.item() / 9, rel=1e-5)
+        parts = [Rows(0, 4, 9), Rows(4, 9, 9)]
+        shared = sum(task.loss(images[part.start : part.stop], labels[part.start : part.stop], part) for part in parts)
+        assert shared.item() == pytest.approx(expected.item() / 9, rel=1e-5)
+
+    def test_weights_make_an_extractor(self, tiny, tmp_path):
+        short(tiny, task="tinted").save(tmp_path / "tinted.safetensors")
+        assert build_extractor("vgg-small", image_size=16, weights=tmp_path / "tinted.safetensors").num_features
+
+    def test_grey_images_are_known(self, tmp_path):
+        images = np.zeros((20, 16, 16, 3), dtype=np.uint8)
+        images[7, 3, 3, 1] = 1
+        np.save(tmp_path / "coloured.npy", images)
+        assert open_dataset("digits").is_grey()
+        assert not open_dataset("images", tmp_path / "coloured.npy", image_size=16).is_grey()
 
 
 def test_rotate_names_the_quarter_turns():
