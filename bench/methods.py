@@ -39,10 +39,7 @@ ROOT = Path(__file__).parents[1]
 RUNS: dict[str, tuple[str, ...]] = {
     "gfmn": (),
     "gfmn-ema": ("--population", "ema"),
-    "gfmn-queue": ("--population", "queue"),
     "mmd": ("--method", "mmd"),
-    "mmd-energy": ("--method", "mmd", "--mmd-kernel", "energy"),
-    "mmd-landmarks": ("--method", "mmd", "--mmd-landmarks", "256"),
     "frechet": ("--method", "frechet"),
     "sinkhorn": ("--method", "sinkhorn"),
     "drifting": ("--method", "drifting"),
