@@ -42,6 +42,7 @@ FAULTS = {
     "a NaN": (1, 6, "self.first_bad_step.fill_(6)", "NaN or infinite at step 6"),
     "no memory": (1, 6, "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')", "2.00 GiB"),
 }
+FIRST = ("a full disk", "an error")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def succeed(*command: str) -> None:
         assert status == 0, errors
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [*FIRST, *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS if fault not in FIRST)]
+)
 def test_a_fault_on_one_rank_ends_all(fault: str, whole: Path, tmp_path: Path) -> None:
     run, mark = tmp_path / "run", tmp_path / "mark"
     rank, step, act, said = FAULTS[fault]

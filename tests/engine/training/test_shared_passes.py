@@ -98,7 +98,8 @@ def test_evaluations_are_those_of_one(batch_statistics: bool, found, alone) -> N
         for ours, expected, network in of_all:
             assert ours.pop("network") == expected["network"] == network
             assert (ours["samples"], ours["real"]) == (pass_worker.SAMPLES, 61)
-            assert ours == pytest.approx({name: expected[name] for name in ours}, rel=1e-4)
+            # So few images are all in every subset of KID's, whose deviation is rounding alone: below 1e-6.
+            assert ours == pytest.approx({name: expected[name] for name in ours}, rel=1e-4, abs=1e-7)
     assert "three_sample_p" in first[1]
     assert all(evaluation is None for other in others for evaluation in other)
 
