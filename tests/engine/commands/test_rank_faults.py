@@ -110,8 +110,10 @@ def until_logged(run: Path, steps: int) -> None:
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments(whole: Path, tmp_path: Path) -> None:
+def test_kills_at_random_moments(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty times, kill -9 of one of two ranks at any moment from its start on, and a resumed run."""
+    # Without a launcher, one that was killed before it joined is missed for so long.
+    monkeypatch.setenv("GFMN_JOIN_TIMEOUT", "20")
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw, kills, runs = random.Random(seed), 0, 0
