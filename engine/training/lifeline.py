@@ -8,6 +8,7 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ LOST = "lost"
 """The key under which the store counts processes that have ended without a farewell."""
 KILLED = "another process of this job has ended (killed, or out of memory); start the job again to resume"
 _FAREWELL = b"."
+_UNREACHED = "lifelines that did not reach"
 _POLL = 0.2
 _REACH = 10.0
 
@@ -27,13 +29,13 @@ class Lifeline:
     However a process ends, the system closes its connections, and rank 0 tells the others. Nothing has to be sent now
     and then, so one that is busy or stopped is not taken for dead. Rank 0's own end is that of the store. Under a
     launcher there is no lifeline: it ends all itself, and rank 0 need not be where the store is. A rank that a firewall
-    keeps from rank 0 has none either.
+    keeps from rank 0 has none either, and says so; one that neither connects nor says so was killed after it joined.
 
     Args:
-        rank, store: see `engine.training.ranks.Ranks`.
+        rank, size, store: see `engine.training.ranks.Ranks`.
     """
 
-    def __init__(self, rank: int, store: Any):
+    def __init__(self, rank: int, size: int, store: Any):
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._own: socket.socket | None = None
@@ -42,22 +44,25 @@ class Lifeline:
             word = secrets.token_hex(16)
             store.set("lifeline", f"{server.getsockname()[1]} {word}")
             # A thread has a store of its own: operations of one wait for each other, also for one that waits for a key.
-            heard = (server, word.encode(), store.clone())
+            heard = (server, word.encode(), store.clone(), size - 1)
             self._thread = threading.Thread(target=self._listen, args=heard, daemon=True)
             self._thread.start()
             return
         port, word = store.get("lifeline").decode().split()
-        with contextlib.suppress(OSError):
+        try:
             self._own = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=_REACH)
             self._own.sendall(word.encode())
+        except OSError:
+            store.add(_UNREACHED, 1)
 
     @classmethod
-    def of(cls, rank: int, store: Any) -> Lifeline | None:
+    def of(cls, rank: int, size: int, store: Any) -> Lifeline | None:
         """That of a job; None for a single process, and under a launcher."""
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        return None if store is None or launched else cls(rank, store)
+        return None if store is None or launched else cls(rank, size, store)
 
-    def _listen(self, server: socket.socket, word: bytes, store: Any) -> None:
+    def _listen(self, server: socket.socket, word: bytes, store: Any, others: int) -> None:
+        missing, limit = others, time.monotonic() + 2 * _REACH
         with contextlib.ExitStack() as opened, selectors.DefaultSelector() as known, server:
             known.register(server, selectors.EVENT_READ)
             while not self._ended.is_set():
@@ -65,11 +70,22 @@ class Lifeline:
                     if key.fileobj is server:
                         other = opened.enter_context(server.accept()[0])
                         known.register(other, selectors.EVENT_READ, data=bytearray())
+                        missing -= 1
                     elif self._closed(key):
                         known.unregister(key.fileobj)
                         if key.data == word:
-                            with contextlib.suppress(RuntimeError):
-                                store.add(LOST, 1)
+                            self._lost(store)
+                if missing > 0 and time.monotonic() > limit:
+                    with contextlib.suppress(RuntimeError):
+                        missing -= store.add(_UNREACHED, 0)
+                    if missing > 0:
+                        self._lost(store)
+                    missing = 0
+
+    @staticmethod
+    def _lost(store: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # it has gone itself
+            store.add(LOST, 1)
 
     @staticmethod
     def _closed(key: selectors.SelectorKey) -> bool:

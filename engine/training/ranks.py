@@ -66,7 +66,7 @@ class Ranks:
         """
         ranks = cls(*rendezvous.join())
         with served():
-            ranks._lifeline = Lifeline.of(ranks.rank, ranks.store)
+            ranks._lifeline = Lifeline.of(ranks.rank, ranks.size, ranks.store)
         return ranks
 
     def device(self, device: torch.device) -> torch.device:
