@@ -6,7 +6,7 @@ Every field is a flag of the same name, and begins with its method's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from engine.comparison.averagers import AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
@@ -30,6 +30,17 @@ MMD_BANDWIDTHS = {
     "rational-quadratic": (0.05, 0.1, 0.2),
     "imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 }
+
+
+def _real_images(default: int) -> Any:
+    return option(
+        default,
+        "real images that every minibatch is compared with, at most",
+        at_least=2,
+        at_most=MOST_IMAGES,
+        metavar="N",
+        since="0.2",
+    )
 
 
 @dataclass(kw_only=True)
@@ -100,14 +111,7 @@ class MmdConfig(Settings):
         metavar="M",
         since="0.2",
     )
-    mmd_images: int = option(
-        10_000,
-        "real images that every minibatch is compared with, at most",
-        at_least=2,
-        at_most=MOST_IMAGES,
-        metavar="N",
-        since="0.2",
-    )
+    mmd_images: int = _real_images(10_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,14 +158,7 @@ class SinkhornConfig(Settings):
     sinkhorn_iterations: int = option(
         50, "Sinkhorn's iterations in a step; a smaller ε needs more", at_least=1, metavar="N", since="0.2"
     )
-    sinkhorn_images: int = option(
-        2_000,
-        "real images that every minibatch is compared with, at most",
-        at_least=2,
-        at_most=MOST_IMAGES,
-        metavar="N",
-        since="0.2",
-    )
+    sinkhorn_images: int = _real_images(2_000)
 
     @property
     def summary(self) -> str:
@@ -177,14 +174,7 @@ class DriftingConfig(Settings):
     drifting_temperatures: tuple[float, ...] = option(
         (0.02, 0.05, 0.2), "τ, in units of the mean distance", above=0, at_most=1e6, metavar="X", since="0.2"
     )
-    drifting_images: int = option(
-        2_000,
-        "real images that every minibatch is compared with, at most",
-        at_least=2,
-        at_most=MOST_IMAGES,
-        metavar="N",
-        since="0.2",
-    )
+    drifting_images: int = _real_images(2_000)
 
     @property
     def summary(self) -> str:
@@ -206,14 +196,7 @@ class GmmnConfig(Settings):
         metavar="X",
         since="0.2",
     )
-    gmmn_images: int = option(
-        2_000,
-        "real images that every minibatch is compared with, at most",
-        at_least=2,
-        at_most=MOST_IMAGES,
-        metavar="N",
-        since="0.2",
-    )
+    gmmn_images: int = _real_images(2_000)
 
     @property
     def summary(self) -> str:
