@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.runs import command
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -22,7 +23,6 @@ from bench.ranks.rows import AloneRow, TimeRow
 from bench.ranks.tasks import calls_of
 from bench.ranks.traffic import Exchange, expected, watched
 from bench.scenario import Problem
-from engine.configuration.command import run_command
 from engine.generation.networks import build_generator
 from engine.training.ranks import Ranks
 
@@ -184,9 +184,7 @@ def test_command_writes_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     ],
 )
 def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        run_command(program.main, flags.split())
-    assert exit_.value.code == 2
-    text = capsys.readouterr().err
+    code, text = command(program.main, flags.split(), capsys)
+    assert code == 2
     assert message in text
     assert len(text.splitlines()) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import command
 from PIL import Image
 
 from bench.memory import __main__ as program
@@ -15,7 +16,6 @@ from bench.memory import measuring
 from bench.memory.measuring import largest_minibatch, measure_apart, model, saved_row, scale_rows
 from bench.memory.rows import GIB, VARIANTS, MemoryRow, Variant
 from bench.scenario import Problem
-from engine.configuration.command import run_command
 from engine.training.planner import shown_bytes
 
 CPU = torch.device("cpu")
@@ -145,10 +145,8 @@ def test_a_failed_measurement_says_why() -> None:
     ],
 )
 def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        run_command(program.main, flags.split())
-    assert exit_.value.code == 2
-    text = capsys.readouterr().err
+    code, text = command(program.main, flags.split(), capsys)
+    assert code == 2
     assert message in text
     assert len(text.splitlines()) == 1
 
