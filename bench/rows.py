@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -267,3 +268,9 @@ def save_figure(path: Path, figure: Figure, dpi: float | str = "figure") -> None
 def read_json(path: Path, kind: type[RowKind]) -> list[RowKind]:
     """The rows that `write_json` wrote. OSError, TypeError or ValueError if the file holds anything else."""
     return [kind(**values) for values in json.loads(path.read_text())]
+
+
+def newest_file(folder: Path, kind: str) -> Path | None:
+    """The newest file `KIND_YYYY-MM-DD.json` of `folder`; None if there is none."""
+    files = [path for path in folder.glob("*.json") if re.fullmatch(rf"{re.escape(kind)}_\d{{4}}-\d\d-\d\d", path.stem)]
+    return max(files, default=None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.rows import newest_file
 from engine.support.errors import InputError
 
 Row = Mapping[str, Any]
@@ -57,14 +58,13 @@ Writer = Callable[[Results], str]
 
 def read_results(folder: Path, kind: str) -> Results:
     """The newest file `KIND_YYYY-MM-DD.json` of `folder`; InputError if there is none, or it holds no rows."""
-    files = sorted(path for path in folder.glob(f"{kind}_*.json") if re.fullmatch(r"\d{4}-\d\d-\d\d", path.stem[-10:]))
-    files = [path for path in files if path.stem[:-11] == kind]
-    if not files:
+    file = newest_file(folder, kind)
+    if file is None:
         raise InputError("results", f"{folder} has no file {kind}_YYYY-MM-DD.json")
-    rows = json.loads(files[-1].read_text())
+    rows = json.loads(file.read_text())
     if not isinstance(rows, list) or not rows:
-        raise InputError("results", f"{files[-1]} holds no rows")
-    return Results(rows, f"bench/results/{files[-1].name}")
+        raise InputError("results", f"{file} holds no rows")
+    return Results(rows, f"bench/results/{file.name}")
 
 
 def fill(text: str, write: Callable[[str], str]) -> str:

@@ -233,18 +233,21 @@ def reference_kind(config: Config) -> Kind[Any]:
     return _KINDS[config.method.method](config)
 
 
-def blank_reference(config: Config, extractor: Extractor, fill: Callable[..., Tensor] = torch.zeros) -> Any:
-    """What the configured method would know of real images, of none: `fill(*shape)` in place of numbers.
+def blank_reference(
+    config: Config, extractor: Extractor, fill: Callable[..., Tensor] = torch.zeros, images: int | None = None
+) -> Any:
+    """What the configured method would know of `images` real images, of none: `fill(*shape)` in place of numbers.
 
-    For models and traces of a step, which look at shapes alone.
+    For models and traces of a step, which look at shapes alone. By default of as many images as can matter.
     """
     kind = reference_kind(config)
     if isinstance(kind, MomentsKind):
         size = extractor.num_features
         return Moments(2, fill(size, dtype=torch.float64), fill(size, dtype=torch.float64))
     features = sizes(make_pool(config.features.pool), extractor.taps)
-    images = kind.at_most if isinstance(kind, BankKind) else sum(features)
-    return FeatureBank(fill(images, sum(features)), torch.zeros(images, dtype=torch.int64), features)
+    most = kind.at_most if isinstance(kind, BankKind) else sum(features)
+    count = most if images is None else min(images, most)
+    return FeatureBank(fill(count, sum(features)), torch.zeros(count, dtype=torch.int64), features)
 
 
 def make_objective(

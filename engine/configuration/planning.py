@@ -73,7 +73,12 @@ CPU = torch.device("cpu")
 
 
 def predict(
-    config: Config, generator: Generator, extractor: Extractor, device: torch.device = CPU, size: int = 1
+    config: Config,
+    generator: Generator,
+    extractor: Extractor,
+    device: torch.device = CPU,
+    size: int = 1,
+    images: int | None = None,
 ) -> Footprint:
     """The footprint of training as `config` says, on tensors of no memory, in about a second.
 
@@ -88,6 +93,7 @@ def predict(
         device: where training is to run.
         size: number of ranks. The footprint is one rank's, of the largest share of the minibatch; what all ranks tell
             it, W·2·D moments or N·F pooled features, is there as long as it is in a step.
+        images: real ones of the data set; None for as many as can matter.
     """
     mode, on_gpu = FakeMode(), device.type == "cuda"
     block = gpu_block if on_gpu else int
@@ -99,7 +105,7 @@ def predict(
 
     def build() -> Callable[[], object]:
         # Fake tensors have no numbers to make weights or scales of.
-        known = blank_reference(config, fake_extractor)
+        known = blank_reference(config, fake_extractor, images=images)
         if weighted:
             options["weights"] = torch.empty(extractor.num_features, dtype=torch.float64)
         if isinstance(known, FeatureBank):

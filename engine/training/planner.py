@@ -94,8 +94,8 @@ class StorageTracker(TorchDispatchMode):
     """Counts the bytes of all storages that operators make, for as long as anybody holds them.
 
     Views share their storage and in-place operators make none. What an operator allocates for itself and frees before
-    it returns is not seen: neither a library's workspaces, nor PyTorch's own kernels from the inside. The one exception
-    is gloo's all-gather.
+    it returns is not seen: neither a library's workspaces, nor PyTorch's own kernels from the inside. The exceptions
+    are gloo's all-gather, and the copy of a matrix that its singular values are found in.
 
     Args:
         ignored: their storages don't count.
@@ -117,7 +117,7 @@ class StorageTracker(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self.count(value)
-        if self.gloo and func is torch.ops.c10d._allgather_base_.default:
+        if (self.gloo and func is torch.ops.c10d._allgather_base_.default) or func is torch.ops.aten._linalg_svd.default:
             self.peak = max(self.peak, self.now + self.block(args[0].nbytes))
         return result
 

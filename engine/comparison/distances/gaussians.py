@@ -10,6 +10,8 @@ All of it is in float64, whatever the features are in. Source: Dowson & Landau 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from engine.comparison.distances.first_order import with_gradient
 from engine.comparison.distances.kernels import check_features
 from engine.support.errors import InputError
 
-_BLOCK = 4096  # rows of y in float64 at once
+_BLOCK = 512  # rows in float64 at once
 
 
 def frechet(x: Tensor, y: Tensor) -> Tensor:
@@ -64,7 +66,8 @@ class Frechet:
     """The Fréchet distance to a fixed mean and covariance: `frechet` as a function of x alone.
 
     The real covariance is factored once, Σ* = BᵀB with B [r, F] of its r eigenvalues above F · eps of the largest, in
-    float64. A call is the product [n, F] · [F, r] and the singular values of the [n, r] matrix.
+    float64. A call is the product [n, F] · [F, r] and the singular values of the [n, r] matrix; its gradient, another
+    such product. Memory: B, a few matrices [n, r], and for the singular values five [k, k], k the smaller of n and r.
 
     Args:
         mean: μ* [F] of the real images' features; no gradient reaches it.
@@ -128,10 +131,42 @@ class Frechet:
             InputError: "x", if it isn't [n ≥ 2, F] with the mean's F.
         """
         check_features("x", x, at_least=2, size=len(self.mean))
-        mean, factor = _mean_and_factor(x)
-        means = (mean - self.mean).square().sum()
-        found = means + factor.square().sum() + self.trace - 2 * _trace_of_root(factor @ self.factor.T)
-        return found.to(_wide(x))
+        wanted = x.requires_grad and torch.is_grad_enabled()
+        with torch.no_grad():
+            value, gradient = self._of_sample(x, wanted)
+        return (value if gradient is None else with_gradient(x, value, gradient)).to(_wide(x))
+
+    def _of_sample(self, x: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """The distance, float64, and its gradient [n, F] in the result's dtype, if `wanted`.
+
+            ∂/∂x = 2/n (μ − μ*) + 2/√(n−1) (A − (Q − q̄) B),    Q = U Vᵀ of A Bᵀ
+
+        with q̄ the mean row of Q, since A is centred. A is made again, a block of rows at a time: of numbers [n, F] in
+        float64 there are none.
+        """
+        scale = (len(x) - 1) ** -0.5
+        mean = torch.stack([rows.double().sum(dim=0) for rows in torch.split(x, _BLOCK)]).sum(dim=0) / len(x)
+
+        def factors() -> Iterator[tuple[slice, Tensor]]:
+            for start in range(0, len(x), _BLOCK):
+                part = slice(start, min(start + _BLOCK, len(x)))
+                yield part, (x[part].double() - mean).mul_(scale)
+
+        product = self.factor.new_empty(len(x), len(self.factor))
+        value = (mean - self.mean).square().sum() + self.trace
+        for part, rows in factors():
+            torch.mm(rows, self.factor.T, out=product[part])
+            value = value + torch.linalg.vector_norm(rows).square()
+        total, polar = _nuclear_norm(product)
+        value = value - 2 * total
+        if not wanted:
+            return value, None
+        polar -= polar.mean(dim=0)
+        gradient = torch.empty_like(x, dtype=_wide(x))
+        for part, rows in factors():
+            rows.addmm_(polar[part], self.factor, alpha=-1).mul_(2 * scale)
+            gradient[part] = rows.add_(mean - self.mean, alpha=2 / len(x))
+        return value, gradient
 
     def of_moments(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """The distance of a population's mean [F] and covariance [F, F], as []; differentiable once in both.
@@ -167,15 +202,20 @@ def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
 def _trace_of_root(product: Tensor) -> Tensor:
     """The sum of the singular values of A Bᵀ [n, m], which is tr (B AᵀA Bᵀ)^½; its gradient is U Vᵀ."""
     with torch.no_grad():
-        try:
-            left, values, right = torch.linalg.svd(product, full_matrices=False)
-        except torch.linalg.LinAlgError:
-            if bool(product.isfinite().all()):
-                raise
-            return product.sum() * torch.nan  # as other distances of such features
-        kept = values > max(product.shape) * torch.finfo(product.dtype).eps * values[:1]
-        polar = (left * kept) @ right
-    return with_gradient(product, values.sum(), polar)
+        total, polar = _nuclear_norm(product)
+    return with_gradient(product, total, polar)
+
+
+def _nuclear_norm(product: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the singular values, [], and U Vᵀ of those that are not 0; NaN of values that are not finite."""
+    try:
+        left, values, right = torch.linalg.svd(product, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        if bool(product.isfinite().all()):
+            raise
+        return product.sum() * torch.nan, product * torch.nan  # as other distances of such features
+    kept = values > max(product.shape) * torch.finfo(product.dtype).eps * values[:1]
+    return values.sum(), left.mul_(kept) @ right
 
 
 def _trace_of_symmetric_root(product: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class MMD:
         self.count, self.size = y.shape
         y = y.detach()
         self.parts = fixed_parts(y, kernel, block or max(1, _BLOCK_FEATURES // self.size))
-        self.constant = _mean_of_all_pairs(y, kernel, unbiased)
+        self.constant = mean_of_all_pairs(y, kernel, unbiased)
 
     def __call__(self, x: Tensor) -> Tensor:
         """MMD² of x [n, F] and y, as []; differentiable in x as often as the kernel is.
@@ -157,7 +157,7 @@ def _across(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     return kernel(x, y).sum(dtype=torch.float64) / (len(x) * len(y))
 
 
-def _mean_of_all_pairs(y: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+def mean_of_all_pairs(y: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
     """`mean_within` of a set of any size: blocks in float64, each pair of blocks once since k(x, y) = k(y, x)."""
     with torch.no_grad():
         total = torch.zeros((), dtype=torch.float64, device=y.device)

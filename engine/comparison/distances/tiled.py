@@ -18,7 +18,7 @@ from engine.comparison.distances.kernels import (
     RationalQuadratic,
     check_features,
 )
-from engine.comparison.distances.mean_embedding import MMD
+from engine.comparison.distances.mean_embedding import MMD, mean_of_all_pairs
 from engine.support.errors import InputError
 from kernels.profiles import MOST_PARAMETERS
 
@@ -68,8 +68,7 @@ class TiledMMD:
         if profile is None:
             raise InputError("kernel", f"has no fused sums, which have at most {MOST_PARAMETERS} widths: {kernel!r}")
         self.y, self.profile, self.unbiased = _wide(y.detach()), profile, unbiased
-        sums, _ = fused.pairwise_sums(self.y.double(), None, *profile, not unbiased, False)
-        self.constant = sums.sum() / _pairs_within(len(y), unbiased)
+        self.constant = mean_of_all_pairs(self.y, kernel, unbiased)
 
     def __call__(self, x: Tensor) -> Tensor:
         """MMD² of x [n, F] and y, as []; differentiable in x once.
@@ -101,8 +100,9 @@ class _Tiled(torch.autograd.Function):
         within, gradient_within = fused.pairwise_sums(x, None, *profile, not unbiased, wanted)
         across, gradient_across = fused.pairwise_sums(x, y, *profile, True, wanted)
         inner, outer = 1 / _pairs_within(len(x), unbiased), 2 / (len(x) * len(y))
-        # k is symmetric, so the second argument's gradient is the first's once more.
-        ctx.save_for_backward(gradient_within * (2 * inner) - gradient_across * outer if wanted else None)
+        # k is symmetric, so the second argument's gradient is the first's once more. In place: each is as large as x.
+        gradient = gradient_within.mul_(2 * inner).sub_(gradient_across, alpha=outer) if wanted else None
+        ctx.save_for_backward(gradient)
         return within.sum() * inner - across.sum() * outer
 
     @staticmethod

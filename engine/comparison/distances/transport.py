@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -92,27 +92,42 @@ class Sinkhorn:
         if tolerance is not None:
             _check_positive("tolerance", tolerance)
         _check_count("iterations", iterations)
-        self.y, self.iterations, self.tolerance = y.detach(), iterations, tolerance
+        y = y.detach()
+        self.shift, self.iterations, self.tolerance = y.mean(dim=0), iterations, tolerance
+        self.y = y - self.shift  # distances don't change, and products lose fewer digits
         cost = squared_distances(self.y, self.y)
         scale = cost.mean()
         self.epsilon = epsilon * torch.where(scale == 0, 1.0, scale)
-        self.constant = _transport(cost, self.epsilon, iterations, tolerance, True)
+        self.constant = _solve(cost, self.epsilon, iterations, tolerance, True)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """S_ε of x [n, F] and y, as []; differentiable once.
+
+        The gradient, Σ_j P_ij 2 (x_i − y_j) − Σ_j Q_ij 2 (x_i − x_j) of the two plans, is found together with the value:
+        besides x there are two more matrices [n, F] at a time, and no graph.
 
         Raises:
             InputError: "x", if it isn't [n ≥ 1, F] with y's F.
         """
         check_features("x", x, size=self.y.shape[1])
+        wanted = x.requires_grad and torch.is_grad_enabled()
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        costs = squared_distances(wide, self.y.to(wide.dtype)), squared_distances(wide, wide)
-        across, of_x = (
-            _transport(cost, self.epsilon.to(wide.dtype), self.iterations, self.tolerance, symmetric)
-            for cost, symmetric in zip(costs, (False, True), strict=True)
-        )
-        found: Tensor = across - of_x / 2 - self.constant / 2
-        return found.to(wide.dtype)
+        with torch.no_grad(), full_precision(x):
+            value, gradient = self._of_sample(wide.detach(), wanted)
+        return (value if gradient is None else with_gradient(wide, value, gradient)).to(wide.dtype)
+
+    def _of_sample(self, x: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        rows, y = x - self.shift.to(x.dtype), self.y.to(x.dtype)
+        epsilon = self.epsilon.to(x.dtype)
+        solve = partial(_solve, epsilon=epsilon, iterations=self.iterations, tolerance=self.tolerance)
+        across, plan = solve(squared_distances(rows, y), symmetric=False)
+        of_x, own = solve(squared_distances(rows, rows), symmetric=True)
+        value = across - of_x / 2 - self.constant / 2
+        if not wanted:
+            return value, None
+        pairs = own + own.T
+        gradient = rows * (2 * plan.sum(dim=1) - pairs.sum(dim=1))[:, None]
+        return value, gradient.addmm_(plan, y, alpha=-2).addmm_(pairs, rows)
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 128, seed: int = 0) -> Tensor:
@@ -158,14 +173,21 @@ def directions(size: int, count: int, seed: int = 0) -> Tensor:
 
 def _transport(cost: Tensor, epsilon: Tensor, iterations: int, tolerance: float | None, symmetric: bool) -> Tensor:
     """OT_ε of a cost [n, m], [] float64, whose gradient is the plan [n, m]."""
-    with torch.no_grad():
-        solve = _symmetric_potentials if symmetric else _potentials
-        scaled = cost / epsilon
-        f, g = solve(scaled, iterations, tolerance)
-        plan = (f[:, None] + g[None, :] - scaled - math.log(cost.numel())).exp_()
-        mass = plan.sum(dtype=torch.float64)  # 1 but for the iterations that are missing
-        value = epsilon * (f.mean(dtype=torch.float64) + g.mean(dtype=torch.float64) - mass + 1)
-    return with_gradient(cost, value, plan)
+    return with_gradient(cost, *_solve(cost, epsilon, iterations, tolerance, symmetric))
+
+
+@torch.no_grad()
+def _solve(
+    cost: Tensor, epsilon: Tensor, iterations: int, tolerance: float | None, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """OT_ε of a cost [n, m], [] float64, and the plan [n, m]."""
+    solve = _symmetric_potentials if symmetric else _potentials
+    scaled = cost / epsilon
+    f, g = solve(scaled, iterations, tolerance)
+    plan = (f[:, None] + g[None, :] - scaled - math.log(cost.numel())).exp_()
+    mass = plan.sum(dtype=torch.float64)  # 1 but for the iterations that are missing
+    value = epsilon * (f.mean(dtype=torch.float64) + g.mean(dtype=torch.float64) - mass + 1)
+    return value, plan
 
 
 def _potentials(cost: Tensor, iterations: int, tolerance: float | None) -> tuple[Tensor, Tensor]:
