@@ -25,6 +25,7 @@ from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.reference.target import fake_target
 from engine.configuration.build import make_method
 from engine.configuration.config import Config
+from engine.configuration.objectives import blank_reference
 from engine.configuration.planning import predict
 from engine.configuration.running import make_machinery, make_schedule
 from engine.generation.networks import Generator, build_generator
@@ -167,14 +168,20 @@ class Scenario:
         *,
         generator: Generator | None = None,
         ranks: Ranks = ALONE,
+        images: int | None = None,
+        max_chunks: int | None = None,
         **flags: Any,
     ) -> Parts:
         """Build a training step's parts; arguments as for `config`, and a new generator if none is given.
 
-        `ranks` are the processes that share the minibatch.
+        `ranks` are the processes that share the minibatch. Another method than GFMN knows random features of `images`
+        real images, None for as many as can matter. `max_chunks`: see `FeaturePass`.
         """
         config = self.config(minibatch, dtype, **flags)
-        method = make_method(config, generator or self.generator(), self.extractor, self.target, ranks)
+        matches_moments = config.method.method == "gfmn"
+        known = self.target if matches_moments else blank_reference(config, self.extractor, torch.rand, images)
+        options = {} if max_chunks is None else {"max_chunks": max_chunks}
+        method = make_method(config, generator or self.generator(), self.extractor, known, ranks, **options)
         assert isinstance(method, Matching)
         return Parts(config, method)
 
@@ -183,9 +190,11 @@ class Scenario:
         networks = copy.deepcopy(self.networks) if copied else self.networks
         return NaiveMatching(networks, self.target, **switches)
 
-    def modelled(self, minibatch: int, dtype: torch.dtype | None = None, **flags: Any) -> Footprint:
-        """What a step of the engine needs, without allocating it. Arguments as for `config`."""
-        return predict(self.config(minibatch, dtype, **flags), self._looked_at, self.extractor)
+    def modelled(
+        self, minibatch: int, dtype: torch.dtype | None = None, *, images: int | None = None, **flags: Any
+    ) -> Footprint:
+        """What a step of the engine needs, without allocating it. Arguments as for `parts`."""
+        return predict(self.config(minibatch, dtype, **flags), self._looked_at, self.extractor, images=images)
 
     def modelled_naive(self, minibatch: int, **switches: Any) -> Footprint:
         """What a step of the naive version needs, without allocating it."""

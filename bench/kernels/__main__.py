@@ -18,7 +18,7 @@ import torch
 import bench.kernels
 from bench.kernels.audit import audit, print_audit
 from bench.kernels.steps import measure_steps
-from bench.kernels.times import measure_operations
+from bench.kernels.times import OPERATIONS, measure_operations
 from bench.kernels.traffic import count_bytes, print_bytes
 from bench.kernels.workloads import EXTRACTOR, IMAGE_SIZE, taps_of
 from bench.rows import RowFile, print_rows
@@ -40,6 +40,9 @@ def parser() -> Parser:
     arguments.add_argument("--repetitions", type=int, default=30, help="of every timed call (default: %(default)s)")
     arguments.add_argument(
         "--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="of the timed taps (default: both)"
+    )
+    arguments.add_argument(
+        "--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="that are timed (default: all)"
     )
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--json", type=output_file, metavar="FILE", help="write the rows there too")
@@ -69,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             show = partial(print_rows, file.keep(measure_steps(args.device, args.repetitions)))
         else:
             dtypes = [DTYPES[name] for name in args.dtypes]
-            show = partial(print_rows, file.keep(measure_operations(args.device, args.repetitions, dtypes)))
+            timed = measure_operations(args.device, args.repetitions, dtypes, args.operations)
+            show = partial(print_rows, file.keep(timed))
     show()
     if failed:
         sys.exit(1)

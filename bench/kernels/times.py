@@ -43,6 +43,8 @@ from kernels.layout import feature_rows
 # A graph of so many calls runs much longer than its launch takes; so many buffers at most for the smallest taps.
 GRAPHED_CALLS, MOST_COPIES = 20, 256
 
+OPERATIONS = ("averager", "pairwise", "taps")
+
 Calls = dict[str, Callable[[], object]]
 
 
@@ -329,16 +331,21 @@ def _distinct(taps: Sequence[TapShape]) -> list[TapShape]:
 
 
 def measure_operations(
-    device: str, repetitions: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
+    device: str,
+    repetitions: int,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    operations: Sequence[str] = OPERATIONS,
 ) -> Iterator[OperationRow]:
     """The averager over all taps of `EXTRACTOR`, sums over `PAIRS`, and the kinds of taps in every dtype."""
     taps = taps_of(EXTRACTOR, IMAGE_SIZE)
     cuda = cuda_of(device)
     # A backward pass can only be captured on the stream of its forward pass.
     with contextlib.nullcontext() if cuda is None else cuda.on_stream():
-        yield from timing_of_averager(sum(tap.features for tap in taps), device).rows(repetitions, device, cuda)
-        yield from timing_of_pairs(*PAIRS, device).rows(repetitions, device, cuda)
-        for dtype in dtypes:
+        if "averager" in operations:
+            yield from timing_of_averager(sum(tap.features for tap in taps), device).rows(repetitions, device, cuda)
+        if "pairwise" in operations:
+            yield from timing_of_pairs(*PAIRS, device).rows(repetitions, device, cuda)
+        for dtype in dtypes if "taps" in operations else ():
             for tap in _distinct(taps):
                 for timing in timings_of_tap(tap, dtype, device):
                     yield from timing.rows(repetitions, device, cuda)

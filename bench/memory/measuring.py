@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import json
@@ -10,17 +11,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bench.memory.rows import VARIANTS, CapacityRow, MemoryRow, SavedRow, ScaleRow, Variant, shown
+from bench.memory.rows import METHODS, VARIANTS, CapacityRow, MemoryRow, SavedRow, ScaleRow, Variant, shown
 from bench.rows import environment, peak_memory
 from bench.scenario import Problem, Scenario, Step, engine_step, plain_step
 from engine.representation.feature_pass import Activate, Chunk, FeaturePass
 from engine.training.planner import Footprint
 
+Measured = tuple[int, int, int | None]
+"""Bytes: the allocator's peak beyond the weights; the largest resident size; the one before."""
 # What is said to fit is said with an error of at most this share, on the safe side.
 _PRECISION = 0.005
 
@@ -35,18 +39,22 @@ def model(variant: Variant, problem: Problem, minibatch: int) -> Footprint:
     scenario = _on_cpu(problem, variant.naive is not None)
     if variant.naive is not None:
         return scenario.modelled_naive(minibatch, **variant.naive)
-    return scenario.modelled(minibatch, variant.precision, **variant.flags)
+    return scenario.modelled(minibatch, variant.precision, images=variant.images, **variant.flags)
 
 
-def measure_peak(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> tuple[int, int]:
-    """(allocator's peak beyond the weights, resident size), bytes. In this process: call it once."""
+def measure_peak(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> Measured:
+    """See `Measured`. In this process: call it once."""
     scenario = Scenario.shapes(problem, device, naive=variant.naive is not None)
     generator = scenario.generator()
 
     def make_step(images: int) -> Step:
         if variant.naive is not None:
             return plain_step(generator, scenario.naive(copied=False, **variant.naive), images, variant.precision)
-        return engine_step(scenario.parts(images, variant.precision, generator=generator, **variant.flags))
+        parts = scenario.parts(
+            images, variant.precision, generator=generator, images=variant.images, max_chunks=variant.chunks,
+            **variant.flags,
+        )  # fmt: skip
+        return engine_step(parts)
 
     def two_steps(images: int) -> None:
         step = make_step(images)
@@ -57,27 +65,35 @@ def measure_peak(variant: Variant, problem: Problem, minibatch: int, device: tor
     for module in (generator, nn.ModuleList(scenario.networks), scenario.extractor):
         module.zero_grad(set_to_none=True)
     gc.collect()
+    baseline = resident_size()
     peak = peak_memory(lambda: two_steps(minibatch), device)
     unit = 1 if sys.platform == "darwin" else 1024
-    return peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, baseline
 
 
-def measure_apart(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> tuple[int, int]:
+def resident_size() -> int | None:
+    """Bytes of this process in RAM now; None where the system has no /proc."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else None
+
+
+def measure_apart(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> Measured:
     """`measure_peak` in a process of its own; RuntimeError with its last line if that fails."""
-    given = [variant.name, problem.extractor, problem.image_size, problem.generator, minibatch, str(device)]
+    given = [variant.name, variant.chunks, problem.extractor, problem.image_size, problem.generator, minibatch, str(device)]
     command = [sys.executable, "-m", "bench.memory", "--one", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise RuntimeError(f"{variant.name}, minibatch {minibatch}: not measured: {reason}")
-    peak, resident = json.loads(done.stdout.strip().splitlines()[-1])
-    return peak, resident
+    peak, resident, baseline = json.loads(done.stdout.strip().splitlines()[-1])
+    return peak, resident, baseline
 
 
-def measure_given(text: str) -> tuple[int, int]:
+def measure_given(text: str) -> Measured:
     """`measure_peak` of what `measure_apart` wrote on the command line."""
-    name, extractor, size, generator, minibatch, device = json.loads(text)
-    (variant,) = (variant for variant in VARIANTS if variant.name == name)
+    name, chunks, extractor, size, generator, minibatch, device = json.loads(text)
+    (variant,) = (variant for variant in (*VARIANTS, *METHODS) if variant.name == name)
+    variant = dataclasses.replace(variant, chunks=chunks)
     return measure_peak(variant, Problem(extractor, size, generator), minibatch, torch.device(device))
 
 
@@ -93,14 +109,14 @@ def memory_rows(
     for variant in variants:
         for minibatch in minibatches:
             footprint = model(variant, problem, minibatch)
-            measured: tuple[int | None, int | None] = (None, None)
+            measured: tuple[int | None, int | None, int | None] = (None, None, None)
             if footprint.total <= measure_up_to:
                 measured = measure_apart(variant, problem, minibatch, device)
             print(f"{variant.name}, minibatch {minibatch}: {shown(footprint.peak)} modelled, "
                   f"{shown(measured[0])} measured", file=sys.stderr)  # fmt: skip
             yield MemoryRow(
                 variant.name, variant.dtype, problem.extractor, problem.generator, problem.image_size, minibatch,
-                footprint.weights, footprint.peak, *measured, environment=where,
+                footprint.weights, footprint.peak, *measured, variant.chunks, environment=where,
             )  # fmt: skip
 
 

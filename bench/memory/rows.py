@@ -25,12 +25,16 @@ class Variant:
         precision: dtype of the arithmetic, None for float32 throughout.
         naive: switches of `NaiveMatching`; None for the engine.
         flags: of the engine's configuration.
+        images: real ones that a method knows; None for as many as can matter.
+        chunks: of every minibatch that are computed at most; None for all.
     """
 
     name: str
     precision: torch.dtype | None = None
     naive: Mapping[str, Any] | None = None
     flags: Mapping[str, Any] = field(default_factory=dict)
+    images: int | None = None
+    chunks: int | None = None
 
     @property
     def dtype(self) -> str:
@@ -52,6 +56,25 @@ VARIANTS = (
 )
 
 
+def _in_chunks(name: str, method: str | None = None, images: int | None = None) -> Variant:
+    flags: dict[str, Any] = {"chunk_size": 64, **RECOMPUTE_GENERATOR}
+    if method is not None:
+        flags |= {"method": method, "pool": "mean"}
+    return Variant(name, _BF16, flags=flags, images=images, chunks=3)
+
+
+METHODS = (
+    _in_chunks("gfmn"),
+    _in_chunks("mmd, 10,000 real images", "mmd"),
+    _in_chunks("sinkhorn, 2,000 real images", "sinkhorn"),
+    _in_chunks("drifting, 2,000 real images", "drifting"),
+    _in_chunks("frechet, 1,797 real images", "frechet", 1797),
+    _in_chunks("frechet, any number of real images", "frechet"),
+)
+"""What `--methods` compares: bf16, chunks of 64 images, the generator recomputed, channel means. The covariance of more
+real images than features is one matrix, whatever their number."""
+
+
 def shown(count: float | None) -> str:
     """Bytes with a unit; nothing for None."""
     return "" if count is None else shown_bytes(count)
@@ -67,6 +90,8 @@ class MemoryRow(Row):
         modelled: bytes at the peak of a step beyond the weights, by `engine.training.planner`.
         measured: the same by PyTorch's allocator; None where it was not measured.
         resident: bytes, the largest size of the process that was measured.
+        baseline: bytes, its size before the step's parts were made: networks, libraries, compiled kernels.
+        chunks: of the minibatch that were computed; the others' features were 0. None for all.
     """
 
     variant: str
@@ -79,9 +104,12 @@ class MemoryRow(Row):
     modelled: int
     measured: int | None
     resident: int | None
+    baseline: int | None = None
+    chunks: int | None = None
 
     def cells(self) -> dict[str, object]:
         """Bytes with units, and the model's ratio to the measurement."""
+        above = None if self.baseline is None or self.resident is None else self.resident - self.baseline
         return {
             "variant": self.variant,
             "minibatch": self.minibatch,
@@ -89,6 +117,7 @@ class MemoryRow(Row):
             "measured": shown(self.measured),
             "modelled / measured": "" if self.measured is None else f"{self.modelled / self.measured:.3f}",
             "resident (whole process)": shown(self.resident),
+            "above its baseline": shown(above),
         }
 
 

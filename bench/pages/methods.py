@@ -34,5 +34,8 @@ def methods(results: Results) -> str:
     return f"{table(_HEADINGS, lines)}\n\n{results.conditions()}"
 
 
-TABLES: dict[str, tuple[str, Writer]] = {"methods": ("methods_digits", methods)}
+TABLES: dict[str, tuple[str, Writer]] = {
+    "methods": ("methods_digits", methods),
+    "methods-imagenet": ("methods_imagenet", methods),
+}
 """Region → the kind of rows that it shows, and who writes it."""

@@ -65,6 +65,8 @@ class FeatureCriterion:
         self.taps, dtype = extractor.taps, accumulation_dtype(objective.feature_pass.dtype)
         self.sizes = sizes(objective.pool, self.taps)
         self.features = torch.empty(count, sum(self.sizes), dtype=dtype, device=extractor.device)
+        if objective.feature_pass.max_chunks is not None:
+            self.features.zero_()  # where chunks are left out
         self.of_taps = torch.split(self.features, self.sizes, dim=1)
         self.counts = objective.ranks.counting(count)
         self.gradients: tuple[Tensor, ...] = ()
@@ -83,6 +85,9 @@ class FeatureCriterion:
             loss = self.objective.discrepancy(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
         self.gradients = torch.split(gradient[own], self.sizes, dim=1)
+        if self.objective.pool.linear:  # the features have done their duty, and are as large as their gradients
+            self.of_taps = self.gradients
+            del self.features
         return loss.detach()
 
     def gradient(self, tap: int, images: slice) -> PerImage:

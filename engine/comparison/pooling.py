@@ -23,7 +23,13 @@ PerImageParts = tuple[Tensor, Tensor | None]
 
 
 class Pool(Protocol):
-    """From a tap's output y [n, C, H, W] to pooled features [n, f], and back for gradients."""
+    """From a tap's output y [n, C, H, W] to pooled features [n, f], and back for gradients.
+
+    Attributes:
+        linear: whether `gradient` looks at g alone.
+    """
+
+    linear: bool
 
     def num_features(self, tap: Tap) -> int:
         """f."""
@@ -34,7 +40,7 @@ class Pool(Protocol):
         ...
 
     def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
-        """∂L/∂y for g = ∂L/∂pooled, with `pooled` what the call returned; [n, f] both."""
+        """∂L/∂y for g = ∂L/∂pooled, with `pooled` what the call returned, or g again if `linear`; [n, f] both."""
         ...
 
 
@@ -46,6 +52,8 @@ class Grid:
     With `side` 1 these are channel means, which lose where things are. Cells are those of
     `torch.nn.functional.adaptive_avg_pool2d`.
     """
+
+    linear = True
 
     def __init__(self, side: int):
         self.side = side
@@ -82,6 +90,8 @@ class MeanAndDeviation:
     ∂L/∂y = (g_m + g_s (y − m)/s)/(HW).
     """
 
+    linear = False
+
     def num_features(self, tap: Tap) -> int:
         channels, height, width = tap.shape
         return channels if height * width == 1 else 2 * channels
@@ -107,6 +117,8 @@ class MeanAndDeviation:
 
 class Everything:
     """Every feature: f = C·H·W."""
+
+    linear = True
 
     def num_features(self, tap: Tap) -> int:
         return tap.num_features

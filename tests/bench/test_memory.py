@@ -25,8 +25,9 @@ SMALL = Problem("vgg-small", 32, "dcgan")
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[6]], ids=lambda variant: variant.name)
 def test_modelled_is_measured(variant: Variant) -> None:
     modelled = model(variant, SMALL, 16)
-    measured, resident = measure_apart(variant, SMALL, 16, CPU)
+    measured, resident, baseline = measure_apart(variant, SMALL, 16, CPU)
     assert modelled.peak == pytest.approx(measured, rel=0.1)
+    assert resident > baseline
     assert resident > measured
 
 
@@ -98,11 +99,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_rows_are_written_as_they_come_and_variants_can_be_chosen(tmp_path: Path, monkeypatch) -> None:
     path, kept = tmp_path / "rows.json", []
 
-    def measured(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> tuple[int, int]:
+    def measured(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> tuple[int, int, int]:
         kept.append(len(json.loads(path.read_text())) if path.exists() else 0)
         if minibatch == 32:
             raise KeyboardInterrupt
-        return 10**6, 10**8
+        return 10**6, 10**8, 10**7
 
     monkeypatch.setattr(measuring, "measure_apart", measured)
     flags = ["--extractor", "vgg-small", "--batch-sizes", "8", "16", "32", "--no-capacity", "--device", "cpu"]
@@ -120,7 +121,7 @@ def test_no_minibatch_is_measured_that_a_gpu_has_no_room_for(tmp_path: Path, mon
     monkeypatch.setattr(program, "choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**26, 2**40))
     monkeypatch.setattr(measuring, "environment", lambda device="cpu": {"device": str(device)})
-    monkeypatch.setattr(measuring, "measure_apart", lambda *_: (10**6, 10**8))
+    monkeypatch.setattr(measuring, "measure_apart", lambda *_: (10**6, 10**8, 10**7))
     monkeypatch.setattr(program, "saved_row", lambda problem, dtype, device: saved_row(problem, dtype, CPU))
     flags = ["--extractor", "vgg-small", "--batch-sizes", "8", "64", "--no-capacity", "--device", "cuda"]
     program.main([*flags, "--variants", "naive", "--json", str(tmp_path / "rows.json")])

@@ -98,7 +98,7 @@ class Sinkhorn:
         cost = squared_distances(self.y, self.y)
         scale = cost.mean()
         self.epsilon = epsilon * torch.where(scale == 0, 1.0, scale)
-        self.constant = _solve(cost, self.epsilon, iterations, tolerance, True)[0]
+        self.constant = _solve(cost / self.epsilon, self.epsilon, iterations, tolerance, True)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """S_ε of x [n, F] and y, as []; differentiable once.
@@ -120,8 +120,8 @@ class Sinkhorn:
         rows, y = x - self.shift.to(x.dtype), self.y.to(x.dtype)
         epsilon = self.epsilon.to(x.dtype)
         solve = partial(_solve, epsilon=epsilon, iterations=self.iterations, tolerance=self.tolerance)
-        across, plan = solve(squared_distances(rows, y), symmetric=False)
-        of_x, own = solve(squared_distances(rows, rows), symmetric=True)
+        across, plan = solve(_squares(rows, y).div_(epsilon), symmetric=False)
+        of_x, own = solve(_squares(rows, rows).div_(epsilon), symmetric=True)
         value = across - of_x / 2 - self.constant / 2
         if not wanted:
             return value, None
@@ -173,18 +173,26 @@ def directions(size: int, count: int, seed: int = 0) -> Tensor:
 
 def _transport(cost: Tensor, epsilon: Tensor, iterations: int, tolerance: float | None, symmetric: bool) -> Tensor:
     """OT_ε of a cost [n, m], [] float64, whose gradient is the plan [n, m]."""
-    return with_gradient(cost, *_solve(cost, epsilon, iterations, tolerance, symmetric))
+    return with_gradient(cost, *_solve(cost.detach() / epsilon, epsilon, iterations, tolerance, symmetric))
+
+
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_i − y_j‖² [n, m] of centred rows, without a graph: no matrix besides."""
+    squares = torch.mm(x, y.T).mul_(-2)
+    squares += torch.linalg.vector_norm(x, dim=1).square()[:, None]
+    squares += torch.linalg.vector_norm(y, dim=1).square()
+    squares.clamp_min_(0)
+    return squares.fill_diagonal_(0) if x is y else squares
 
 
 @torch.no_grad()
 def _solve(
     cost: Tensor, epsilon: Tensor, iterations: int, tolerance: float | None, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """OT_ε of a cost [n, m], [] float64, and the plan [n, m]."""
+    """OT_ε of a cost [n, m] in units of ε, [] float64, and the plan [n, m], in the cost's place."""
     solve = _symmetric_potentials if symmetric else _potentials
-    scaled = cost / epsilon
-    f, g = solve(scaled, iterations, tolerance)
-    plan = (f[:, None] + g[None, :] - scaled - math.log(cost.numel())).exp_()
+    f, g = solve(cost, iterations, tolerance)
+    plan = cost.neg_().add_(f[:, None]).add_(g[None, :]).sub_(math.log(cost.numel())).exp_()
     mass = plan.sum(dtype=torch.float64)  # 1 but for the iterations that are missing
     value = epsilon * (f.mean(dtype=torch.float64) + g.mean(dtype=torch.float64) - mass + 1)
     return value, plan
