@@ -79,7 +79,15 @@ def resident_size() -> int | None:
 
 def measure_apart(variant: Variant, problem: Problem, minibatch: int, device: torch.device) -> Measured:
     """`measure_peak` in a process of its own; RuntimeError with its last line if that fails."""
-    given = [variant.name, variant.chunks, problem.extractor, problem.image_size, problem.generator, minibatch, str(device)]
+    given = [
+        variant.name,
+        variant.chunks,
+        problem.extractor,
+        problem.image_size,
+        problem.generator,
+        minibatch,
+        str(device),
+    ]
     command = [sys.executable, "-m", "bench.memory", "--one", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -34,8 +34,5 @@ def methods(results: Results) -> str:
     return f"{table(_HEADINGS, lines)}\n\n{results.conditions()}"
 
 
-TABLES: dict[str, tuple[str, Writer]] = {
-    "methods": ("methods_digits", methods),
-    "methods-imagenet": ("methods_imagenet", methods),
-}
+TABLES: dict[str, tuple[str, Writer]] = {"methods": ("methods_digits", methods)}
 """Region → the kind of rows that it shows, and who writes it."""

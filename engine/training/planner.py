@@ -117,7 +117,9 @@ class StorageTracker(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self.count(value)
-        if (self.gloo and func is torch.ops.c10d._allgather_base_.default) or func is torch.ops.aten._linalg_svd.default:
+        if (
+            self.gloo and func is torch.ops.c10d._allgather_base_.default
+        ) or func is torch.ops.aten._linalg_svd.default:
             self.peak = max(self.peak, self.now + self.block(args[0].nbytes))
         return result
 

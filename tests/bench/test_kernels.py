@@ -316,8 +316,10 @@ class TestTimes:
     def test_rows_are_written_after_every_operation(self, tmp_path: Path, monkeypatch) -> None:
         path, kept = tmp_path / "rows.json", []
 
-        def measure(device: str, repetitions: int, dtypes: list[torch.dtype]) -> Iterator[OperationRow]:
-            assert (device, repetitions, dtypes) == ("cpu", 1, [torch.bfloat16])
+        def measure(
+            device: str, repetitions: int, dtypes: list[torch.dtype], operations: list[str]
+        ) -> Iterator[OperationRow]:
+            assert (device, repetitions, dtypes, operations) == ("cpu", 1, [torch.bfloat16], ["taps"])
             for n in range(2):
                 yield OperationRow("sum", "ours", "8", "bfloat16", n, n, n, 1.0, 0.0, 0)
                 kept.append(len(json.loads(path.read_text())))
@@ -325,7 +327,8 @@ class TestTimes:
 
         monkeypatch.setattr(program, "measure_operations", measure)
         with pytest.raises(KeyboardInterrupt):
-            program.main(["--device", "cpu", "--dtypes", "bfloat16", "--repetitions", "1", "--json", str(path)])
+            flags = "--device cpu --operations taps --dtypes bfloat16 --repetitions 1 --json"
+            program.main([*flags.split(), str(path)])
         assert kept == [1, 2]
 
     def test_a_tap_with_a_wrong_kernel_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:

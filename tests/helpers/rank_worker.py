@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from engine.comparison import moment_matching
 from engine.comparison.averagers import AMA, Averager, MovingAverage, NoAverage
-from engine.comparison.distances import MMD, Frechet, Sinkhorn, drifting, kernels
+from engine.comparison.distances import MMD, Frechet, LandmarkMMD, Sinkhorn, drifting, kernels
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.on_features import Discrepancy, OnFeatures
-from engine.comparison.populations import MovingPopulation, QueuedFeatures, QueuedPopulation
+from engine.comparison.populations import MovingCovariance, MovingPopulation, QueuedFeatures, QueuedPopulation
 from engine.generation.networks import build_generator
 from engine.generation.priors import Gaussian, Noise
 from engine.methods.matching import Matching
@@ -38,9 +38,20 @@ AVERAGERS: dict[str, Averager] = {
     "ema": MovingPopulation(0.7),
     "queue": QueuedPopulation(3),
 }
+
+
+def root_of(distance: Discrepancy) -> Discrepancy:
+    """As GMMN compares."""
+    return lambda x: (distance(x) + 1e-8).sqrt()
+
+
 DISTANCES: dict[str, Callable[[Tensor], Discrepancy]] = {
     "mmd": lambda real: MMD(real, kernels.rational_quadratic()),
-    "frechet": lambda real: QueuedFeatures(Frechet.of(real), 9, real.shape[1], real),
+    "landmarks": lambda real: LandmarkMMD(real, kernels.rational_quadratic(), 5),
+    "gmmn": lambda real: root_of(MMD(real, kernels.gaussian((0.5, 1.0)))),
+    "frechet": Frechet.of,
+    "frechet-queue": lambda real: QueuedFeatures(Frechet.of(real), 9, real.shape[1], real),
+    "frechet-ema": lambda real: MovingCovariance(Frechet.of(real).of_moments, 0.7, real.shape[1], real),
     "sinkhorn": lambda real: Sinkhorn(real, 0.2, iterations=40, tolerance=None),
     "drifting": lambda real: lambda x: drifting(x, real),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.objectives import run_step
+from helpers.rank_worker import DISTANCES
 from oracle import in_float64, relative_error
 from torch import Tensor
 
@@ -147,6 +148,21 @@ def test_any_distance_will_do(tiny_extractor, draw_images):
     loss, found = run_step(objective, images)
     assert relative_error(loss, expected) <= 1e-12
     assert relative_error(found, gradient) <= 1e-12
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_every_distance_for_every_chunk(name, tiny_extractor, draw_images):
+    """Against autograd through the extractor and the whole matrix of features at once."""
+    extractor = in_float64(tiny_extractor)
+    real = pooled(extractor, draw_images(12), "mean").detach()
+    images = draw_images(8).requires_grad_()
+    expected = DISTANCES[name](real)(pooled(extractor, images, "mean"))
+    (gradient,) = torch.autograd.grad(expected, images)
+    assert float(gradient.abs().max()) > 0
+    for chunk in (1, 3, 7, None):
+        loss, found = run_step(OnFeatures(extractor, DISTANCES[name](real), chunk_size=chunk), images)
+        assert relative_error(loss, expected.detach()) <= 1e-9
+        assert relative_error(found, gradient) <= 1e-9
 
 
 def test_low_precision_points_the_same_way(tiny_extractor, draw_images):

@@ -1,0 +1,95 @@
+"""bench.methods and bench.method_steps: rows of other runs are kept, and mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.runs import command
+
+from bench import method_steps, methods
+from bench.methods import MethodRow
+from bench.rows import newest_file, write_json
+from engine.support.errors import InputError
+
+
+def row(name: str, seconds: float, date: str) -> MethodRow:
+    return MethodRow(
+        name=name, flags="", summary="", steps=1, minibatch=2, seconds=seconds, confident=0.5, least_share=0.1,
+        largest_share=0.1, least_variety=1.0, largest_variety=1.0, chroma=0.0, kernel_distance=0.0,
+        environment={"date": date},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run takes 7 seconds, on another day."""
+    monkeypatch.setattr(methods, "_pretrain", lambda: None)
+    monkeypatch.setattr(methods, "run", lambda name, *_: row(name, 7.0, "2026-02-02"))
+
+
+def shown(path: Path) -> list[tuple[str, float, str]]:
+    return [(entry["name"], entry["seconds"], entry["environment"]["date"]) for entry in json.loads(path.read_text())]
+
+
+@pytest.mark.usefixtures("ran")
+def test_only_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    write_json(file, [row(name, 1.0, "2026-01-01") for name in ("gfmn", "mmd", "frechet", "no longer there")])
+    methods.main(["--only", "frechet", "drifting", "--docs", str(tmp_path), "--json", str(file)])
+    assert shown(file) == [
+        ("gfmn", 1.0, "2026-01-01"),
+        ("mmd", 1.0, "2026-01-01"),
+        ("frechet", 7.0, "2026-02-02"),
+        ("drifting", 7.0, "2026-02-02"),
+    ]
+
+
+@pytest.mark.usefixtures("ran")
+def test_only_begins_with_the_newest_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "ROOT", tmp_path)
+    results = tmp_path / "bench/results"
+    for day, seconds in (("2026-01-01", 1.0), ("2026-01-03", 3.0)):
+        write_json(results / f"methods_digits_{day}.json", [row("mmd", seconds, day)])
+    monkeypatch.setattr(methods.time, "strftime", lambda _: "2026-01-04")
+    methods.main(["--only", "gmmn", "--docs", str(tmp_path)])
+    assert shown(results / "methods_digits_2026-01-04.json") == [
+        ("mmd", 3.0, "2026-01-03"),
+        ("gmmn", 7.0, "2026-02-02"),
+    ]
+    assert newest_file(results, "methods_digits") == results / "methods_digits_2026-01-04.json"
+    assert newest_file(results, "methods") is None
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"thing": 1}]')
+    with pytest.raises(InputError, match="holds no rows of methods"):
+        methods.rows_before(tmp_path / "rows.json", None)
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (methods.main, "--only imagenet-gfmn", "--only: imagenet-gfmn belongs to the runs with --imagenet"),
+        (methods.main, "--imagenet --only mmd", "--only: mmd belongs to the runs without --imagenet"),
+        (method_steps.main, "--repetitions 0", "--repetitions: must be at least 1"),
+        (method_steps.main, "--chunk-size 256", "--chunk-size: must be from 1 to 255"),
+    ],
+)
+def test_mistakes_are_one_line(main, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = command(main, flags.split(), capsys)
+    assert code == 2
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+def test_steps_are_beside_gfmns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--extractor vgg-small --batch-size 4 --chunk-size 2 --repetitions 2 --device cpu --only"
+    name = "frechet, 1,797 real images"
+    method_steps.main([*flags.split(), name, "--json", str(tmp_path / "rows.json")])
+    first, second = json.loads((tmp_path / "rows.json").read_text())
+    assert (first["name"], second["name"]) == ("gfmn", name)
+    assert first["relative"] == 1
+    assert second["relative"] > 0
+    assert f"| {name} | {second['p20']:.3f} | {second['p50']:.3f} |" in capsys.readouterr().out
