@@ -1,4 +1,4 @@
-"""`python -m bench.method_steps`: the time of a training step by method, beside GFMN's with the same two forward passes.
+"""`python -m bench.method_steps`: steps of every method, beside GFMN's with the same two forward passes.
 
 A minibatch of 256 images in chunks of 64: every method runs the extractor forward twice and backward once, and on the
 same generator. What differs is the criterion: moments and the averager, or a distance of channel means to random

@@ -326,8 +326,8 @@ class TestTimes:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(program, "measure_operations", measure)
+        flags = "--device cpu --operations taps --dtypes bfloat16 --repetitions 1 --json"
         with pytest.raises(KeyboardInterrupt):
-            flags = "--device cpu --operations taps --dtypes bfloat16 --repetitions 1 --json"
             program.main([*flags.split(), str(path)])
         assert kept == [1, 2]
 

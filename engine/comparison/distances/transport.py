@@ -103,7 +103,7 @@ class Sinkhorn:
     def __call__(self, x: Tensor) -> Tensor:
         """S_ε of x [n, F] and y, as []; differentiable once.
 
-        The gradient, Σ_j P_ij 2 (x_i − y_j) − Σ_j Q_ij 2 (x_i − x_j) of the two plans, is found together with the value:
+        The gradient, Σ_j P_ij 2 (x_i − y_j) − Σ_j Q_ij 2 (x_i − x_j) of the two plans, is found with the value:
         besides x there are two more matrices [n, F] at a time, and no graph.
 
         Raises:
