@@ -212,7 +212,7 @@ class FeaturesConfig(Settings):
     pool: str = option(
         "grid4",
         "what is compared of every map: 'mean', 'mean+std' (with its deviation), its means over a K×K 'gridK', or "
-        "'none', every feature",
+        "'none', every feature; of tokens (timm:vit_NAME) the default is 'mean'",
         metavar="NAME",
         since="0.2",
     )
@@ -246,7 +246,7 @@ class PopulationConfig(Settings):
     )
     population_decay: float = option(0.9, "β of 'ema'", at_least=0, below=1, metavar="X", since="0.2")
     population_images: int = option(
-        640, "of 'queue', with the newest minibatch", at_least=2, at_most=MOST_IMAGES, metavar="N", since="0.2"
+        640, "of 'queue', with the newest minibatch; for gfmn a multiple of --batch-size", at_least=2, at_most=MOST_IMAGES, metavar="N", since="0.2"
     )
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ _PERCEPTUAL = "pip install 'gfmn-engine[perceptual]'"
 # The tensors of EfficientNet-Lite0's file have other names than timm's, but are in the same order.
 _VGG19 = "vgg19"
 _LITE0, _LITE0_TIMM = "efficientnet-lite0", "tf_efficientnet_lite0"
+_TRANSFORMER = "vit_"  # timm's names of vision transformers begin so
 _PIXELS = "pixels"
 
 Triple = tuple[float, float, float]
@@ -124,6 +125,11 @@ def has_imagenet_weights(name: str) -> bool:
     return brings_weights(name) or name == _VGG19
 
 
+def has_tokens(name: str) -> bool:
+    """Whether one of the networks of an extractor is a vision transformer, by its name alone."""
+    return any(part.startswith(f"timm:{_TRANSFORMER}") for part in name.split("+"))
+
+
 def _pixels() -> Network:
     network = _network(_PIXELS, Pixels())
     network.imagenet = lambda: {name: tensor.detach() for name, tensor in network.state.items()}  # nothing is learned
@@ -208,7 +214,7 @@ def _timm(name: str, model: str) -> Network:
 
 def _created(timm: Any, model: str) -> nn.Module:
     """A vision transformer takes images of any whole number of patches, and not only of the size of its training."""
-    if model.startswith("vit_"):
+    if model.startswith(_TRANSFORMER):
         with contextlib.suppress(TypeError):  # a relative of theirs that has no such option
             return timm.create_model(model, pretrained=False, dynamic_img_size=True)
     return timm.create_model(model, pretrained=False)
