@@ -15,7 +15,7 @@ MAX_CLASSES = 2**16
 """A class number beyond is a slip or another kind of number; a classifier would have an output for each."""
 
 _LOOKED_AT = 2048
-"""Images at least, or all, that are asked for colours."""
+"""At least so many images of a set, evenly spaced, are asked for colours, or all."""
 Fingerprint = dict[str, str | int | float | bool]
 
 
@@ -139,7 +139,7 @@ class ArrayDataset(ImageDataset):
         self._sha256: str | None = None
 
     def is_grey(self) -> bool:
-        """Whether no image has a colour: all three channels are equal everywhere, in images evenly spaced over the set."""
+        """Whether no image has a colour: all three channels are equal everywhere. Of many images a share is asked."""
         red, green, blue = np.moveaxis(self.images[:: max(1, len(self.images) // _LOOKED_AT)], 3, 0)
         return bool((red == green).all() and (green == blue).all())
 

@@ -87,7 +87,9 @@ class Config:
         broken = queues and self.method.method == "gfmn" and queue % batch > 0
         less = queue - queue % batch
         near = f"give {less} or {less + batch}"
-        require(not broken, "population_images", f"gfmn's queue is of whole minibatches of {batch}, {queue} is not; {near}")
+        require(
+            not broken, "population_images", f"gfmn's queue is of whole minibatches of {batch}, {queue} is not; {near}"
+        )
         self._check_updates()
 
     def _check_updates(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings that decide nothing beside others: nobody may give them, and a command that repeats a run leaves them out."""
+"""Settings that decide nothing beside others: nobody may give them, and a run's command has none."""
 
 from __future__ import annotations
 

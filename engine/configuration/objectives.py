@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
 from engine.comparison.distances import MMD, Frechet, LandmarkMMD, Sinkhorn, drifting, kernels
-from engine.comparison.distances.moments import Moments
 from engine.comparison.distances.kernels import Energy, Kernel
+from engine.comparison.distances.moments import Moments
 from engine.comparison.distances.tiled import bound_mmd
 from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import Discrepancy, OfNetworks, OnFeatures
@@ -77,7 +77,6 @@ def _mmd_kind(config: Config, extractor: Extractor) -> Kind[Any]:
 def _moment_matching(config: Config, extractor: Extractor, target: Any, options: dict[str, Any]) -> Objective:
     assert isinstance(target, Moments)
     correction = config.gfmn.correction
-    check_images(config, target.count)
     if config.gfmn.feature_scale == "target-deviation" and "weights" not in options:
         options = {**options, "weights": feature_weights(target, correction)}
     return MomentMatching(extractor, target, make_averager(config), correction=correction, **options)
@@ -144,7 +143,6 @@ def _on_bank(bound: Bound, *, scaled: bool = True) -> Make:
         options = dict(options)
         scales, parts = options.pop("scales", None), _parts(config, extractor, bank.sizes)
         if scales is None:
-            check_images(config, bank.count)
             scales = bank.unit_scales(parts) if scaled else torch.ones_like(bank.features[0])
         scales = scales.to(extractor.device)
         real = bank.features.to(extractor.device) * scales
@@ -171,7 +169,6 @@ def _frechet(config: Config, extractor: Extractor, known: Any, options: dict[str
     assert isinstance(known, FeatureBank | FeatureCovariance)
     options = dict(options)
     scales = options.pop("scales", None)
-    check_images(config, known.count)
     scales = (known.scales() if scales is None else scales).to(extractor.device)
     parts = _parts(config, extractor, known.sizes)
     distances = [_of_population(config, _bound_frechet(known, part, scales[part]), scales[part]) for part in parts]
@@ -232,13 +229,15 @@ def reference_kind(config: Config, extractor: Extractor) -> Kind[Any]:
     return _KINDS[config.method.method](config, extractor)
 
 
-def check_images(config: Config, images: int) -> None:
+def _check_images(config: Config, images: int) -> None:
     """InputError if so many real images are too few for the configured method."""
     method, landmarks = config.method.method, config.mmd.mmd_landmarks
     least, more = (1 + config.gfmn.correction, ", or --correction 0") if method == "gfmn" else (2, "")
     if images < least:
-        what = {"gfmn": "no variance", "frechet": "no covariance"}.get(method, f"nothing for --method {method}")
-        raise InputError("data", f"{images} usable image has {what}; give at least 2{more}")
+        what = {"gfmn": "has no variance", "frechet": "has no covariance"}.get(
+            method, f"is too few for --method {method}"
+        )
+        raise InputError("data", f"{images} usable image {what}; give at least 2{more}")
     if method == "mmd" and landmarks is not None and landmarks > images:
         raise InputError("mmd_landmarks", f"must be from 1 to the number of images, {images}; got {landmarks}")
 
@@ -250,7 +249,7 @@ def check_features(config: Config, extractor: Extractor, images: int) -> None:
         extractor: with any weights.
         images: of the data set.
     """
-    check_images(config, images)
+    _check_images(config, images)
     gfmn, pool = config.method.method == "gfmn", make_pool(config.features.pool)
     if extractor.tokens and gfmn:
         raise InputError(
@@ -261,7 +260,7 @@ def check_features(config: Config, extractor: Extractor, images: int) -> None:
     if extractor.tokens and not gfmn and isinstance(pool, Grid) and pool.side > 1:
         raise InputError(
             "pool",
-            f"{config.features.pool} is of the places of a map, and {extractor.name} has tokens; choose mean or mean+std",
+            f"{config.features.pool} is of a map's places, and {extractor.name} has tokens; choose mean or mean+std",
         )
     kind = None if gfmn else reference_kind(config, extractor)
     if not isinstance(kind, CovarianceKind):
@@ -306,5 +305,6 @@ def make_objective(
         dtype: low precision of the extractor's arithmetic, None for its own.
         options: take the place of what the configuration says for the objective's arguments of these names.
     """
+    check_features(config, extractor, reference.count)
     make = _OBJECTIVES[config.method.method]
     return make(config, extractor, reference, {**_pass_options(config, dtype), **options})

@@ -21,9 +21,7 @@ KILLED = "another process of this job has ended (killed, or out of memory); star
 FAILURES = "failures"
 """The key under which it counts processes that have failed, of which the first says why."""
 # How gloo and NCCL say that another process has gone; what else they say is shown.
-_GONE = re.compile(
-    "closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.IGNORECASE
-)
+_GONE = re.compile("closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.IGNORECASE)
 _CAUSE = "Last error:"  # after it, in lines of its own, stands what happened to NCCL
 # A process that another one's failure finds in a collective has so long to come out of it by itself.
 _GRACE = 5.0
@@ -134,7 +132,7 @@ def unreached(error: RuntimeError) -> InputError:
         return InputError("", KILLED)
     said, cause = one_line(error), str(error).partition(_CAUSE)[2].strip()
     said += f": {one_line(RuntimeError(cause))}" if cause else ""
-    return InputError("", f"the processes of this job could not exchange tensors ({said}); start the job again to resume")
+    return InputError("", f"processes of this job could not exchange tensors ({said}); start the job again to resume")
 
 
 def end_with_others(store: Any, ended: threading.Event) -> None:

@@ -72,7 +72,7 @@ class TiledMMD:
             raise InputError("kernel", f"has no fused sums, which have at most {MOST_PARAMETERS} widths: {kernel!r}")
         self.y, self.profile, self.unbiased, self.kernels = _wide(y.detach()), profile, unbiased, kernels
         sums, _ = self._backend(torch.float64).pairwise_sums(self.y.double(), None, *profile, not unbiased, False)
-        self.constant = sums.sum() / _pairs_within(len(y), unbiased)
+        self.constant: Tensor = sums.sum() / _pairs_within(len(y), unbiased)
 
     def __call__(self, x: Tensor) -> Tensor:
         """MMD² of x [n, F] and y, as []; differentiable in x once.
@@ -113,7 +113,8 @@ class _Tiled(torch.autograd.Function):
         inner, outer = 1 / _pairs_within(len(x), unbiased), 2 / (len(x) * len(y))
         # k is symmetric, so the second argument's gradient is the first's once more.
         ctx.save_for_backward(gradient_within * (2 * inner) - gradient_across * outer if wanted else None)
-        return within.sum() * inner - across.sum() * outer
+        found: Tensor = within.sum() * inner - across.sum() * outer
+        return found
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:

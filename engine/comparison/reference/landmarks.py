@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from engine.comparison.distances import LandmarkMMD
@@ -123,7 +122,7 @@ class LandmarksKind:
         return self.bank.collector(feature_pass, images)
 
     def finished(self, collected: FeatureBank) -> FeatureLandmarks:
-        """See `Kind.finished`. InputError on "landmarks" if there are fewer images, or "ridge" if they are too alike."""
+        """See `Kind.finished`. InputError on "landmarks" if there are fewer images, "ridge" if they are too alike."""
         scales = collected.unit_scales(self.parts)
         features, points, weights = collected.features * scales, [], []
         for part in self.parts:

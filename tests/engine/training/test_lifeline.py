@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.jobs import ends, start_ranks
 
+from engine.comparison.reference.cache import exclusive
 from engine.support.errors import InputError, out_of_memory
 from engine.training.lifeline import KILLED, LOST
 from engine.training.ranks import Ranks
@@ -91,6 +93,16 @@ def test_no_memory_in_a_collective_stays_that() -> None:
     with pytest.raises(InputError) as error, Ranks(0, 2, dist.HashStore())._together():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert "2.00 GiB more were asked for" in str(out_of_memory(error.value))
+
+
+def test_who_waits_for_another_job_s_work_sees_its_own_job_s_end(tmp_path: Path) -> None:
+    store, path = dist.HashStore(), tmp_path / "target"
+    ranks = Ranks(0, 2, store)
+    store.add("failures", 1)
+    with exclusive(path), pytest.raises(EndedElsewhere), exclusive(path, ranks):
+        pass
+    with exclusive(path, ranks):  # which nobody is at: nothing to wait for
+        assert (tmp_path / ".target.lock").exists()
 
 
 def test_one_that_comes_to_its_end_is_not_waited_for() -> None:
