@@ -25,7 +25,6 @@ _PERCEPTUAL = "pip install 'gfmn-engine[perceptual]'"
 # The tensors of EfficientNet-Lite0's file have other names than timm's, but are in the same order.
 _VGG19 = "vgg19"
 _LITE0, _LITE0_TIMM = "efficientnet-lite0", "tf_efficientnet_lite0"
-_TRANSFORMER = "vit_"  # timm's names of vision transformers begin so
 _PIXELS = "pixels"
 
 Triple = tuple[float, float, float]
@@ -123,6 +122,10 @@ def brings_weights(name: str) -> bool:
 def has_imagenet_weights(name: str) -> bool:
     """Whether "imagenet" names weights of the network."""
     return brings_weights(name) or name == _VGG19
+
+
+_TRANSFORMER = "vit_"
+"""timm's names of vision transformers begin so."""
 
 
 def has_tokens(name: str) -> bool:
