@@ -10,17 +10,19 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.comparison.reference.cache import found_or_made, job_at, put_in_cache, write_bad_images
-from engine.comparison.reference.protocols import Reference
+from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import compute_reference, fingerprint
-from engine.configuration.build import make_extractor, pass_images, reference_kind
+from engine.configuration.build import make_extractor, pass_images, reference_arguments
 from engine.configuration.command import Parser, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
-from engine.configuration.inputs import amp_dtype, check_precision, choose_device, open_data
+from engine.configuration.inputs import amp_dtype, check_precision, check_whole_batches, choose_device, open_data
+from engine.configuration.objectives import reference_kind
 from engine.configuration.presets import PRESETS
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
@@ -53,16 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = Config.build(arguments.preset, given_flags(arguments))
         if config.matching.target is not None:
             raise InputError("target", "is what this command writes; name the file with --out")
+        check_whole_batches(config, ranks)
         with job_at(out, ranks):
             _precompute(config, out, ranks)
 
 
 def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
     device = ranks.device(choose_device(config.training.device, config.training.threads, config.training.float32))
-    dtype, kind = amp_dtype(config), reference_kind(config)
+    dtype = amp_dtype(config)
     check_precision(dtype, device)
     # Rank 0 first: it downloads, digests and pretrains, and the others find the results in the cache.
-    extractor, images, entries = ranks.first("prepared", lambda: _prepare(config, device, dtype, ranks))
+    kind, extractor, images, entries = ranks.first("prepared", lambda: _prepare(config, device, dtype, ranks))
 
     def find() -> Reference | None:
         """What `out` holds, if that is a target of exactly this; any other file is about to be replaced."""
@@ -76,9 +79,10 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
         return found
 
     def make(partial: Path) -> Reference:
-        target = compute_reference(
-            kind, extractor, images, amp_dtype=dtype, kernels=config.matching.backend, partial=partial, ranks=ranks
-        )
+        with reference_arguments():
+            target = compute_reference(
+                kind, extractor, images, amp_dtype=dtype, kernels=config.matching.backend, partial=partial, ranks=ranks
+            )
         if ranks.rank == 0:
             # First what `out` depends on: once `out` is there, nothing is left to do.
             write_bad_images(out.with_suffix(".bad_images.txt"), target)
@@ -92,12 +96,12 @@ def _precompute(config: Config, out: Path, ranks: Ranks) -> None:
 
 def _prepare(
     config: Config, device: torch.device, dtype: torch.dtype | None, ranks: Ranks
-) -> tuple[Extractor, ImageLoader, dict[str, str]]:
-    """The extractor, this rank's images, and the fingerprint of what comes of them."""
+) -> tuple[Kind[Any], Extractor, ImageLoader, dict[str, str]]:
+    """The kind of reference, the extractor, this rank's images, and the fingerprint of what comes of them."""
     dataset = open_data(config)
-    extractor = make_extractor(config, dataset, device)
-    images = pass_images(config, extractor, dataset, ranks)
-    return extractor, images, fingerprint(reference_kind(config), extractor, images, dtype)
+    extractor = make_extractor(config, dataset, device, ranks=ranks)
+    kind, images = reference_kind(config, extractor), pass_images(config, extractor, dataset, ranks)
+    return kind, extractor, images, fingerprint(kind, extractor, images, dtype)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def build(
     if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
         check_file(target, "no such target file; make one with engine.precompute")
     # Rank 0 first: it downloads and pretrains, and the others find the results.
-    dataset, generator, extractor, pretrained = ranks.first("prepared", lambda: _networks(config, run, device))
+    dataset, generator, extractor, pretrained = ranks.first("prepared", lambda: _networks(config, run, device, ranks))
     was = None if checkpoint is None else checkpoint.fingerprint
     reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was, ranks)
     method = make_method(config, generator, extractor, reference, ranks)
@@ -168,14 +168,14 @@ def build(
 
 
 def _networks(
-    config: Config, run: RunFolder, device: torch.device
+    config: Config, run: RunFolder, device: torch.device, ranks: Ranks
 ) -> tuple[ImageDataset, Generator, Extractor, dict[str, Path]]:
     """The data set, the networks, and the files of those that are pretrained on it."""
     dataset = open_data(config)
     # Before the networks that draw their weights: a run's seed decides them.
     torch.manual_seed(config.training.seed)
     generator = make_generator(config).to(device)
-    pretrained = pretrained_files(config, dataset, device, run.extractor)
+    pretrained = pretrained_files(config, dataset, device, run.extractor, ranks)
     return dataset, generator, make_extractor(config, dataset, device, pretrained), pretrained
 
 

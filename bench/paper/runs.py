@@ -164,13 +164,20 @@ def training_flags(
     flags = ["--preset", plan.scale.name, "--extractor", setting.extractor, "--amp", *setting.flags]
     flags += ["--seed", str(seed), "--steps", str(steps), "--log-every", str(max(steps // 200, 1)), *_machine(plan)]
     if plan.scale.name == SMALL:
-        flags += experiment.small_flags
+        flags += _used(experiment.small_flags, setting)
     if experiment.evaluations:
         flags += ["--evaluate-every", str(max(steps // experiment.evaluations, 1))]
         flags += ["--evaluate-samples", str(min(plan.samples, 5000))]
         if plan.scale.network is not None:
             flags += ["--evaluate-extractor", plan.scale.network]
     return [*flags, "--weights", *map(str, weights)]
+
+
+def _used(flags: Sequence[str], setting: ExperimentSetting) -> list[str]:
+    """Pairs of a flag and its value, without AMA's where the setting has another averager."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    other = "--averager" in setting.flags and "ama" not in setting.flags
+    return [word for pair in pairs for word in pair if not (other and pair[0].startswith("--ama-"))]
 
 
 def run_folder(experiment: Experiment, setting: ExperimentSetting, plan: ExperimentPlan, seed: int) -> Path:

@@ -85,15 +85,15 @@ class FeatureCriterion:
             loss = self.objective.discrepancy(leaf)
             (gradient,) = torch.autograd.grad(loss, leaf)
         self.gradients = torch.split(gradient[own], self.sizes, dim=1)
-        if self.objective.pool.linear:  # the features have done their duty, and are as large as their gradients
-            self.of_taps = self.gradients
-            del self.features
+        if not self.objective.pool.reads_pooled:
+            del self.features, self.of_taps
         return loss.detach()
 
     def gradient(self, tap: int, images: slice) -> PerImage:
         """See `engine.representation.protocols.Criterion`."""
-        g, pooled = self.gradients[tap][images], self.of_taps[tap][images]
-        return PerImage(*self.objective.pool.gradient(g, pooled, self.taps[tap]))
+        pool = self.objective.pool
+        pooled = self.of_taps[tap][images] if pool.reads_pooled else None
+        return PerImage(*pool.gradient(self.gradients[tap][images], pooled, self.taps[tap]))
 
 
 class OnFeatures(nn.Module):

@@ -26,10 +26,10 @@ class Pool(Protocol):
     """From a tap's output y [n, C, H, W] to pooled features [n, f], and back for gradients.
 
     Attributes:
-        linear: whether `gradient` looks at g alone.
+        reads_pooled: whether gradients need the pooled features, which are kept until backward then.
     """
 
-    linear: bool
+    reads_pooled: bool
 
     def num_features(self, tap: Tap) -> int:
         """f."""
@@ -39,8 +39,8 @@ class Pool(Protocol):
         """Pooled features [n, f], float32 (float64 for float64 y)."""
         ...
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
-        """∂L/∂y for g = ∂L/∂pooled, with `pooled` what the call returned, or g again if `linear`; [n, f] both."""
+    def gradient(self, g: Tensor, pooled: Tensor | None, tap: Tap) -> PerImageParts:
+        """∂L/∂y for g = ∂L/∂pooled, with `pooled` what the call returned (None unless it is read); [n, f] both."""
         ...
 
 
@@ -53,7 +53,7 @@ class Grid:
     `torch.nn.functional.adaptive_avg_pool2d`.
     """
 
-    linear = True
+    reads_pooled = False
 
     def __init__(self, side: int):
         self.side = side
@@ -70,7 +70,7 @@ class Grid:
         side = (min(self.side, y.shape[2]), min(self.side, y.shape[3]))
         return F.adaptive_avg_pool2d(_wide(y), side).flatten(1)
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
+    def gradient(self, g: Tensor, pooled: Tensor | None, tap: Tap) -> PerImageParts:
         """Every cell's gradient, shared out among its features."""
         channels, height, width = self._cells(tap)
         g = g.reshape(len(g), channels, height, width)
@@ -90,7 +90,7 @@ class MeanAndDeviation:
     ∂L/∂y = (g_m + g_s (y − m)/s)/(HW).
     """
 
-    linear = False
+    reads_pooled = True
 
     def num_features(self, tap: Tap) -> int:
         channels, height, width = tap.shape
@@ -103,11 +103,12 @@ class MeanAndDeviation:
         variance, mean = torch.var_mean(y, dim=(2, 3), correction=0)
         return torch.cat((mean, (variance + _VARIANCE_FLOOR).sqrt()), dim=1)
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
+    def gradient(self, g: Tensor, pooled: Tensor | None, tap: Tap) -> PerImageParts:
         """See the class."""
         channels, height, width = tap.shape
         if height * width == 1:
             return g[:, :, None, None], None
+        assert pooled is not None
         of_mean, of_deviation = torch.split(g, channels, dim=1)
         mean, deviation = torch.split(pooled, channels, dim=1)
         slope = of_deviation / (deviation * (height * width))
@@ -118,7 +119,7 @@ class MeanAndDeviation:
 class Everything:
     """Every feature: f = C·H·W."""
 
-    linear = True
+    reads_pooled = False
 
     def num_features(self, tap: Tap) -> int:
         return tap.num_features
@@ -126,7 +127,7 @@ class Everything:
     def __call__(self, y: Tensor) -> Tensor:
         return _wide(y).flatten(1)
 
-    def gradient(self, g: Tensor, pooled: Tensor, tap: Tap) -> PerImageParts:
+    def gradient(self, g: Tensor, pooled: Tensor | None, tap: Tap) -> PerImageParts:
         return g.reshape(len(g), *tap.shape), None
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from engine.comparison.reference.statistics_pass import check_same_features, fin
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
-from engine.configuration.objectives import make_objective, reference_kind
+from engine.configuration.objectives import check_features, make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
 from engine.generation.priors import make_prior
@@ -41,12 +42,19 @@ _TINTED_EPOCHS = 12
 
 
 def make_extractor(
-    config: Config, dataset: ImageDataset, device: torch.device, pretrained: Mapping[str, Path] | None = None
+    config: Config,
+    dataset: ImageDataset,
+    device: torch.device,
+    pretrained: Mapping[str, Path] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Extractor:
     """The frozen extractor on its device, pretrained on the dataset first if its weights say so.
 
+    InputError if the configured method can't compare its features, or so many of them, or so few images.
+
     Args:
         pretrained: what `pretrained_files` gave, where it was asked before.
+        ranks: see `pretrained_files`.
     """
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
@@ -61,11 +69,13 @@ def make_extractor(
         torch.manual_seed(config.training.seed)
         weights = None
     elif networks.weights == ("pretrain",):
-        files = pretrained_files(config, dataset, device) if pretrained is None else pretrained
+        files = pretrained_files(config, dataset, device, ranks=ranks) if pretrained is None else pretrained
         weights = [files.get(name, "imagenet") for name in networks.extractor.split("+")]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
-    return bare_extractor(config, weights).to(device)
+    extractor = bare_extractor(config, weights)
+    check_features(config, extractor, len(dataset))
+    return extractor.to(device)
 
 
 def bare_extractor(config: Config, weights: Any = None) -> Extractor:
@@ -84,21 +94,27 @@ def bare_extractor(config: Config, weights: Any = None) -> Extractor:
 
 
 def pretrained_files(
-    config: Config, dataset: ImageDataset, device: torch.device, kept: Path | None = None
+    config: Config, dataset: ImageDataset, device: torch.device, kept: Path | None = None, ranks: Ranks = ALONE
 ) -> dict[str, Path]:
     """Weights of the networks that are pretrained on the dataset, by architecture: from `kept`, from the cache, or
     made now and cached. Empty if the configuration says otherwise.
 
     Args:
         kept: where a run keeps its own (`RunFolder.extractor`).
+        ranks: the job, whose end another process's work is not waited for any longer.
     """
     if config.networks.weights != ("pretrain",):
         return {}
     names = [name for name in config.networks.extractor.split("+") if not brings_weights(name)]
-    return {name: _pretrained(name, dataset, device, config.training.seed, kept) for name in names}
+    if names:  # what the method cannot compare is better refused now than after minutes
+        with torch.random.fork_rng(devices=[]):
+            check_features(config, bare_extractor(config), len(dataset))
+    return {name: _pretrained(name, dataset, device, config.training.seed, kept, ranks) for name in names}
 
 
-def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, seed: int, kept: Path | None) -> Path:
+def _pretrained(
+    architecture: str, dataset: ImageDataset, device: torch.device, seed: int, kept: Path | None, ranks: Ranks
+) -> Path:
     if kept is not None and _is_readable(own := kept / f"{architecture}.safetensors"):
         return own
     task = "classify" if dataset.num_classes >= 2 else "rotate"
@@ -108,7 +124,7 @@ def _pretrained(architecture: str, dataset: ImageDataset, device: torch.device, 
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path = cached("extractors", f"{architecture}-{digest}.safetensors")
     if not _is_readable(path):
-        with exclusive(path):
+        with exclusive(path, ranks):
             if not _is_readable(path):
                 return _pretrain_into(path, architecture, dataset, task, seed, device)
     log.info("extractor %s: pretrained before, cached in %s", architecture, path)
@@ -204,20 +220,26 @@ def make_reference(
         was: the fingerprint in that run's checkpoint, compared before anything is computed.
         ranks: the processes that share the pass. All get what rank 0 found or made, bit for bit.
     """
-    kind = reference_kind(config)
+    kind = reference_kind(config, extractor)
     # A reference from a file or the cache is rank 0's alone, and two machines may have pretrained two networks.
     check_same_features(feature_fingerprint(extractor, dtype), ranks)
     known = _known_reference(config, kind, extractor, dataset, dtype, kept, was) if ranks.rank == 0 else None
     if any(ranks.meet("known", known is not None)):
         return handed_out(kind, known, ranks)
-    return cached_reference(
-        kind,
-        extractor,
-        pass_images(config, extractor, dataset, ranks),
-        amp_dtype=dtype,
-        kernels=config.matching.backend,
-        ranks=ranks,
-    )
+    with reference_arguments():
+        return cached_reference(
+            kind,
+            extractor,
+            pass_images(config, extractor, dataset, ranks),
+            amp_dtype=dtype,
+            kernels=config.matching.backend,
+            ranks=ranks,
+        )
+
+
+def reference_arguments() -> AbstractContextManager[None]:
+    """Inside a reference is computed: its arguments by the names of their settings (see `arguments_as`)."""
+    return arguments_as(landmarks="mmd_landmarks", ridge="mmd_landmarks")
 
 
 def pass_images(config: Config, extractor: Extractor, dataset: ImageDataset, ranks: Ranks = ALONE) -> ImageLoader:

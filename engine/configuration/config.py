@@ -22,6 +22,7 @@ from engine.configuration.groups import (
     names_with,
     owners,
 )
+from engine.configuration.idle import check_used
 from engine.configuration.methods import (
     METHODS,
     DriftingConfig,
@@ -37,6 +38,7 @@ from engine.configuration.methods import (
 from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_values
 from engine.configuration.updates import UpdatesConfig, all_of
+from engine.representation.zoo import has_tokens
 from engine.support.errors import InputError, one_line
 from engine.support.files import expanded, read_file, what_is
 
@@ -79,8 +81,15 @@ class Config:
             "batch statistics (--extractor-bn batch) need the whole minibatch at once",
         )
         queue = self.population.population_images
-        smaller = self.population.population == "queue" and queue < batch
-        require(not smaller, "population_images", f"is smaller than the minibatch: {queue} < {batch}")
+        queues = self.population.population == "queue"
+        require(not queues or queue >= batch, "population_images", f"is smaller than the minibatch: {queue} < {batch}")
+        # It keeps every minibatch's moments, and not the images.
+        broken = queues and self.method.method == "gfmn" and queue % batch > 0
+        less = queue - queue % batch
+        near = f"give {less} or {less + batch}"
+        require(
+            not broken, "population_images", f"gfmn's queue is of whole minibatches of {batch}, {queue} is not; {near}"
+        )
         self._check_updates()
 
     def _check_updates(self) -> None:
@@ -109,7 +118,11 @@ class Config:
         values = {**preset_values(preset, method), **given}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
-        return cls.of_flat(preset, values)
+        if "extractor" in given and "pool" not in values and has_tokens(given["extractor"]):
+            values["pool"] = "mean"  # a grid is of the places of a map
+        config = cls.of_flat(preset, values)
+        check_used(given, config)
+        return config
 
     @classmethod
     def of_flat(cls, preset: str, values: Mapping[str, Any]) -> Config:
@@ -123,7 +136,9 @@ class Config:
         """This configuration with `given` settings in place of its own."""
         given = _given(given)
         check_owners(given, given.get("method", self.method.method))
-        return self.of_flat(self.preset, {**self.flat(), **given})
+        config = self.of_flat(self.preset, {**self.flat(), **given})
+        check_used(given, config)
+        return config
 
     def resumed_with(self, given: Mapping[str, Any]) -> Config:
         """This configuration, of a run to be resumed, with `given` settings that a resumed run may change."""

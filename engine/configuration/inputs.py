@@ -142,9 +142,14 @@ def check_ranks(config: Config, ranks: Ranks, arguments: Mapping[str, object] | 
     batch = config.training.batch_size
     if batch < ranks.size:
         raise InputError("batch_size", f"a minibatch of {batch} is too small for {ranks.size} processes")
-    if config.networks.extractor_bn == "batch":
-        raise InputError("extractor_bn", f"batch statistics need the whole minibatch in one process, not {ranks.size}")
+    check_whole_batches(config, ranks)
     check_same_settings({**config.flat(), **(arguments or {})}, ranks)
+
+
+def check_whole_batches(config: Config, ranks: Ranks) -> None:
+    """InputError if several processes would share minibatches whose statistics the extractor takes."""
+    if config.networks.extractor_bn == "batch" and ranks.size > 1:
+        raise InputError("extractor_bn", f"batch statistics need the whole minibatch in one process, not {ranks.size}")
 
 
 def check_same_settings(settings: Mapping[str, Any], ranks: Ranks) -> None:

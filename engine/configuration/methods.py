@@ -117,6 +117,9 @@ class MmdConfig(Settings):
         super().__post_init__()
         takes = self.mmd_kernel in MMD_BANDWIDTHS
         require(takes or not self.mmd_bandwidths, "mmd_bandwidths", f"--mmd-kernel {self.mmd_kernel} has none")
+        landmarks, images = self.mmd_landmarks, self.mmd_images
+        fewer = landmarks is None or landmarks <= images
+        require(fewer, "mmd_landmarks", f"must be at most --mmd-images, {images}; got {landmarks}")
         polynomial = self.mmd_kernel == "polynomial"
         require(polynomial or self.mmd_degree == 3, "mmd_degree", f"--mmd-kernel {self.mmd_kernel} has none")
 
@@ -212,7 +215,7 @@ class FeaturesConfig(Settings):
     pool: str = option(
         "grid4",
         "what is compared of every map: 'mean', 'mean+std' (with its deviation), its means over a K×K 'gridK', or "
-        "'none', every feature",
+        "'none', every feature; of tokens (timm:vit_NAME) the default is 'mean'",
         metavar="NAME",
         since="0.2",
     )
@@ -246,7 +249,12 @@ class PopulationConfig(Settings):
     )
     population_decay: float = option(0.9, "β of 'ema'", at_least=0, below=1, metavar="X", since="0.2")
     population_images: int = option(
-        640, "of 'queue', with the newest minibatch", at_least=2, at_most=MOST_IMAGES, metavar="N", since="0.2"
+        640,
+        "of 'queue', with the newest minibatch; for gfmn a multiple of --batch-size",
+        at_least=2,
+        at_most=MOST_IMAGES,
+        metavar="N",
+        since="0.2",
     )
 
     def __post_init__(self) -> None:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from engine.comparison.averagers import AMA, AVERAGERS, Averager, MovingAverage
 from engine.comparison.distances import MMD, Frechet, LandmarkMMD, Sinkhorn, drifting, kernels
+from engine.comparison.distances.kernels import Energy, Kernel
 from engine.comparison.distances.moments import Moments
 from engine.comparison.distances.tiled import bound_mmd
 from engine.comparison.moment_matching import MomentMatching, feature_weights
 from engine.comparison.on_features import Discrepancy, OfNetworks, OnFeatures
-from engine.comparison.pooling import make_pool, sizes
+from engine.comparison.pooling import Grid, make_pool, sizes
 from engine.comparison.populations import MovingCovariance, MovingPopulation, QueuedFeatures, QueuedPopulation
 from engine.comparison.reference.bank import BankKind, FeatureBank
 from engine.comparison.reference.covariance import CovarianceKind, FeatureCovariance
+from engine.comparison.reference.landmarks import FeatureLandmarks, LandmarksKind
 from engine.comparison.reference.protocols import Kind
 from engine.comparison.reference.target import MomentsKind
-from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.representation.extractor import Extractor
 from engine.representation.protocols import Objective
@@ -33,8 +34,8 @@ _GMMN_PIXELS = 784
 """The features that GMMN's bandwidths were published for."""
 _GMMN_FLOOR = 1e-8
 _MOST_MOVING = 4096
-Bound = Callable[[Config, Tensor], Discrepancy]
-"""From real features [M, F] to the distance of generated ones from them."""
+Bound = Callable[[Config, Tensor, str | ModuleType], Discrepancy]
+"""From real features [M, F] to the distance of generated ones from them, by the fused kernels of a backend."""
 Make = Callable[[Config, Extractor, Any, dict[str, Any]], Objective]
 
 
@@ -52,60 +53,76 @@ def make_averager(config: Config) -> Averager:
     return AVERAGERS[gfmn.averager]()
 
 
-def _moments_kind(config: Config) -> Kind[Any]:
+def _moments_kind(config: Config, extractor: Extractor) -> Kind[Any]:
     return MomentsKind()
 
 
-def _covariance_kind(config: Config) -> Kind[Any]:
+def _covariance_kind(config: Config, extractor: Extractor) -> Kind[Any]:
     return CovarianceKind(config.features.pool)
 
 
-def _bank_kind(config: Config) -> Kind[Any]:
+def _bank_kind(config: Config, extractor: Extractor) -> BankKind:
     name = config.method.method
     return BankKind(config.features.pool, config.flat()[f"{name}_images"])
 
 
+def _mmd_kind(config: Config, extractor: Extractor) -> Kind[Any]:
+    bank, landmarks = _bank_kind(config, extractor), config.mmd.mmd_landmarks
+    if landmarks is None:
+        return bank
+    parts = _parts(config, extractor, sizes(make_pool(config.features.pool), extractor.taps))
+    return LandmarksKind(bank, landmarks, _kernel(config), tuple(parts), config.training.seed)
+
+
 def _moment_matching(config: Config, extractor: Extractor, target: Any, options: dict[str, Any]) -> Objective:
     assert isinstance(target, Moments)
-    if extractor.tokens:
-        raise InputError(
-            "method",
-            f"gfmn matches variances at every place of a map, and {extractor.name} has tokens; use another method "
-            "with --pool mean, such as mmd",
-        )
     correction = config.gfmn.correction
-    if target.count <= correction:
-        raise InputError("data", f"{target.count} usable image has no variance; give at least 2, or --correction 0")
     if config.gfmn.feature_scale == "target-deviation" and "weights" not in options:
         options = {**options, "weights": feature_weights(target, correction)}
     return MomentMatching(extractor, target, make_averager(config), correction=correction, **options)
 
 
-def _mmd(config: Config, real: Tensor) -> Discrepancy:
+def _kernel(config: Config) -> Kernel:
     settings = config.mmd
     factory = kernels.KERNELS[settings.mmd_kernel]
     if settings.mmd_kernel == "polynomial":
-        kernel = factory(settings.mmd_degree)
-    else:
-        kernel = factory(settings.bandwidths) if settings.bandwidths else factory()
-    if settings.mmd_landmarks is None:
-        return bound_mmd(real, kernel, config.training.batch_size, settings.mmd_unbiased)
-    if isinstance(real, FakeTensor):  # a model of a step: there are no numbers to find landmarks in
-        points = real[: settings.mmd_landmarks]
-        return LandmarkMMD.of_weights(points, points.new_zeros(len(points)), kernel, settings.mmd_unbiased)
-    with arguments_as(landmarks="mmd_landmarks", ridge="mmd_landmarks"):
-        return LandmarkMMD(real, kernel, settings.mmd_landmarks, settings.mmd_unbiased, seed=config.training.seed)
+        return factory(settings.mmd_degree)
+    return factory(settings.bandwidths) if settings.bandwidths else factory()
 
 
-def _sinkhorn(config: Config, real: Tensor) -> Discrepancy:
+def _mmd(config: Config, extractor: Extractor, known: Any, options: dict[str, Any]) -> Objective:
+    make = _on_landmarks if isinstance(known, FeatureLandmarks) else _on_bank(_mmd_of_images)
+    return make(config, extractor, known, options)
+
+
+def _mmd_of_images(config: Config, real: Tensor, backend: str | ModuleType) -> Discrepancy:
+    kernel, unbiased = _kernel(config), config.mmd.mmd_unbiased
+    if config.matching.backend == "reference":  # it has no tiles, and MMD's blocks are less than a whole matrix
+        return MMD(real, kernel, unbiased)
+    return bound_mmd(real, kernel, config.training.batch_size, unbiased, backend)
+
+
+def _on_landmarks(config: Config, extractor: Extractor, known: Any, options: dict[str, Any]) -> Objective:
+    assert isinstance(known, FeatureLandmarks)
+    device, kernel, unbiased = extractor.device, _kernel(config), config.mmd.mmd_unbiased
+    distances = [
+        LandmarkMMD.of_weights(points.to(device), weights.to(device), kernel, unbiased)
+        for points, weights in zip(known.points, known.weights, strict=True)
+    ]
+    parts = _spans(points.shape[1] for points in known.points)
+    distance = OfNetworks(distances, parts, known.scales.to(device))
+    return OnFeatures(extractor, distance, pool=config.features.pool, **options)
+
+
+def _sinkhorn(config: Config, real: Tensor, backend: str | ModuleType) -> Discrepancy:
     return Sinkhorn(real, config.sinkhorn.sinkhorn_epsilon, config.sinkhorn.sinkhorn_iterations, tolerance=None)
 
 
-def _drifting(config: Config, real: Tensor) -> Discrepancy:
+def _drifting(config: Config, real: Tensor, backend: str | ModuleType) -> Discrepancy:
     return lambda x: drifting(x, real, config.drifting.drifting_temperatures)
 
 
-def _gmmn(config: Config, real: Tensor) -> Discrepancy:
+def _gmmn(config: Config, real: Tensor, backend: str | ModuleType) -> Discrepancy:
     """√(MMD² + ε): ε keeps the gradient of the root finite where the two sets are alike."""
     share = real.shape[1] / _GMMN_PIXELS
     distance = MMD(real, kernels.gaussian([math.sqrt(width * share) for width in config.gmmn.gmmn_bandwidths]))
@@ -124,40 +141,27 @@ def _on_bank(bound: Bound, *, scaled: bool = True) -> Make:
     def make(config: Config, extractor: Extractor, bank: Any, options: dict[str, Any]) -> Objective:
         assert isinstance(bank, FeatureBank)
         options = dict(options)
-        scales = options.pop("scales", None)
+        scales, parts = options.pop("scales", None), _parts(config, extractor, bank.sizes)
         if scales is None:
-            if bank.count < 2:
-                method = config.method.method
-                raise InputError("data", f"{bank.count} usable image is too few for --method {method}; give at least 2")
-            scales = _unit_scales(config, extractor, bank) if scaled else torch.ones_like(bank.features[0])
+            scales = bank.unit_scales(parts) if scaled else torch.ones_like(bank.features[0])
         scales = scales.to(extractor.device)
         real = bank.features.to(extractor.device) * scales
-        parts = _parts(config, extractor, bank.sizes)
-        distances = [bound(config, real[:, part].contiguous() if len(parts) > 1 else real) for part in parts]
-        distance = OfNetworks(distances, parts, scales)
+        of_parts = [real[:, part].contiguous() if len(parts) > 1 else real for part in parts]
+        distance = OfNetworks([bound(config, part, options["kernels"]) for part in of_parts], parts, scales)
         return OnFeatures(extractor, distance, pool=config.features.pool, **options)
 
     return make
-
-
-def _unit_scales(config: Config, extractor: Extractor, bank: FeatureBank) -> Tensor:
-    scales = bank.scales()
-    for part in _parts(config, extractor, bank.sizes):
-        unit = kernels.median_distance(bank.features[:, part] * scales[part])
-        if not unit > 0:
-            raise InputError(
-                "method", f"{config.method.method} needs real images that differ, and most of these are the same"
-            )
-        scales[part] /= unit
-    return scales
 
 
 def _parts(config: Config, extractor: Extractor, sizes: Sequence[int]) -> list[slice]:
     """The pooled features that are compared together: all, or with `--normalise-losses` each network's own."""
     if not config.features.normalise_losses:
         return [slice(0, sum(sizes))]
-    features = (sum(sizes[tap] for tap in taps) for taps in extractor.taps_of_networks())
-    return [slice(start, end) for start, end in itertools.pairwise(itertools.accumulate(features, initial=0))]
+    return _spans(sum(sizes[tap] for tap in taps) for taps in extractor.taps_of_networks())
+
+
+def _spans(sizes: Iterable[int]) -> list[slice]:
+    return [slice(start, end) for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
 def _frechet(config: Config, extractor: Extractor, known: Any, options: dict[str, Any]) -> Objective:
@@ -165,8 +169,6 @@ def _frechet(config: Config, extractor: Extractor, known: Any, options: dict[str
     assert isinstance(known, FeatureBank | FeatureCovariance)
     options = dict(options)
     scales = options.pop("scales", None)
-    if known.count < 2:
-        raise InputError("data", f"{known.count} usable image has no covariance; give at least 2")
     scales = (known.scales() if scales is None else scales).to(extractor.device)
     parts = _parts(config, extractor, known.sizes)
     distances = [_of_population(config, _bound_frechet(known, part, scales[part]), scales[part]) for part in parts]
@@ -190,18 +192,12 @@ def _of_population(config: Config, distance: Frechet, scales: Tensor) -> Discrep
         return QueuedFeatures(distance, others, features, scales)
     if settings.population == "none":
         return distance
-    if features > _MOST_MOVING:
-        raise InputError(
-            "population",
-            f"a moving covariance of {features:,} features takes too long at every step, {_MOST_MOVING:,} is the most; "
-            "choose 'queue', or a coarser --pool",
-        )
     return MovingCovariance(distance.of_moments, settings.population_decay, features, scales)
 
 
-_KINDS: dict[str, Callable[[Config], Kind[Any]]] = {
+_KINDS: dict[str, Callable[[Config, Extractor], Kind[Any]]] = {
     "gfmn": _moments_kind,
-    "mmd": _bank_kind,
+    "mmd": _mmd_kind,
     "frechet": _covariance_kind,
     "sinkhorn": _bank_kind,
     "drifting": _bank_kind,
@@ -209,7 +205,7 @@ _KINDS: dict[str, Callable[[Config], Kind[Any]]] = {
 }
 _OBJECTIVES: dict[str, Make] = {
     "gfmn": _moment_matching,
-    "mmd": _on_bank(_mmd),
+    "mmd": _mmd,
     "frechet": _frechet,
     "sinkhorn": _on_bank(_sinkhorn),
     "drifting": _on_bank(_drifting),
@@ -228,9 +224,56 @@ def _pass_options(config: Config, dtype: torch.dtype | None) -> dict[str, Any]:
     }
 
 
-def reference_kind(config: Config) -> Kind[Any]:
+def reference_kind(config: Config, extractor: Extractor) -> Kind[Any]:
     """What the configured method has to know of the real images."""
-    return _KINDS[config.method.method](config)
+    return _KINDS[config.method.method](config, extractor)
+
+
+def _check_images(config: Config, images: int) -> None:
+    """InputError if so many real images are too few for the configured method."""
+    method, landmarks = config.method.method, config.mmd.mmd_landmarks
+    least, more = (1 + config.gfmn.correction, ", or --correction 0") if method == "gfmn" else (2, "")
+    if images < least:
+        what = {"gfmn": "has no variance", "frechet": "has no covariance"}.get(
+            method, f"is too few for --method {method}"
+        )
+        raise InputError("data", f"{images} usable image {what}; give at least 2{more}")
+    if method == "mmd" and landmarks is not None and landmarks > images:
+        raise InputError("mmd_landmarks", f"must be from 1 to the number of images, {images}; got {landmarks}")
+
+
+def check_features(config: Config, extractor: Extractor, images: int) -> None:
+    """InputError if the configured method can't compare what the extractor's taps give, by their shapes alone.
+
+    Args:
+        extractor: with any weights.
+        images: of the data set.
+    """
+    _check_images(config, images)
+    gfmn, pool = config.method.method == "gfmn", make_pool(config.features.pool)
+    if extractor.tokens and gfmn:
+        raise InputError(
+            "method",
+            f"gfmn matches variances at every place of a map, and {extractor.name} has tokens; use another method "
+            "with --pool mean, such as mmd",
+        )
+    if extractor.tokens and not gfmn and isinstance(pool, Grid) and pool.side > 1:
+        raise InputError(
+            "pool",
+            f"{config.features.pool} is of a map's places, and {extractor.name} has tokens; choose mean or mean+std",
+        )
+    kind = None if gfmn else reference_kind(config, extractor)
+    if not isinstance(kind, CovarianceKind):
+        return
+    kind.is_covariance(extractor, images)
+    features = sizes(pool, extractor.taps)
+    largest = max(part.stop - part.start for part in _parts(config, extractor, features))
+    if config.population.population == "ema" and largest > _MOST_MOVING:
+        raise InputError(
+            "population",
+            f"a moving covariance of {largest:,} features takes too long at every step, {_MOST_MOVING:,} is the most; "
+            "choose 'queue', or a coarser --pool",
+        )
 
 
 def blank_reference(
@@ -240,11 +283,16 @@ def blank_reference(
 
     For models and traces of a step, which look at shapes alone. By default of as many images as can matter.
     """
-    kind = reference_kind(config)
+    kind = reference_kind(config, extractor)
     if isinstance(kind, MomentsKind):
         size = extractor.num_features
         return Moments(2, fill(size, dtype=torch.float64), fill(size, dtype=torch.float64))
     features = sizes(make_pool(config.features.pool), extractor.taps)
+    if isinstance(kind, LandmarksKind):
+        count = kind.landmarks + isinstance(kind.kernel, Energy)  # whose landmarks have a centre besides
+        points = [fill(count, part.stop - part.start) for part in kind.parts]
+        weights = [fill(count, dtype=torch.float64) for _ in points]
+        return FeatureLandmarks(kind.bank.at_most, points, weights, fill(sum(features)))
     most = kind.at_most if isinstance(kind, BankKind) else sum(features)
     count = most if images is None else min(images, most)
     return FeatureBank(fill(count, sum(features)), torch.zeros(count, dtype=torch.int64), features)
@@ -260,5 +308,6 @@ def make_objective(
         dtype: low precision of the extractor's arithmetic, None for its own.
         options: take the place of what the configuration says for the objective's arguments of these names.
     """
+    check_features(config, extractor, reference.count)
     make = _OBJECTIVES[config.method.method]
     return make(config, extractor, reference, {**_pass_options(config, dtype), **options})

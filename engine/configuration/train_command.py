@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.configuration.config import Config
 from engine.configuration.groups import owners
+from engine.configuration.idle import idle
 
 
 def resume_command(run: Path) -> str:
@@ -22,10 +23,13 @@ def train_command(config: Config) -> str:
     words = ["python", "-m", "engine.train", "--preset", config.preset]
     method, own = config.method.method, config.flat()
     usual = Config.build(config.preset, {"method": method}).flat()
+    unused = idle(config)
     default = Config.build(config.preset, {}).method.method
     for name, value in own.items():
         # What belongs to other methods decides nothing, and would be refused.
         if (owners(name) and method not in owners(name)) or (name != "method" and usual[name] == value):
+            continue
+        if name in unused:  # so would this
             continue
         if name == "method" and value == default:
             continue

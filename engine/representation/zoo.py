@@ -124,6 +124,15 @@ def has_imagenet_weights(name: str) -> bool:
     return brings_weights(name) or name == _VGG19
 
 
+_TRANSFORMER = "vit_"
+"""timm's names of vision transformers begin so."""
+
+
+def has_tokens(name: str) -> bool:
+    """Whether one of the networks of an extractor is a vision transformer, by its name alone."""
+    return any(part.startswith(f"timm:{_TRANSFORMER}") for part in name.split("+"))
+
+
 def _pixels() -> Network:
     network = _network(_PIXELS, Pixels())
     network.imagenet = lambda: {name: tensor.detach() for name, tensor in network.state.items()}  # nothing is learned
@@ -208,7 +217,7 @@ def _timm(name: str, model: str) -> Network:
 
 def _created(timm: Any, model: str) -> nn.Module:
     """A vision transformer takes images of any whole number of patches, and not only of the size of its training."""
-    if model.startswith("vit_"):
+    if model.startswith(_TRANSFORMER):
         with contextlib.suppress(TypeError):  # a relative of theirs that has no such option
             return timm.create_model(model, pretrained=False, dynamic_img_size=True)
     return timm.create_model(model, pretrained=False)

@@ -141,6 +141,8 @@ _CALLED = {
     "reference": "kind of the target",
     "pool": "pooling of features",
     "at_most": "number of images that are compared with",
+    "landmarks": "choice of landmarks",
+    "parts": "number of sets of features that are compared",
     "dataset": "data set",
     "data_dataset": "data set",
     "content_sha256": "data set's pictures",

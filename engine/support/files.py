@@ -12,6 +12,7 @@ import os
 import stat
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from engine.support.errors import InputError, WriteError, reason
 log = logging.getLogger("gfmn")
 
 _CHECKSUM = "crc32"
+_POLL = 0.2
 
 
 def what_is(path: str | Path) -> str | None:
@@ -276,15 +278,16 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, busy: Callable[[], None], waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Only one process at a time is inside: it holds a lock on the file `path`, which is made and removed here.
 
     Whatever ends the process frees the lock. If another process is inside, `busy` is called: it raises to give up, or
-    returns to wait. A file system without locks lets everybody in, after one warning.
+    returns to wait. Meanwhile `waiting` is called a few times in a second, and may raise as well. A file system without
+    locks lets everybody in, after one warning.
 
     Raises InputError on the folder if the file cannot be made there.
     """
-    descriptor = _lock(path, busy)
+    descriptor = _lock(path, busy, waiting)
     _held.add(descriptor)
     try:
         yield
@@ -296,7 +299,8 @@ def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(path: Path, busy: Callable[[], None]) -> int:
+def _lock(path: Path, busy: Callable[[], None], waiting: Callable[[], None]) -> int:
+    told = False
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,9 +308,12 @@ def _lock(path: Path, busy: Callable[[], None]) -> int:
         except OSError as error:
             raise InputError(path.parent, f"cannot be written to, {reason(error)}") from None
         try:
-            if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                busy()
-                _flock(descriptor, fcntl.LOCK_EX)
+            while not _flock(descriptor):
+                if not told:
+                    busy()
+                told = True
+                waiting()
+                time.sleep(_POLL)
             # The one before us may have removed the file that we waited for.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -317,10 +324,10 @@ def _lock(path: Path, busy: Callable[[], None]) -> int:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, how: int) -> bool:
+def _flock(descriptor: int) -> bool:
     """Whether the lock is ours; it counts as ours where there are no locks."""
     try:
-        fcntl.flock(descriptor, how)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

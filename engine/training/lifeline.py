@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import selectors
 import socket
@@ -12,11 +13,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from engine.support.errors import InputError
+from engine.support.errors import InputError, one_line
 
 LOST = "lost"
 """The key under which the store counts processes that have ended without a farewell."""
 KILLED = "another process of this job has ended (killed, or out of memory); start the job again to resume"
+FAILURES = "failures"
+"""The key under which it counts processes that have failed, of which the first says why."""
+# How gloo and NCCL say that another process has gone; what else they say is shown.
+_GONE = re.compile("closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.IGNORECASE)
+_CAUSE = "Last error:"  # after it, in lines of its own, stands what happened to NCCL
+# A process that another one's failure finds in a collective has so long to come out of it by itself.
+_GRACE = 5.0
 _FAREWELL = b"."
 _UNREACHED = "lifelines that did not reach"
 _POLL = 0.2
@@ -116,3 +124,32 @@ def served() -> Iterator[None]:
         yield
     except RuntimeError:
         raise InputError("", KILLED) from None
+
+
+def unreached(error: RuntimeError) -> InputError:
+    """What a collective's `error` is to the user, where nobody has said that a process has failed."""
+    if _GONE.search(str(error)):
+        return InputError("", KILLED)
+    said, cause = one_line(error), str(error).partition(_CAUSE)[2].strip()
+    said += f": {one_line(RuntimeError(cause))}" if cause else ""
+    return InputError("", f"processes of this job could not exchange tensors ({said}); start the job again to resume")
+
+
+def end_with_others(store: Any, ended: threading.Event) -> None:
+    """Until `ended`, end this process when another one has failed and this one doesn't come to its end by itself.
+
+    For a thread: one that waits in a collective, or for others to make a group, can be ended in no other way.
+    """
+    store = store.clone()  # whoever waits for a key in the other one keeps it to itself
+    while not ended.wait(5 * _POLL):
+        try:
+            failed = store.add(FAILURES, 0) + store.add(LOST, 0) > 0
+        except RuntimeError:  # the launcher has gone
+            failed = True
+        if failed:
+            if not ended.wait(_GRACE):
+                with contextlib.suppress(RuntimeError):
+                    if store.add(FAILURES, 1) == 1:  # nobody else has said why
+                        os.write(2, f"error: {KILLED}\n".encode())
+                os._exit(2)
+            return

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from engine.support.errors import InputError, Interrupted, one_line
 from engine.training import rendezvous
 from engine.training.arriving import Arriving, M, Merging
-from engine.training.lifeline import KILLED, LOST, Lifeline, served
+from engine.training.lifeline import FAILURES, KILLED, LOST, Lifeline, end_with_others, served, unreached
 from engine.training.rendezvous import EndedElsewhere
 
 T = TypeVar("T")
@@ -26,8 +26,6 @@ T = TypeVar("T")
 _POLL = 0.2
 _GATHERING = timedelta(minutes=10)
 _ENDING = 20.0
-# A rank that another one's failure finds in a collective has so long to come out of it by itself.
-_GRACE = 5.0
 _INTERRUPTED = "interrupted"
 
 
@@ -274,13 +272,17 @@ class Ranks:
         # whose capture has failed would be waited for.
         if torch.cuda.is_available():
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        connected = threading.Event()
         try:
+            self._end_with_others(connected)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_GATHERING)
         except RuntimeError as error:
             with served():
                 self._raise_failure()
             why = f"process {self.rank} of {self.size} cannot connect to the others ({one_line(error)})"
             raise InputError("", f"{why}; start the job again to resume") from None
+        finally:
+            connected.set()
         self._group = True
 
     @contextlib.contextmanager
@@ -288,33 +290,21 @@ class Ranks:
         """A collective that another rank doesn't come to: that one has failed, which it says, or was killed."""
         try:
             yield
-        except RuntimeError:
+        except RuntimeError as error:
             if self._known is not None:
                 raise  # what cannot be captured; nobody has been waited for
             time.sleep(_POLL)  # let it say so
             with contextlib.suppress(RuntimeError):
                 self._raise_failure()
-            raise InputError("", KILLED) from None
+            raise unreached(error) from None
 
     def watch(self) -> None:
         """From now on a thread ends this process if another rank fails and this one waits for it in a collective."""
         if self.store is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._end_with_others(self._ended)
 
-    def _watch(self) -> None:
-        store = self.store.clone()  # whoever waits for a key in the other one keeps it to itself
-        while not self._ended.wait(5 * _POLL):
-            try:
-                failed = store.add("failures", 0) + store.add(LOST, 0) > 0
-            except RuntimeError:  # the launcher has gone
-                failed = True
-            if failed:
-                if not self._ended.wait(_GRACE):
-                    with contextlib.suppress(RuntimeError):
-                        if store.add("failures", 1) == 1:  # nobody else has said why
-                            os.write(2, f"error: {KILLED}\n".encode())
-                    os._exit(2)
-                return
+    def _end_with_others(self, until: threading.Event) -> None:
+        threading.Thread(target=end_with_others, args=(self.store, until), daemon=True).start()
 
     def close(self) -> None:
         """Leave the group."""
@@ -340,7 +330,7 @@ class Ranks:
             return True
         self._ended.set()
         try:
-            first = self.store.add("failures", 1) == 1
+            first = self.store.add(FAILURES, 1) == 1
             if not torch.cuda.is_available():
                 self.close()  # what others wait for won't come, and with gloo they see that
             self._leave()
@@ -389,7 +379,7 @@ class Ranks:
         return False
 
     def _raise_failure(self) -> None:
-        if self.store.add("failures", 0):
+        if self.store.add(FAILURES, 0):
             raise EndedElsewhere
         if self.store.check([_INTERRUPTED]):
             raise Interrupted("another process of this job was told to stop", int(self.store.get(_INTERRUPTED)))

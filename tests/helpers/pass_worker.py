@@ -13,8 +13,11 @@ import torch
 from helpers import rank_worker
 from torch import nn
 
+from engine.comparison.distances.kernels import imq
+from engine.comparison.pooling import POOLS, sizes
 from engine.comparison.reference.bank import BankKind
 from engine.comparison.reference.cache import cached_reference
+from engine.comparison.reference.landmarks import LandmarksKind
 from engine.comparison.reference.statistics_pass import reference_loader
 from engine.comparison.reference.target import MomentsKind
 from engine.evaluation.judges import evaluation_network
@@ -30,18 +33,23 @@ SAMPLES = 70
 
 
 def references(folder: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Moments and a bank of 61 images, and moments of two, of features in float64."""
+    """Moments, a bank and landmarks of 61 images, and moments of two, of features in float64."""
     network, found = extractor(), {}
+    half = sum(sizes(POOLS["mean"], network.taps[:2]))
+    parts = (slice(0, half), slice(half, sum(sizes(POOLS["mean"], network.taps))))
     for name, kind, images in [
         ("all", MomentsKind(), 61),
         ("few", MomentsKind(), 2),
         ("bank", BankKind("mean", 20), 61),
+        ("landmarks", LandmarksKind(BankKind("mean", 20), 5, imq(), parts, seed=0), 61),
     ]:
         dataset = open_dataset("images", folder / f"{images}.npy", image_size=rank_worker.SIZE)
         loader = reference_loader(network, dataset, batch_size=7, seed=0, shard=ranks.rank, num_shards=ranks.size)
         made: Any = cached_reference(kind, network, loader, kernels="reference", ranks=ranks)
-        assert made.count == min(images, 20 if name == "bank" else images)
+        assert made.count == min(images, 20 if name in ("bank", "landmarks") else images)
         found |= {f"{name}.{key}": getattr(made, key) for key in ("mean", "m2", "features") if hasattr(made, key)}
+        for key in ("points", "weights"):
+            found |= {f"{name}.{key}.{place}": part for place, part in enumerate(getattr(made, key, ()))}
     return found
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kernels as fused
 from engine.comparison.distances.kernels import (
     Energy,
     Gaussian,
@@ -20,6 +20,7 @@ from engine.comparison.distances.kernels import (
 )
 from engine.comparison.distances.mean_embedding import MMD, mean_of_all_pairs
 from engine.support.errors import InputError
+from kernels import select
 from kernels.profiles import MOST_PARAMETERS
 
 TILED_PAIRS = 2**20
@@ -54,20 +55,22 @@ class TiledMMD:
         y: features [m, F] of the real images; kept without a graph.
         kernel: one of `kernels.KERNELS`.
         unbiased: as for `mmd`.
+        kernels: the backend, by its name (see `kernels.select`) or as a module.
 
     Attributes:
         constant: the mean of k(y, y), of i ≠ j if unbiased; [] float64.
 
     Raises:
         InputError: "y", as for `mmd`; "kernel", if it is not one that `profile_of` knows.
+        ValueError: "kernels", if the backend cannot run here.
     """
 
-    def __init__(self, y: Tensor, kernel: Kernel, unbiased: bool = False):
+    def __init__(self, y: Tensor, kernel: Kernel, unbiased: bool = False, kernels: str | ModuleType = "auto"):
         check_features("y", y, at_least=2 if unbiased else 1)
         profile = profile_of(kernel)
         if profile is None:
             raise InputError("kernel", f"has no fused sums, which have at most {MOST_PARAMETERS} widths: {kernel!r}")
-        self.y, self.profile, self.unbiased = _wide(y.detach()), profile, unbiased
+        self.y, self.profile, self.unbiased, self.kernels = _wide(y.detach()), profile, unbiased, kernels
         self.constant = mean_of_all_pairs(self.y, kernel, unbiased)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -78,39 +81,47 @@ class TiledMMD:
         """
         check_features("x", x, at_least=2 if self.unbiased else 1, size=self.y.shape[1])
         x = _wide(x)
-        found: Tensor = _Tiled.apply(x, self.y.to(x.dtype), self.profile, self.unbiased)
+        found: Tensor = _Tiled.apply(x, self.y.to(x.dtype), self.profile, self.unbiased, self._backend(x.dtype))
         return (found + self.constant).to(x.dtype)
 
+    def _backend(self, dtype: torch.dtype) -> Any:
+        return select(self.kernels, self.y.device, dtype) if isinstance(self.kernels, str) else self.kernels
 
-def bound_mmd(y: Tensor, kernel: Kernel, rows: int, unbiased: bool = False) -> MMD | TiledMMD:
+
+def bound_mmd(
+    y: Tensor, kernel: Kernel, rows: int, unbiased: bool = False, kernels: str | ModuleType = "auto"
+) -> MMD | TiledMMD:
     """MMD² to y [m, F], of features [n, F] with about `rows` rows: `TiledMMD` where it saves memory, otherwise `MMD`.
 
     Tiled from `TILED_PAIRS` pairs on, if `profile_of` knows the kernel. Then it can be differentiated once.
     """
     tiled = rows * (rows + len(y)) >= TILED_PAIRS and profile_of(kernel) is not None
-    return TiledMMD(y, kernel, unbiased) if tiled else MMD(y, kernel, unbiased)
+    return TiledMMD(y, kernel, unbiased, kernels) if tiled else MMD(y, kernel, unbiased)
 
 
 class _Tiled(torch.autograd.Function):
     """MMD² less the constant of y, [] float64: value and gradient from the same two passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, profile: tuple[str, tuple[float, ...]], unbiased: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, profile: tuple[str, tuple[float, ...]], unbiased: bool, backend: Any
+    ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        within, gradient_within = fused.pairwise_sums(x, None, *profile, not unbiased, wanted)
-        across, gradient_across = fused.pairwise_sums(x, y, *profile, True, wanted)
+        within, gradient_within = backend.pairwise_sums(x, None, *profile, not unbiased, wanted)
+        across, gradient_across = backend.pairwise_sums(x, y, *profile, True, wanted)
         inner, outer = 1 / _pairs_within(len(x), unbiased), 2 / (len(x) * len(y))
         # k is symmetric, so the second argument's gradient is the first's once more. In place: each is as large as x.
         gradient = gradient_within.mul_(2 * inner).sub_(gradient_across, alpha=outer) if wanted else None
         ctx.save_for_backward(gradient)
-        return within.sum() * inner - across.sum() * outer
+        found: Tensor = within.sum() * inner - across.sum() * outer
+        return found
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled():  # a penalty's gradient would lack this part, and nobody would be told
             raise RuntimeError("MMD in tiles has no second derivative (create_graph=True): use MMD")
         (gradient,) = ctx.saved_tensors
-        return upstream.to(gradient.dtype) * gradient, None, None, None
+        return upstream.to(gradient.dtype) * gradient, None, None, None, None
 
 
 def _pairs_within(count: int, unbiased: bool) -> int:

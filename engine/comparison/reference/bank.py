@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.comparison.distances.kernels import median_distance
 from engine.comparison.distances.moments import check_fingerprint
 from engine.comparison.pooling import make_pool, sizes
 from engine.representation.extractor import Extractor
@@ -95,6 +96,19 @@ class FeatureBank:
         variances = torch.cat([part.double().var(dim=0, correction=0) for part in parts])
         return scales_of(variances, self.sizes).to(self.features.dtype)
 
+    def unit_scales(self, parts: Sequence[slice]) -> Tensor:
+        """`scales`, and in each of `parts` of the features the median distance between images is 1 with them.
+
+        InputError if most images are the same.
+        """
+        scales = self.scales()
+        for part in parts:
+            unit = median_distance(self.features[:, part] * scales[part])
+            if not unit > 0:
+                raise InputError("data", "the method needs real images that differ, and most of these are the same")
+            scales[part] /= unit
+        return scales
+
 
 def scales_of(variances: Tensor, sizes: Sequence[int]) -> Tensor:
     """Factors [F], one for each tap and repeated over its features: 1/√(Σ variances of the tap's features).
@@ -126,6 +140,10 @@ class BankKind:
             chosen = torch.arange(self.at_most) * images // self.at_most
         dtype = accumulation_dtype(feature_pass.dtype)
         return BankCollector(feature_pass.prepared, self.pool, chosen, dtype)
+
+    def finished(self, collected: FeatureBank) -> FeatureBank:
+        """See `Kind.finished`."""
+        return collected
 
     def load(self, path: str | Path, expected: Mapping[str, str] | None = None) -> FeatureBank:
         """See `Kind.load`."""

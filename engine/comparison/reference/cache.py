@@ -80,7 +80,7 @@ def job_at(path: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """One job at a time, all its ranks, works at `path` (see `exclusive`)."""
     with contextlib.ExitStack() as alone:
         # Rank 0 first: two jobs could wait for each other's ranks.
-        ranks.first("alone", lambda: alone.enter_context(exclusive(own_path(path, ranks))))
+        ranks.first("alone", lambda: alone.enter_context(exclusive(own_path(path, ranks), ranks)))
         yield
 
 
@@ -156,13 +156,14 @@ def write_bad_images(path: str | Path, reference: Reference) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """One process at a time works at `path`; the others wait. A kill frees it, and leaves nothing half-written.
 
-    Inside, what killed writes of `path` and of its partial state left behind is removed.
+    Inside, what killed writes of `path` and of its partial state left behind is removed. Who waits for another job
+    waits no longer when another one of the own `ranks` has failed, or was told to stop (see `Ranks.check`).
     """
     lock = path.with_name(f".{path.name}.lock")
-    with locked(lock, busy=lambda: log.info("%s: another process is at it; waiting", path)):
+    with locked(lock, lambda: log.info("%s: another process is at it; waiting", path), ranks.check):
         for name in (path.name, path.with_suffix(".partial").name):
             for leftover in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)

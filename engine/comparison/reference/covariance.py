@@ -187,16 +187,26 @@ class CovarianceKind:
 
     def collector(self, feature_pass: FeaturePass, images: int) -> CovarianceCollector | BankCollector:
         """See `Kind.collector`."""
-        features = sum(sizes(make_pool(self.pool), feature_pass.prepared.taps))
-        if images <= features:
+        if not self.is_covariance(feature_pass.prepared, images):
             return BankKind(self.pool, images).collector(feature_pass, images)
+        return CovarianceCollector(feature_pass.prepared, self.pool)
+
+    def is_covariance(self, extractor: Extractor, images: int) -> bool:
+        """Whether that of so many images is kept, and not their features; InputError if it would be too large."""
+        features = sum(sizes(make_pool(self.pool), extractor.taps))
+        if images <= features:
+            return False
         if features > MOST_FEATURES:
             raise InputError(
                 "pool",
                 f"{self.pool} makes {features:,} features, and a covariance takes at most {MOST_FEATURES:,}; choose a "
                 "coarser one (mean), or fewer layers",
             )
-        return CovarianceCollector(feature_pass.prepared, self.pool)
+        return True
+
+    def finished(self, collected: FeatureCovariance | FeatureBank) -> FeatureCovariance | FeatureBank:
+        """See `Kind.finished`."""
+        return collected
 
     def load(self, path: str | Path, expected: Mapping[str, str] | None = None) -> FeatureCovariance | FeatureBank:
         """See `Kind.load`."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import Collector
 
-R = TypeVar("R", bound="Reference")
 R_co = TypeVar("R_co", bound="Reference", covariant=True)
+C = TypeVar("C", bound="Collected")
+C_co = TypeVar("C_co", bound="Collected", covariant=True)
 
 
 class Reference(Protocol):
@@ -32,16 +33,20 @@ class Reference(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def merge(self: R, other: R) -> R:
-        """The reference of the union of two disjoint sets of images."""
-        ...
-
     def save(self, path: str | Path) -> None:
         """Write a file, whole or not at all."""
         ...
 
 
-class ReferenceCollector(Collector, Protocol[R_co]):
+class Collected(Reference, Protocol):
+    """A reference that comes in shares: what a collector has of one rank's images."""
+
+    def merge(self: C, other: C) -> C:
+        """The reference of the union of two disjoint sets of images."""
+        ...
+
+
+class ReferenceCollector(Collector, Protocol[C_co]):
     """Collects a reference over the batches of a data set.
 
     Attributes:
@@ -62,7 +67,7 @@ class ReferenceCollector(Collector, Protocol[R_co]):
         """The inverse of `state`; ValueError or KeyError if it is of other features."""
         ...
 
-    def result(self, fingerprint: Mapping[str, str], skipped: Sequence[str]) -> R_co:
+    def result(self, fingerprint: Mapping[str, str], skipped: Sequence[str]) -> C_co:
         """The reference of all batches that have ended."""
         ...
 
@@ -79,8 +84,12 @@ class Kind(Protocol[R_co]):
         """What of the kind itself belongs into a fingerprint."""
         ...
 
-    def collector(self, feature_pass: FeaturePass, images: int) -> ReferenceCollector[R_co]:
+    def collector(self, feature_pass: FeaturePass, images: int) -> ReferenceCollector[Any]:
         """A new collector for the taps of `feature_pass`, over a data set of so many images."""
+        ...
+
+    def finished(self, collected: Any) -> R_co:
+        """The reference, from what the collectors of all ranks gave, merged."""
         ...
 
     def load(self, path: str | Path, expected: Mapping[str, str] | None = None) -> R_co:

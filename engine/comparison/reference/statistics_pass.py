@@ -97,7 +97,7 @@ def compute_reference(
             there and fits. It stays: call `forget_partials` once the result is safe. None keeps nothing.
         ranks: the processes that share the dataset.
 
-    Returns the reference of all ranks, merged in rank order, on rank 0; on other ranks that of their own images.
+    Returns the reference of all ranks, merged in rank order, on rank 0; on other ranks what they collected themselves.
 
     Raises InputError or DataError for unusable images, Interrupted after Ctrl-C on any rank, EndedElsewhere on other
     ranks' errors.
@@ -161,7 +161,7 @@ def compute_reference(
         part = kind.collector(feature_pass, len(images.dataset))
         part.restore(other)
         result = result.merge(part.result(entries, lines))
-    return result
+    return kind.finished(result) if ranks.rank == 0 else result
 
 
 def check_same_features(entries: dict[str, str], ranks: Ranks) -> None:

@@ -86,6 +86,10 @@ class MomentsKind:
         order = FeatureOrder(feature_pass.prepared.taps)
         return DatasetCollector(feature_pass.prepared, order, feature_pass.kernels, images)
 
+    def finished(self, collected: Moments) -> Moments:
+        """See `Kind.finished`."""
+        return collected
+
     def load(self, path: str | Path, expected: Mapping[str, str] | None = None) -> Moments:
         """See `Moments.load`."""
         return Moments.load(path, expected)

@@ -19,6 +19,8 @@ from engine.configuration.train_command import train_command
         "--preset cifar10 --weights random --no-fused-ama --amp",
         "--data some/<folder>/it's --image-size 64 --chunk-size auto --memory-budget 12GiB --center-crop 100",
         "--generator-ema .5,.9,0.99 --sample-ema .9 --optimizer adamw --weight-decay 0 --lr-schedule cosine",
+        "--population ema --population-decay .5",
+        "--method mmd --extractor timm:vit_tiny_patch16_224 --weights imagenet --mmd-landmarks 20",
         "--lr 1e-05 --generator-ema 0.5 --averager ma --extractor vgg19+resnet18 --weights a.safetensors b.safetensors",
     ],
 )
@@ -30,3 +32,11 @@ def test_the_command_trains_the_same_again(flags: str) -> None:
     words = shlex.split(train_command(config))
     assert words[:3] == ["python", "-m", "engine.train"]
     assert asdict(parsed(words[3:])) == asdict(config)
+
+
+def test_a_setting_that_decides_nothing_any_more_is_left_out() -> None:
+    """Of a run's config.json with a population in the place of its averager."""
+    config = Config.build("digits", {"ama_lr": 0.5}).replaced({"population": "ema"})
+    words = shlex.split(train_command(config))
+    assert "--ama-lr" not in words
+    assert train.configure(train.parser().parse_args(words[3:])).population == config.population

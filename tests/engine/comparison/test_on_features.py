@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from oracle import in_float64, relative_error
 from torch import Tensor
 
 from engine.comparison.distances import MMD, kernels
-from engine.comparison.on_features import OnFeatures
+from engine.comparison.on_features import FeatureCriterion, OnFeatures
 from engine.comparison.pooling import POOLS, make_pool, sizes
 from engine.comparison.reference.bank import BankKind, FeatureBank
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.support.errors import InputError
+from engine.training.ranks import ALONE
 from pipelines import ImageLoader, open_dataset
 
 IMAGES = 7
@@ -184,6 +186,16 @@ def test_without_gradient(tiny_extractor, draw_images):
         loss = objective(images)
     assert not loss.requires_grad
     assert relative_error(loss, mmd_by_hand("linear", pooled(extractor, images, "mean"), real, False)) <= 1e-10
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_pooled_features_are_kept_only_where_gradients_need_them(pool, tiny_extractor, draw_images):
+    objective = OnFeatures(tiny_extractor, lambda x: x.square().sum(), pool=pool)
+    criterion = FeatureCriterion(objective, IMAGES, differentiable=True)
+    objective.feature_pass.collect(draw_images(IMAGES, torch.float32), criterion)
+    features = weakref.ref(criterion.features)
+    criterion.finish(ALONE)
+    assert (features() is not None) == (pool == "mean+std")
 
 
 def test_unknown_pool(tiny_extractor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle import relative_error
@@ -9,7 +11,11 @@ from torch import Tensor
 
 from engine.comparison.distances import MMD, kernels
 from engine.comparison.distances.tiled import TILED_PAIRS, TiledMMD, bound_mmd, profile_of
+from engine.configuration.config import Config
+from engine.configuration.objectives import blank_reference, make_objective
+from engine.representation.build import build_extractor
 from engine.support.errors import InputError
+from kernels import reference
 
 
 def gradient(value: Tensor, x: Tensor) -> Tensor:
@@ -54,6 +60,35 @@ def test_large_sets_are_tiled_where_that_can_be() -> None:
     assert isinstance(bound_mmd(y, kernels.imq(), 900), MMD)
     assert isinstance(bound_mmd(y, kernels.gaussian(range(1, 10)), rows), MMD)
     assert bound_mmd(y, kernels.imq(), rows, unbiased=True).unbiased
+
+
+def test_the_backend_that_is_asked_for_computes() -> None:
+    asked: list[torch.dtype] = []
+
+    def counted(x: Tensor, *arguments: object) -> object:
+        asked.append(x.dtype)
+        return reference.pairwise_sums(x, *arguments)
+
+    y, x = torch.randn(41, 7), torch.randn(1200, 7, requires_grad=True)
+    found = bound_mmd(y, kernels.imq(), len(x), kernels=SimpleNamespace(pairwise_sums=counted))
+    value = found(x)
+    assert asked == [torch.float64, torch.float32, torch.float32]
+    assert value.item() == pytest.approx(MMD(y, kernels.imq())(x).item(), rel=1e-4)
+    with pytest.raises(ValueError, match="kernels: 'nothing' is not one of"):
+        TiledMMD(y, kernels.imq(), kernels="nothing")
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("compiled", TiledMMD), ("reference", MMD)])
+def test_the_configured_backend(backend: str, kind: type) -> None:
+    """Plain PyTorch has no tiles: its blocks are less than the whole matrix that the reference kernels make."""
+    given = {"method": "mmd", "image_size": 8, "layers": 1, "batch_size": 1100, "mmd_images": 9, "pool": "mean"}
+    config = Config.build("digits", {**given, "kernels": backend})
+    extractor = build_extractor("vgg-small", image_size=8, layers=1)
+    known = blank_reference(config, extractor, torch.rand)
+    objective = make_objective(config, extractor, known, None)
+    (distance,) = objective.discrepancy.distances
+    assert type(distance) is kind
+    assert getattr(distance, "kernels", backend) == backend
 
 
 def test_what_it_refuses() -> None:

@@ -183,6 +183,15 @@ class TestTinted:
         assert open_dataset("digits").is_grey()
         assert not open_dataset("images", tmp_path / "coloured.npy", image_size=16).is_grey()
 
+    def test_of_many_images_a_share_is_asked(self, tmp_path):
+        images = np.zeros((3 * 2048, 8, 8, 3), dtype=np.uint8)
+        np.save(tmp_path / "many.npy", images)
+        dataset = open_dataset("images", tmp_path / "many.npy", image_size=8)
+        dataset.images[4, 0, 0, 1] = 1
+        assert dataset.is_grey()
+        dataset.images[3, 0, 0, 1] = 1
+        assert not dataset.is_grey()
+
 
 def test_rotate_names_the_quarter_turns():
     images = torch.rand(6, 3, 5, 5)

@@ -54,6 +54,12 @@ class TestTokens:
             build_extractor(f"timm:{NAME}", image_size=40)
         assert error.value.argument == "name"
 
+    def test_are_pooled_by_their_mean_unless_somebody_says_otherwise(self):
+        given = {"method": "mmd", "extractor": f"vgg-small+timm:{NAME}"}
+        assert Config.build("digits", given).features.pool == "mean"
+        assert Config.build("photos", {**given, "data": "x", "pool": "mean+std"}).features.pool == "mean+std"
+        assert Config.build("digits", {"method": "mmd"}).features.pool == "grid4"
+
     def test_gfmn_is_refused(self):
         config = Config.build("digits", {"extractor": f"timm:{NAME}", "layers": 1, "weights": ("random",)})
         extractor = build_extractor(f"timm:{NAME}", image_size=32, layers=1)

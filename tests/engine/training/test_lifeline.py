@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import signal
+import time
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers.jobs import ends, start_ranks
 
-from engine.support.errors import InputError
-from engine.training.lifeline import LOST
+from engine.comparison.reference.cache import exclusive
+from engine.support.errors import InputError, out_of_memory
+from engine.training.lifeline import KILLED, LOST
 from engine.training.ranks import Ranks
 from engine.training.rendezvous import EndedElsewhere
 
@@ -27,6 +31,7 @@ WAITS = BEGIN + "        ranks.meet('again', None)\n" + "run_command(main)\n"
 DIES = BEGIN + "        time.sleep(0.5)\n        die()\n" + "run_command(main)\n"
 CHECKS = BEGIN + "        while True:\n            ranks.check(); time.sleep(0.1)\n" + "run_command(main)\n"
 ENDS = BEGIN + "run_command(main)\n"
+CONNECTS = BEGIN + "        ranks.counts(1)\n" + "run_command(main)\n"
 PASSES = BEGIN + "        time.sleep(3 * ranks.rank)\n" + "run_command(main)\n"
 
 
@@ -44,6 +49,60 @@ def test_a_killed_process_ends_those_that_wait(killed: int, waits: str) -> None:
     assert said
     assert all("another process of this job has ended (killed" in line for line in said), said
     assert len(said) == 1 or killed == 0  # without a store they cannot agree on who says it
+
+
+def test_one_killed_while_the_others_connect_is_not_waited_for() -> None:
+    """They wait for it inside the library, where ten minutes are the limit."""
+    begun = time.monotonic()
+    found = ends(start_ranks([["-c", DIES if rank == 1 else CONNECTS] for rank in range(3)]), within=60)
+    assert time.monotonic() - begun < 45
+    assert [status for status, _ in found] == [2, -signal.SIGKILL, 2], found
+    said = [line for _, errors in found for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, said
+    assert "another process of this job has ended (killed" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("library", "shown"),
+    [
+        ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:80", KILLED),
+        (
+            "NCCL error in: comm.cpp:77, remote process exited or there was a network error, NCCL version 2.27.5\n"
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+            KILLED,
+        ),
+        (
+            "NCCL error in: comm.cpp:77, unhandled system error (run with NCCL_DEBUG=INFO for details)\n"
+            "ncclSystemError: System call (e.g. socket, malloc) or external library call failed.\nLast error:\n"
+            "socketStartConnect: Connect to 10.0.0.2<4000> failed : No route to host\n",
+            "could not exchange tensors (NCCL error in: comm.cpp:77, unhandled system error (run with "
+            "NCCL_DEBUG=INFO for details): socketStartConnect: Connect to 10.0.0.2<4000> failed : No route to host)",
+        ),
+        ("Timed out waiting 600000ms for recv operation", "could not exchange tensors (Timed out waiting 600000ms"),
+    ],
+    ids=["gloo's peer", "NCCL's peer", "NCCL's network", "time"],
+)
+def test_what_a_library_says_of_a_collective_is_shown(library: str, shown: str) -> None:
+    with pytest.raises(InputError) as error, Ranks(0, 2, dist.HashStore())._together():
+        raise RuntimeError(library)
+    assert shown in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_memory_in_a_collective_stays_that() -> None:
+    with pytest.raises(InputError) as error, Ranks(0, 2, dist.HashStore())._together():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "2.00 GiB more were asked for" in str(out_of_memory(error.value))
+
+
+def test_who_waits_for_another_job_s_work_sees_its_own_job_s_end(tmp_path: Path) -> None:
+    store, path = dist.HashStore(), tmp_path / "target"
+    ranks = Ranks(0, 2, store)
+    store.add("failures", 1)
+    with exclusive(path), pytest.raises(EndedElsewhere), exclusive(path, ranks):
+        pass
+    with exclusive(path, ranks):  # which nobody is at: nothing to wait for
+        assert (tmp_path / ".target.lock").exists()
 
 
 def test_one_that_comes_to_its_end_is_not_waited_for() -> None:

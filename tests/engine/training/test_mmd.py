@@ -12,6 +12,7 @@ from helpers.runs import command, metrics
 from safetensors.torch import load_file
 
 from engine import precompute, sample, train
+from engine.comparison.distances import landmarks
 from engine.configuration.inputs import load_run_sampler
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -68,6 +69,29 @@ def test_precomputed_bank_is_the_cached_one(run: Path, flags: list[str], tmp_pat
     assert bank["indices"].tolist() == [n * 40 // 30 for n in range(30)]
     train.main([*flags, *MMD, "--target", str(target), "--out", str(tmp_path / "run")])
     assert metrics(tmp_path / "run", NAMES) == metrics(run, NAMES)
+
+
+LANDMARKS = ["--method", "mmd", "--mmd-landmarks", "8", "--mmd-kernel", "energy"]
+
+
+def test_landmarks_are_found_once(flags: list[str], tmp_path: Path, monkeypatch) -> None:
+    """Kept by the run and in the cache, and `engine.precompute` writes the same."""
+    run, target = tmp_path / "run", tmp_path / "landmarks.safetensors"
+    train.main([*flags, *LANDMARKS, "--steps", "4", "--out", str(run)])
+    precompute.main([*flags, *LANDMARKS, "--out", str(target)])
+    assert load_file(target)["points.0"].shape[0] == 9
+    for name, tensor in load_file(run / "target.safetensors").items():
+        assert torch.equal(load_file(target)[name], tensor)
+
+    def choose_landmarks(*_: object, **__: object) -> None:
+        raise AssertionError("landmarks are chosen again")
+
+    monkeypatch.setattr(landmarks, "choose_landmarks", choose_landmarks)
+    train.main(["--resume", "--out", str(run), "--steps", "6"])
+    train.main([*flags, *LANDMARKS, "--out", str(tmp_path / "cached")])
+    monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "empty"))
+    train.main([*flags, *LANDMARKS, "--target", str(target), "--out", str(tmp_path / "given")])
+    assert metrics(run, NAMES) == metrics(tmp_path / "cached", NAMES) == metrics(tmp_path / "given", NAMES)
 
 
 def test_uniform_prior_is_kept_with_the_generator(flags: list[str], tmp_path: Path) -> None:

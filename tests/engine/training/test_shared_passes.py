@@ -69,7 +69,7 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     for status, errors in ends(start_job(SIZE, [pass_worker.__file__, str(folder)], GFMN_CACHE=str(cache))):
         assert status == 0, errors
     left = [path.name for path in (cache / "targets").iterdir()]
-    assert len(left) == 3
+    assert len(left) == 4
     assert all(name.endswith(".safetensors") for name in left)
     return [torch.load(folder / f"{SIZE}.{rank}.pt") for rank in range(SIZE)]
 

@@ -1,0 +1,39 @@
+"""Settings that decide nothing beside others: nobody may give them, and a run's command has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from engine.configuration.options import require
+
+if TYPE_CHECKING:
+    from engine.configuration.config import Config
+
+_OF_AVERAGERS = {"ama_lr": "ama", "ama_variant": "ama", "ma_alpha": "ma", "ma_variant": "ma"}
+
+
+def idle(config: Config) -> dict[str, str]:
+    """Fields that decide nothing in `config`, each with the reason; those of other methods are not among them."""
+    found = {}
+    population, averager = config.population.population, config.gfmn.averager
+    if config.method.method == "gfmn" and population != "none":
+        found = dict.fromkeys(
+            ("averager", *_OF_AVERAGERS), f"--population {population} takes the averager's place; leave one of them out"
+        )
+    elif config.method.method == "gfmn":
+        found = {
+            name: f"needs --averager {of}, and this is --averager {averager}"
+            for name, of in _OF_AVERAGERS.items()
+            if of != averager
+        }
+    if config.features.normalise_losses and "+" not in config.networks.extractor:
+        found["normalise_losses"] = f"needs several networks, and --extractor {config.networks.extractor} is one"
+    return found
+
+
+def check_used(given: Iterable[str], config: Config) -> None:
+    """InputError if one of the fields that somebody has `given` decides nothing in `config`."""
+    reasons = idle(config)
+    for name in given:
+        require(name not in reasons, name, reasons.get(name, ""))
