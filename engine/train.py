@@ -127,7 +127,7 @@ def build(
 
     All ranks share the passes over the data set. Only rank 0 writes to the folder.
     """
-    target = config.matching.target
+    target = config.matching.target if config.needs.features else None
     if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
         check_file(target, "no such target file; make one with engine.precompute")
     # Rank 0 first: it downloads and pretrains, and the others find the results.

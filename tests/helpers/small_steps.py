@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.groups import GROUPS, field_names
-from engine.configuration.methods import METHODS
+from engine.configuration.methods import METHODS, NEEDS
 from engine.configuration.objectives import blank_reference
 from engine.configuration.presets import PRESETS
 from engine.configuration.running import make_schedule, training_images
@@ -114,8 +114,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def configuration(preset: str, given: dict[str, Any]) -> Config:
     """The preset with `given` settings, small."""
-    small = {"weights": ("random",), "image_size": 32, "batch_size": 5, "layers": 4, "nz": 8}
-    images = f"{given.get('method', 'gfmn')}_images"  # real ones, where a method compares with them
+    method = given.get("method", "gfmn")
+    small: dict[str, Any] = {"image_size": 32, "batch_size": 5, "nz": 8}
+    if NEEDS[method].features:
+        small |= {"weights": ("random",), "layers": 4}
+    images = f"{method}_images"  # real ones, where a method compares with them
     bank = {images: 6} if any(images in field_names(group) for group in GROUPS.values()) else {}
     return Config.build(preset, {**small, **bank, **given})
 
