@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.comparison.reference.bank import FeatureBank
-from engine.configuration.build import make_method
+from engine.configuration.build import Networks, make_method
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
@@ -48,7 +48,12 @@ CPU = torch.device("cpu")
 
 
 def predict(
-    config: Config, generator: Generator, extractor: Extractor | None, device: torch.device = CPU, size: int = 1
+    config: Config,
+    generator: Generator,
+    extractor: Extractor | None,
+    device: torch.device = CPU,
+    size: int = 1,
+    networks: Networks | None = None,
 ) -> Footprint:
     """The footprint of training as `config` says, on tensors of no memory, in about a second.
 
@@ -60,7 +65,8 @@ def predict(
     Args:
         config: `chunk_size` must be a number or None.
         generator, extractor: on the CPU, of the right shapes; they are only looked at. None for a method that compares
-            no features: what else it trains counts as made between steps.
+            no features.
+        networks: what such a method trains besides the generator, likewise.
         device: where training is to run.
         size: number of ranks. The footprint is one rank's, of the largest share of the minibatch; what all ranks tell
             it, W·2·D moments or N·F pooled features, is there as long as it is in a step.
@@ -70,20 +76,23 @@ def predict(
     dtype = amp_dtype(config)
     fake_generator = fake_copy(generator, mode)
     fake_extractor = None if extractor is None else fake_copy(extractor, mode, dtype)
-    frozen = [] if extractor is None else [extractor]
-    fakes = [fake_generator] if fake_extractor is None else [fake_generator, fake_extractor]
+    frozen = () if extractor is None else (extractor,)
+    fake_frozen = () if extractor is None else (fake_extractor,)
+    others = networks or {}
+    fake_others = {name: fake_copy(network, mode) for name, network in others.items()}
 
     def build() -> Callable[[], object]:
-        method = _modelled_method(config, fake_generator, fake_extractor, ranks)
+        method = _modelled_method(config, fake_generator, fake_extractor, fake_others, ranks)
         images = _modelled_images(config, ranks) if method.reads == "images" else None
         return functools.partial(method.step, images, Noise(config.training.seed))
 
     with modelled_ranks(size) as ranks:
+        fakes = [fake_generator, *fake_others.values(), *fake_frozen]
         footprint = track(build, mode, fakes, block, gloo=not on_gpu)
     # A moving average of the generator is a copy of it; the low-precision copy of the extractor was there before.
     extra = num_bytes(generator, block=block) * len(all_of(config.training.generator_ema))
-    extra += 0 if dtype is None else num_bytes(*fakes[1:], block=block)
-    weights = num_bytes(generator, *frozen, block=block)
+    extra += 0 if dtype is None else num_bytes(*fake_frozen, block=block)
+    weights = num_bytes(generator, *others.values(), *frozen, block=block)
     between, peak = footprint.between_steps + extra, footprint.peak + extra
     if not on_gpu:
         return Footprint(weights, between, peak)
@@ -93,10 +102,12 @@ def predict(
     return Footprint(weights, between, peak, apart + sum(libraries(size).values()))
 
 
-def _modelled_method(config: Config, generator: Generator, extractor: Extractor | None, ranks: Ranks) -> Method:
+def _modelled_method(
+    config: Config, generator: Generator, extractor: Extractor | None, networks: Networks, ranks: Ranks
+) -> Method:
     """The configured method on networks of fake tensors."""
     if extractor is None:
-        return make_method(config, generator, ranks=ranks)
+        return make_method(config, generator, ranks=ranks, networks=networks)
     backend = _plain_kernels() if config.matching.backend == "reference" else reference
     options: dict[str, Any] = {"kernels": backend, "max_chunks": _MODELLED_CHUNKS}
     # Fake tensors have no numbers to make weights or scales of.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.configuration.build import bare_extractor, make_generator
+from engine.configuration.build import bare_extractor, make_generator, make_networks
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import amp_dtype, choose_device
@@ -92,13 +92,13 @@ class Planner:
         self.launches = _LAUNCHES[is_captured(config)] if device.type == "cuda" else 0
         self.generator = make_generator(config)
         self.extractor = bare_extractor(config) if config.needs.features else None
+        self.networks = make_networks(config)
         self.plan = functools.cache(self._plan)
 
     def _plan(self, chunk_size: int | None, recompute: str, recompute_generator: bool) -> Plan:
-        config = self.config.replaced(
-            {"chunk_size": chunk_size, "recompute": recompute, "recompute_generator": recompute_generator}
-        )
-        footprint = predict(config, self.generator, self.extractor, self.device, self.size)
+        given = {"chunk_size": chunk_size, "recompute": recompute} if self.config.needs.features else {}
+        config = self.config.replaced({**given, "recompute_generator": recompute_generator})
+        footprint = predict(config, self.generator, self.extractor, self.device, self.size, self.networks)
         return Plan(chunk_size, recompute, recompute_generator, footprint, self.share, self.launches)
 
     @property
@@ -124,9 +124,9 @@ class Planner:
         sizes = self.chunk_sizes()
         smallest = self.configured(sizes[-1])
         if smallest.footprint.total > budget:
-            chunk = "even a chunk of 1 image"
-            if self.extractor is None or self.extractor.batch_statistics:
-                chunk = "the whole minibatch at once" + (" (--extractor-bn batch)" if self.extractor else "")
+            chunk = (
+                "the whole minibatch at once (--extractor-bn batch)" if len(sizes) == 1 else "even a chunk of 1 image"
+            )
             raise InputError(
                 "memory_budget",
                 f"{chunk} needs {shown_bytes(smallest.footprint.total)} (modelled), "
@@ -147,7 +147,7 @@ def choose_chunk(config: Config, device: torch.device, ranks: Ranks = ALONE) -> 
     To be asked before anything is on a GPU: what comes there before training is either part of the model (the networks,
     the target) or given back (`release_memory`). And before ranks have exchanged tensors (`modelled_ranks`).
     """
-    if config.matching.chunk_size != "auto":
+    if config.matching.chunk_size != "auto" or not config.needs.features:
         _check_budget(config, device, ranks.size)
         return config
     planner = Planner(config, device, ranks.size)
@@ -171,13 +171,17 @@ def _check_budget(config: Config, device: torch.device, size: int) -> None:
             _check_machine(config, size)
         return
     budget = budget_bytes(config, device, size)
-    needed = Planner(config, device, size).configured(config.matching.images_per_chunk).footprint.total
+    needed = Planner(config, device, size).configured(_own_chunk(config)).footprint.total
     if needed > budget:
         raise InputError(
             "memory_budget",
             f"these settings need {shown_bytes(needed)} (modelled), the budget is {shown_bytes(budget)}; "
             + ("try --chunk-size auto, or see --plan" if config.needs.features else "see --plan"),
         )
+
+
+def _own_chunk(config: Config) -> int | None:
+    return config.matching.images_per_chunk if config.needs.features else None
 
 
 def _check_machine(config: Config, size: int) -> None:
@@ -189,7 +193,7 @@ def _check_machine(config: Config, size: int) -> None:
     training, memory = config.training, memory_limit()
     if training.batch_size * 3 * config.data.image_size**2 * 4 < memory / _NOTICEABLE:
         return
-    own = Planner(config, size=size).configured(config.matching.images_per_chunk).footprint.total
+    own = Planner(config, size=size).configured(_own_chunk(config)).footprint.total
     needed = _neighbours(size) * own
     if needed > memory:
         raise InputError(
@@ -238,7 +242,7 @@ def print_plans(config: Config, device: torch.device, ranks: Ranks = ALONE) -> N
     networks = config.networks
     low = amp_dtype(config)
     frozen = () if planner.extractor is None else (planner.extractor,)
-    weights = num_bytes(planner.generator, *frozen)
+    weights = num_bytes(planner.generator, *planner.networks.values(), *frozen)
     included = f"weights included ({shown_bytes(weights)})"
     if device.type == "cuda":
         beside = sum(libraries(ranks.size).values())

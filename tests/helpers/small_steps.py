@@ -15,7 +15,7 @@ import torch
 from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
-from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
 from engine.configuration.config import Config
 from engine.configuration.groups import GROUPS, field_names
 from engine.configuration.methods import METHODS, NEEDS
@@ -139,7 +139,7 @@ def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = 
         known = blank_reference(config, extractor, torch.rand)
         method = make_method(config, generator, extractor, known, ranks, kernels=reference)
     else:
-        method = make_method(config, generator, ranks=ranks)
+        method = make_method(config, generator, ranks=ranks, networks=make_networks(config))
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
     if method.reads == "images":
         images = training_images(config, few_pictures(config), torch.device("cpu"), ranks)
