@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 
+from engine.comparison.games.mmd import MMDGame, RootMMDGame
 from engine.comparison.games.protocols import Game
 
 # What a game is called → what makes it.
-GAMES: dict[str, Callable[..., Game]] = {}
+GAMES: dict[str, Callable[..., Game]] = {
+    "mmd": MMDGame,
+    "root-mmd": RootMMDGame,
+}
 
 __all__ = ["GAMES", "Game"]
