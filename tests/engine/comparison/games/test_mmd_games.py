@@ -133,7 +133,13 @@ def test_bad_settings_are_refused(settings: dict[str, float], argument: str) -> 
     assert error.value.argument == argument
 
 
-def test_one_image_has_no_unbiased_estimate() -> None:
-    real, fake = outputs(3, 1, 2)
-    with pytest.raises(InputError, match="≥ 2"):
-        MMDGame().critic_loss(real, fake)
+def test_outputs_that_do_not_fit_are_refused() -> None:
+    real, fake = outputs(3, 2, 2)
+    for game, pairs in (
+        (MMDGame(), {"real": (real[:1], fake), "fake": (real, fake[:1])}),
+        (RootMMDGame(), {"real": (real[0], fake), "fake": (real, fake[:, :1])}),
+    ):
+        for argument, pair in pairs.items():
+            with pytest.raises(InputError) as error:
+                game.critic_loss(*pair)
+            assert error.value.argument == argument

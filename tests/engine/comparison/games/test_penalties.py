@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.games.penalties import PENALTIES, Penalty, Play
-from engine.comparison.games.penalties.outputs import flipped_and_shifted
+from engine.comparison.games.penalties.of_outputs import flipped_and_shifted
 from engine.support.errors import InputError
 
 COUNT = 5
