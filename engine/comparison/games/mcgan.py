@@ -151,7 +151,7 @@ class MeanMatching(Stateless):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": see `mean_distance`."""
+        """As "distance", see `mean_distance`."""
         return {"distance": mean_distance(real, fake, self.order)}
 
 
@@ -184,7 +184,7 @@ class CovarianceMatching(Stateless):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": see `covariance_distance`."""
+        """As "distance", see `covariance_distance`."""
         return {"distance": covariance_distance(real, fake, self.components)}
 
 
