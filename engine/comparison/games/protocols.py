@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from engine.support.errors import InputError
 
@@ -75,11 +76,32 @@ class Stateless:
         """Nothing to log."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, Any]:
         """Empty."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """ValueError if there is something to load: the state is another game's."""
+        """InputError if there is something to load: the state is another game's."""
         if state_dict:
             raise InputError("state_dict", f"is another game's: it has {', '.join(sorted(state_dict))}")
+
+
+class Stateful(nn.Module):
+    """The same for games that keep scalars from step to step: buffers in float64, whatever the outputs are in."""
+
+    outputs: int | None = 1
+    reads_real: bool = False
+    on_features: bool = False
+    reads_labels: bool = False
+
+    def keep(self, name: str, value: float) -> None:
+        """Keep a scalar, that starts as `value`, as the buffer `name`."""
+        self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's; InputError if the names aren't those of the buffers: the state is another game's."""
+        wanted = dict(self.named_buffers())
+        if strict and set(state_dict) != set(wanted):
+            found = ", ".join(sorted(state_dict)) or "nothing"
+            raise InputError("state_dict", f"is another game's: it has {found}, not {', '.join(sorted(wanted))}")
+        return super().load_state_dict(state_dict, strict, assign)

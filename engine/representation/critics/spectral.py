@@ -68,7 +68,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def normalise_spectrally(layers: Iterable[nn.Module], *, scaled: bool) -> None:
-    """Every convolution and linear layer uses W̄ from now on; what is learned is W, `parametrizations.weight.original`."""
+    """Every convolution and linear layer uses W̄ from now on; `parametrizations.weight.original` is W, which learns."""
     for layer in layers:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             norm = SpectralNorm(layer.weight.detach(), scaled=scaled)
