@@ -28,6 +28,7 @@ _ON_FEATURES = tuple(name for name in METHODS if name != "gfmn")
 MMD_BANDWIDTHS = {
     "gaussian": (0.25, 0.5, 1.0, 2.0, 4.0),
     "rational-quadratic": (0.05, 0.1, 0.2),
+    "rational-quadratic-linear": (0.05, 0.1, 0.2),
     "imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 }
 

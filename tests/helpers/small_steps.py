@@ -53,6 +53,7 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "landmarks": {"mmd_landmarks": 4},
         "gaussian": {"mmd_kernel": "gaussian"},
         "imq": {"mmd_kernel": "imq"},
+        "rational-quadratic-linear": {"mmd_kernel": "rational-quadratic-linear"},
         "energy": {"mmd_kernel": "energy"},
         "linear": {"mmd_kernel": "linear"},
         "polynomial": {"mmd_kernel": "polynomial"},

@@ -120,6 +120,16 @@ class Polynomial:
         return (_products(*_wide(x, y)) / x.shape[1] + 1).pow(self.degree).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Σ k(x, y) over several kernels k."""
+
+    kernels: tuple[Kernel, ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return _total(kernel(x, y) for kernel in self.kernels)
+
+
 def gaussian(bandwidths: Iterable[float] = (1.0, 2.0, 4.0, 8.0, 16.0)) -> Gaussian:
     """k(x, y) = Σ_σ exp(−‖x−y‖² / (2σ²)), a mixture of Gaussians.
 
@@ -142,6 +152,17 @@ def rational_quadratic(alphas: Iterable[float] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> R
         InputError: "alphas", if there are none or one isn't positive and finite.
     """
     return RationalQuadratic(alphas)  # type: ignore[arg-type]
+
+
+def rational_quadratic_linear(alphas: Iterable[float] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> Sum:
+    """k(x, y) = x·y + Σ_α (1 + ‖x−y‖² / (2α))^−α, rq* of Bińkowski et al. 2018.
+
+    The product keeps a gradient where the two sets are so far apart that the bounded kernel has none.
+
+    Raises:
+        InputError: "alphas", if there are none or one isn't positive and finite.
+    """
+    return Sum((rational_quadratic(alphas), linear()))
 
 
 def imq(scales: Iterable[float] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)) -> InverseMultiquadratic:
@@ -181,6 +202,7 @@ def polynomial(degree: int = 3) -> Polynomial:
 KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
     "gaussian": gaussian,
     "rational-quadratic": rational_quadratic,
+    "rational-quadratic-linear": rational_quadratic_linear,
     "imq": imq,
     "polynomial": polynomial,
     "linear": linear,

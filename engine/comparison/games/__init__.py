@@ -14,6 +14,7 @@ from engine.comparison.games.began import Began
 from engine.comparison.games.fisher import Fisher
 from engine.comparison.games.matching import FeatureMatching
 from engine.comparison.games.mcgan import CovarianceMatching, MeanMatching
+from engine.comparison.games.mmd import MMDGame, RootMMDGame
 from engine.comparison.games.protocols import Game
 
 # What a game is called → what makes it.
@@ -29,6 +30,8 @@ GAMES: dict[str, Callable[..., Game]] = {
     "mcgan-mean": MeanMatching,
     "mcgan-covariance": CovarianceMatching,
     "feature-matching": FeatureMatching,
+    "mmd": MMDGame,
+    "root-mmd": RootMMDGame,
 }
 
 __all__ = [
@@ -38,5 +41,7 @@ __all__ = [
     "FeatureMatching",
     "Fisher",
     "Game",
+    "MMDGame",
     "MeanMatching",
+    "RootMMDGame",
 ]

@@ -28,6 +28,10 @@ PAIRS: dict[str, tuple[Kernel, Callable[[Tensor, Tensor], Tensor]]] = {
         kernels.rational_quadratic(),
         lambda x, y: sum((1 + (x - y).square().sum() / (2 * a)) ** -a for a in (0.2, 0.5, 1.0, 2.0, 5.0)),
     ),
+    "rational-quadratic-linear": (
+        kernels.rational_quadratic_linear((0.5, 2.0)),
+        lambda x, y: (x * y).sum() + sum((1 + (x - y).square().sum() / (2 * a)) ** -a for a in (0.5, 2.0)),
+    ),
     "imq": (
         kernels.imq(scales=(0.3, 4)),
         lambda x, y: sum(c / (c + (x - y).square().sum()) for c in (0.3, 4)),
@@ -105,6 +109,8 @@ def test_kernels_are_scikit_learns(n: int, m: int, size: int) -> None:
     expected = {
         "gaussian": sum(pairwise_kernels(x, y, metric="rbf", gamma=1 / (2 * s**2)) for s in (0.7, 2.0)),
         "rational-quadratic": sum((1 + squares / (2 * a)) ** -a for a in (0.2, 0.5, 1.0, 2.0, 5.0)),
+        "rational-quadratic-linear": pairwise_kernels(x, y, metric="linear")
+        + sum((1 + squares / (2 * a)) ** -a for a in (0.5, 2.0)),
         "imq": sum(c / (c + squares) for c in (0.3, 4)),
         "polynomial": pairwise_kernels(x, y, metric="polynomial", degree=3, gamma=1 / size, coef0=1),
         "linear": pairwise_kernels(x, y, metric="linear"),
@@ -190,8 +196,13 @@ def test_kernels_tell_their_settings() -> None:
 @pytest.mark.parametrize("value", [(), (0.0,), (1.0, -2.0), (math.nan,), (math.inf,), ("wide",), 3.0, None])
 @pytest.mark.parametrize(
     ("factory", "argument"),
-    [(kernels.gaussian, "bandwidths"), (kernels.rational_quadratic, "alphas"), (kernels.imq, "scales")],
-    ids=["gaussian", "rational-quadratic", "imq"],
+    [
+        (kernels.gaussian, "bandwidths"),
+        (kernels.rational_quadratic, "alphas"),
+        (kernels.rational_quadratic_linear, "alphas"),
+        (kernels.imq, "scales"),
+    ],
+    ids=["gaussian", "rational-quadratic", "rational-quadratic-linear", "imq"],
 )
 def test_bad_widths_are_refused(factory: Callable[..., Kernel], argument: str, value: object) -> None:
     with pytest.raises(InputError) as error:
