@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -39,7 +39,7 @@ class Play:
     phi_real: Tensor
     phi_fake: Tensor
     uniform: Callable[[int], Tensor]
-    own: slice = slice(None)
+    own: slice = field(default_factory=lambda: slice(None))
 
     def __post_init__(self) -> None:
         if self.fake.shape != self.real.shape:
