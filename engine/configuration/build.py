@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ from pipelines.dataset import ArrayDataset
 log = logging.getLogger("gfmn")
 
 _TINTED_EPOCHS = 12
+
+Maker = Callable[[Config, Generator, Ranks], Method]
+MAKERS: dict[str, Maker] = {}
+"""The methods that compare no features, made of the settings, the generator on its device, and the ranks. What else
+they train they make on that device from torch's random state, which is the run's seed's, and the same on every rank."""
 
 
 def make_extractor(
@@ -264,17 +269,20 @@ def _known_reference(
 def make_method(
     config: Config,
     generator: Generator,
-    extractor: Extractor,
-    reference: Any,
+    extractor: Extractor | None = None,
+    reference: Any = None,
     ranks: Ranks = ALONE,
     **options: Any,
 ) -> Method:
     """The configured method; its networks are on their device.
 
     Args:
+        extractor, reference: of a method that compares features.
         ranks: the processes that share every minibatch.
         options: take the place of what the configuration says for the objective's arguments of these names.
     """
+    if extractor is None:
+        return MAKERS[config.method.method](config, generator, ranks)
     dtype, training, networks = amp_dtype(config), config.training, config.networks
     objective = make_objective(config, extractor, reference, dtype, **{"ranks": ranks, **options})
     return Matching(

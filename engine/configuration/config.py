@@ -23,7 +23,9 @@ from engine.configuration.groups import (
     owners,
 )
 from engine.configuration.methods import (
+    COMPARING,
     METHODS,
+    NEEDS,
     DriftingConfig,
     FeaturesConfig,
     FrechetConfig,
@@ -31,6 +33,7 @@ from engine.configuration.methods import (
     GmmnConfig,
     MethodConfig,
     MmdConfig,
+    Needs,
     PopulationConfig,
     SinkhornConfig,
 )
@@ -161,6 +164,11 @@ class Config:
         }
 
     @property
+    def needs(self) -> Needs:
+        """What the method needs besides a generator."""
+        return NEEDS[self.method.method]
+
+    @property
     def summary(self) -> str:
         """How features are compared, for people."""
         groups = self.groups()
@@ -215,7 +223,8 @@ def check_owners(given: Mapping[str, Any], method: str) -> None:
     """InputError if one of the `given` settings belongs to other methods than `method`."""
     for name in given:
         of = owners(name)
-        require(not of or method in of, name, f"belongs to --method {' or '.join(of)}, and this is --method {method}")
+        whose = "the methods that compare features" if of == COMPARING else f"--method {' or '.join(of)}"
+        require(not of or method in of, name, f"belongs to {whose}, and this is --method {method}")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

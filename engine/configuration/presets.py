@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from engine.configuration.groups import owners
+from engine.configuration.methods import COMPARING
 from engine.representation.zoo import has_perceptual
 from engine.support.errors import pip_line
 
@@ -79,11 +81,13 @@ def usual_steps(image_size: int) -> str:
 
 
 def preset_values(name: str, method: str) -> Mapping[str, Any]:
-    """The values of the preset `name` for `method`.
+    """The values of the preset `name` for `method`, but for those of an extractor where it has none.
 
     Where EfficientNet-Lite0 is not installed, a small network that is pretrained on the pictures takes its place.
     """
     values = {**PRESETS[name], **_OF_METHODS.get(method, {}).get(name, {})}
+    if method not in COMPARING:
+        values = {name: value for name, value in values.items() if owners(name) != COMPARING}
     if values.get("extractor") == "efficientnet-lite0" and not has_perceptual():
         values["extractor"] = "vgg-small"
         _say_small_once()
