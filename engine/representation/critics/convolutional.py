@@ -8,9 +8,9 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.representation.critics.critic import Critic, CriticSpec
+from engine.representation.critics.critic import CriticSpec, LinearCritic
 
-CONVOLUTIONAL_SIZES = (32, 64, 128)
+CRITIC_SIZES = (32, 64, 128)
 _SLOPE = 0.2
 _LAST_SIDE = 4
 
@@ -20,7 +20,7 @@ def dcgan_widths(image_size: int) -> list[int]:
     return [min(64 << stage, 512) for stage in range((image_size // _LAST_SIDE).bit_length() - 1)]
 
 
-class DCGANCritic(Critic):
+class DCGANCritic(LinearCritic):
     """DCGAN's discriminator (Radford et al. 2016), with the widths of our DCGAN generator.
 
     4×4 convolutions of stride 2 down to 4×4: 64, 128, 256 channels for 32 pixels, 512 and 512 more for 64 and 128;
@@ -99,7 +99,7 @@ _RESNET_WIDTHS = {
 that the last of its blocks keeps the side, as in their code; 64: that of Miyato and Koyama 2018, without classes."""
 
 
-class ResNetCritic(Critic):
+class ResNetCritic(LinearCritic):
     """The residual critic of SN-GAN (Miyato et al. 2018), which WGAN-GP is compared with as well.
 
     `DownsamplingBlock`s, ReLU, the sum over all positions. Xavier initialisation, with gain √2 for 3×3 convolutions;

@@ -26,27 +26,21 @@ class Critic(nn.Module):
     Attributes:
         spec: what it was built from.
         discrimination: statistics of the whole minibatch beside each image's own features; None for none.
-        last: from features to outputs.
     """
 
-    def __init__(self, spec: CriticSpec, width: int):
-        """`width` is h, the number of the last hidden layer's features."""
+    discrimination: MinibatchDiscrimination | None = None
+
+    def __init__(self, spec: CriticSpec):
         super().__init__()
         self.spec = spec
-        self.discrimination = MinibatchDiscrimination(width) if spec.minibatch_discrimination else None
-        more = 0 if self.discrimination is None else self.discrimination.kernels
-        self.last = nn.Linear(width + more, spec.outputs)
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to the last hidden layer's features [N, h]."""
 
+    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to outputs [N, F]."""
-        hidden = self.features(images)
-        if self.discrimination is not None:
-            hidden = torch.cat((hidden, self.discrimination(hidden)), dim=1)
-        return self.last(hidden)
 
     @property
     def has_batchnorm(self) -> bool:
@@ -60,6 +54,28 @@ class Critic(nn.Module):
         If so, real and generated images may go through in one pass. If not, each of the two is a minibatch of its own.
         """
         return self.discrimination is None and not self.has_batchnorm
+
+
+class LinearCritic(Critic):
+    """A critic whose outputs are one linear layer, `last`, on its features.
+
+    Args:
+        width: h, the number of features.
+    """
+
+    def __init__(self, spec: CriticSpec, width: int):
+        super().__init__(spec)
+        if spec.minibatch_discrimination:
+            self.discrimination = MinibatchDiscrimination(width)
+            width += self.discrimination.kernels
+        self.last = nn.Linear(width, spec.outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to outputs [N, F]."""
+        hidden = self.features(images)
+        if self.discrimination is not None:
+            hidden = torch.cat((hidden, self.discrimination(hidden)), dim=1)
+        return self.last(hidden)
 
 
 class MinibatchDiscrimination(nn.Module):
