@@ -241,6 +241,9 @@ def fixed(kernel: Kernel, y: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor
     For a radial kernel that is y − c and ‖y − c‖², in y's dtype or float32 if that has fewer digits; c is `shift` [F],
     a point near y such as its mean. Then no call passes over y but for the product. Another kernel sees y as it is.
     """
+    if isinstance(kernel, Sum):
+        parts = [fixed(part, y, shift) for part in kernel.kernels]
+        return lambda x: _total(part(x) for part in parts)
     return _Anchored(kernel, y, shift) if isinstance(kernel, Radial) else lambda x: kernel(x, y)
 
 

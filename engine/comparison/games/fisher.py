@@ -47,7 +47,7 @@ def fisher_critic(real: Tensor, fake: Tensor, multiplier: float | Tensor, rho: f
 
 
 def fisher_distance(real: Tensor, fake: Tensor) -> Tensor:
-    """(E f(x) − E f(G)) / √Ω, as []: what the critic estimates of the Fisher distance (equation 6); 0 if f is 0.
+    """(E f(x) − E f(G)) / √Ω, as []: what the critic estimates of the Fisher distance; 0 if f is 0.
 
     Its maximum over all critics is √ Σ (p − q)² / ((p + q)/2), the square root of a χ² distance of real p and
     generated q (theorem 1).

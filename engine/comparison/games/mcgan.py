@@ -55,8 +55,8 @@ def covariance_distance(real: Tensor, fake: Tensor, components: int = 16) -> Ten
     It is the maximum of tr Uᵀ(Σ_x − Σ_G)V over U, V [F, k] with orthonormal columns, that is of the difference between
     real and generated images of E Σ_i ⟨u_i, φ⟩⟨v_i, φ⟩. (With second moments about the mean, it would be none of
     expectations.) The matrix is symmetric, so its singular values are its eigenvalues' magnitudes |λ_i|, and
-    v_i = sign(λ_i) u_i. The gradient in the matrix is U Vᵀ, for any multiplicities among the k; where the k-th and the
-    next are equal it is a subgradient, and there is no second derivative.
+    v_i = sign(λ_i) u_i. The gradient in the matrix is U Vᵀ, for any multiplicities among the k. Where the k-th and the
+    next are equal, or 0, it is a subgradient.
 
     All of it is in float64, whatever the features are in. Cost: products [F, n] · [n, F], and the eigenvectors of an
     [F, F] matrix; finding them waits for a GPU.
@@ -90,11 +90,14 @@ class _LargestSum(Function):
     def forward(ctx: Any, matrix: Tensor, components: int) -> Tensor:
         # A critic that isn't finite shows in the loss; here it would be an error of LAPACK's.
         values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
+        sizes, chosen = values.abs().topk(components)
+        # What is 0 but for rounding has no sign: a direction in which neither set varies has no gradient.
+        counts = sizes > sizes[0] * len(values) * torch.finfo(values.dtype).eps
         weights = torch.zeros_like(values)
-        chosen = values.abs().topk(components).indices
-        weights[chosen] = values[chosen].sign()
+        weights[chosen] = values[chosen].sign() * counts
         ctx.save_for_backward(matrix, values, vectors, weights)
-        return (matrix * ((vectors * weights) @ vectors.T)).sum()
+        found: Tensor = (matrix * ((vectors * weights) @ vectors.T)).sum()
+        return found
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:

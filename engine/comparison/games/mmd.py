@@ -10,31 +10,41 @@ from torch import Tensor
 
 from engine.comparison.distances import mmd
 from engine.comparison.distances.kernels import Kernel, check_features, gaussian, rational_quadratic
+from engine.comparison.games.outputs import check_positive, checked
 from engine.comparison.games.protocols import Stateless
 from engine.support.errors import InputError
 
 
+def discrepancy(real: Tensor, fake: Tensor, kernel: Kernel, unbiased: bool) -> Tensor:
+    """MMD² of outputs [n, F] and [m, F], as []; see `distances.mmd`.
+
+    Raises:
+        InputError: "real" or "fake", if it has another shape, or fewer than 2 rows if unbiased.
+    """
+    check_features("real", real, at_least=2 if unbiased else 1)
+    check_features("fake", fake, at_least=2 if unbiased else 1, size=real.shape[1])
+    return mmd(real, fake, kernel, unbiased)
+
+
 def mmd_critic(real: Tensor, fake: Tensor, kernel: Kernel) -> Tensor:
     """−MMD², unbiased: what the critic minimises (Bińkowski et al. 2018)."""
-    return -mmd(real, fake, kernel, unbiased=True)
+    return -discrepancy(real, fake, kernel, unbiased=True)
 
 
 def mmd_generator(real: Tensor, fake: Tensor, kernel: Kernel) -> Tensor:
     """MMD², unbiased: what the generator minimises."""
-    return mmd(real, fake, kernel, unbiased=True)
+    return discrepancy(real, fake, kernel, unbiased=True)
 
 
 def root_mmd(real: Tensor, fake: Tensor, kernel: Kernel, floor: float) -> Tensor:
     """√(max(MMD², 0) + floor), biased; the floor keeps the root's derivative finite where the two sets are alike."""
-    return (mmd(real, fake, kernel).clamp_min(0) + floor).sqrt()
+    return (discrepancy(real, fake, kernel, unbiased=False).clamp_min(0) + floor).sqrt()
 
 
 def one_sided(real: Tensor, fake: Tensor) -> Tensor:
     """The mean over outputs f of min(0, E φ_f(x) − E φ_f(G)): zero if no output is larger on generated images."""
-    check_features("real", real)
-    check_features("fake", fake, size=real.shape[1])
-    wide = torch.promote_types(real.dtype, torch.float32)
-    return (real.to(wide).mean(dim=0) - fake.to(wide).mean(dim=0)).clamp_max(0).mean()
+    real, fake = checked(real, fake)
+    return (real.mean(dim=0) - fake.mean(dim=0)).clamp_max(0).mean()
 
 
 def root_mmd_critic(real: Tensor, fake: Tensor, kernel: Kernel, weight: float, floor: float) -> Tensor:
@@ -50,8 +60,6 @@ def root_mmd_generator(real: Tensor, fake: Tensor, kernel: Kernel, weight: float
 @dataclass(frozen=True)
 class MMDGame(Stateless):
     """Unbiased MMD² of the critic's outputs (Bińkowski et al. 2018); see `mmd_critic`.
-
-    Losses are InputErrors "x" or "y" for fewer than two images or another shape than [n, F].
 
     Args:
         kernel: of outputs, one of `distances.kernels`; the paper's rq, rq*, rbf, linear and distance are
@@ -71,7 +79,7 @@ class MMDGame(Stateless):
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
         """ "distance": MMD², unbiased."""
-        return {"distance": mmd(real, fake, self.kernel, unbiased=True)}
+        return {"distance": discrepancy(real, fake, self.kernel, unbiased=True)}
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,7 @@ class RootMMDGame(Stateless):
     def __post_init__(self) -> None:
         if not 0 <= self.one_sided_weight < float("inf"):
             raise InputError("one_sided_weight", f"must be at least 0 and finite, got {self.one_sided_weight}")
-        if not 0 < self.floor < float("inf"):
-            raise InputError("floor", f"must be positive and finite, got {self.floor}")
+        check_positive("floor", self.floor)
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return root_mmd_critic(real, fake, self.kernel, self.one_sided_weight, self.floor)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.comparison.games.penalties.gradients import R1, GradientPenalty, Scaled, WitnessPenalty
-from engine.comparison.games.penalties.outputs import Activations, Autoencoding, Consistency
+from engine.comparison.games.penalties.of_outputs import Activations, Autoencoding, Consistency
 from engine.comparison.games.penalties.protocols import Penalty, Play
 from engine.comparison.games.penalties.weights import Clip, NoPenalty
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from engine.comparison.distances.diagonals import diagonal
 from engine.comparison.distances.kernels import Kernel
-from engine.comparison.games.penalties.protocols import Added, Play, check_positive, wide
+from engine.comparison.games.outputs import check_positive, wide
+from engine.comparison.games.penalties.protocols import Added, Play
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class GradientPenalty(Added):
 
 @dataclass(frozen=True)
 class R1(Added):
-    """γ/2 ‖∇D(x)‖² at real images (Mescheder et al. 2018, equation 9).
+    """γ/2 ‖∇D(x)‖² at real images (Mescheder et al. 2018, section 4.1).
 
     The authors' code calls γ/2 its reg_param, so its 10 is a weight of 20 here. Several outputs: the Frobenius norm of
     the Jacobian. Cost: as of `GradientPenalty`.

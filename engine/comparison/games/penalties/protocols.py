@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from engine.support.errors import InputError
@@ -88,14 +86,3 @@ class Added:
 
     def project_(self, critic: nn.Module) -> None:
         """Nothing to move."""
-
-
-def check_positive(argument: str, value: float) -> None:
-    """InputError that names the argument, unless the value is positive and finite."""
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(argument, f"must be positive and finite, got {value}")
-
-
-def wide(outputs: Tensor) -> Tensor:
-    """Half precision in float32, other dtypes as they are."""
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.comparison.games.penalties.protocols import Play, check_positive
+from engine.comparison.games.outputs import check_positive
+from engine.comparison.games.penalties.protocols import Play
 
 
 @dataclass(frozen=True)

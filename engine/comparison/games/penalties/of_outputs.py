@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.comparison.games.penalties.protocols import Added, Play, check_positive, wide
+from engine.comparison.games.outputs import check_positive, wide
+from engine.comparison.games.penalties.protocols import Added, Play
 from engine.support.errors import InputError
 
 _LARGEST_SHIFT = 1 / 8  # of an image's height and width; 4 pixels of 32, as in the papers
