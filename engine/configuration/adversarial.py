@@ -51,6 +51,12 @@ class CriticConfig(Settings):
         choices=CRITIC_NORMS,
         since="0.2",
     )
+    critic_weights: str | None = option(
+        None,
+        "weights that an extractor's network starts from: a file, or 'imagenet' (default: random ones)",
+        metavar="FILE",
+        since="0.2",
+    )
     critic_outputs: int | None = option(
         None,
         f"numbers that it gives for an image (default: as many as the game needs, or {_FEATURES} where that is free)",
@@ -241,8 +247,8 @@ def _check_penalties(config: Config) -> None:
     for name in penalty_names(config):
         kernel = name not in _KERNELS_ONLY or method == "mmd-gan"
         require(kernel, "penalty", f"{name} is of kernels: it belongs to --method mmd-gan, and this is {method}")
-        draws = name != "autoencode" or critic.critic == "autoencoder"
-        require(draws, "penalty", "autoencode needs a critic that draws images again: --critic autoencoder")
+        draws = name != "autoencode" or critic.critic == "encoder-decoder"
+        require(draws, "penalty", "autoencode needs a critic that draws images again: --critic encoder-decoder")
         smooth = name != "scaled" or game.kernel != "distance"
         require(smooth, "kernel", "distance has a kink where two images are the same, and no scaled MMD")
         clipped = name == "clip" and critic.critic_norm.startswith("spectral")

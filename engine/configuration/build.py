@@ -18,7 +18,9 @@ from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import check_same_features, fingerprint, reference_loader
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
+from engine.configuration.critics import make_adversarial
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.objectives import make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -39,8 +41,8 @@ log = logging.getLogger("gfmn")
 
 _TINTED_EPOCHS = 12
 
-Maker = Callable[[Config, Generator, Ranks], Method]
-MAKERS: dict[str, Maker] = {}
+Maker = Callable[..., Method]
+MAKERS: dict[str, Maker] = {name: make_adversarial for name in ADVERSARIAL}
 """The methods that compare no features, made of the settings, the generator on its device, and the ranks. What else
 they train they make on that device from torch's random state, which is the run's seed's, and the same on every rank."""
 
@@ -279,10 +281,11 @@ def make_method(
     Args:
         extractor, reference: of a method that compares features.
         ranks: the processes that share every minibatch.
-        options: take the place of what the configuration says for the objective's arguments of these names.
+        options: take the place of what the configuration says for the objective's arguments of these names. Of a method
+            that compares no features: what it needs of the real images besides (`real_labels`).
     """
     if extractor is None:
-        return MAKERS[config.method.method](config, generator, ranks)
+        return MAKERS[config.method.method](config, generator, ranks, **options)
     dtype, training, networks = amp_dtype(config), config.training, config.networks
     objective = make_objective(config, extractor, reference, dtype, **{"ranks": ranks, **options})
     return Matching(

@@ -22,6 +22,7 @@ from engine.methods.adversarial import Adversarial, CriticSteps
 from engine.representation.critics import Critic, build_critic
 from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
+from pipelines import ImageDataset
 
 _CLASSES = 10
 """Of a data set that has not been looked at: models of a step only need some number."""
@@ -94,7 +95,17 @@ def make_critic(config: Config, outputs: int) -> Critic:
             outputs=outputs,
             norm=settings.critic_norm,
             minibatch_discrimination=settings.minibatch_discrimination,
+            weights=settings.critic_weights,
         )
+
+
+def real_labels(config: Config, dataset: ImageDataset) -> Tensor | None:
+    """Class numbers of all real images, int64, where the method reads them; InputError if they have none."""
+    if config.method.method != "improved-gan" or not config.game.classes:
+        return None
+    if dataset.labels is None:
+        raise InputError("classes", f"{dataset.name} has no labels; leave it out")
+    return torch.from_numpy(dataset.labels)
 
 
 def make_adversarial(

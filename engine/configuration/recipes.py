@@ -124,7 +124,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "method": "mmd-gan",
         "kernel": "rbf",
         "estimate": "root",
-        "critic": "autoencoder",
+        "critic": "encoder-decoder",
         **_WGAN,
         "penalty": ("clip", "autoencode"),
         "penalty_weight": (0.01, 8.0),
@@ -141,7 +141,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "steps": 150_000,
     },
     # The same with x·y added to the kernel.
-    "mmd-gan-rq*": {
+    "mmd-gan-rq-star": {
         **_MMD,
         "kernel": "rq*",
         "penalty": ("witness", "activations"),
@@ -206,7 +206,7 @@ OF_DIGITS: dict[str, dict[str, Any]] = {
     "r1": {"steps": 400, "critic": "dcgan"},
     "mmd-gan-rbf": {"steps": 250},
     "mmd-gan-rq": {"steps": 250},
-    "mmd-gan-rq*": {"steps": 250},
+    "mmd-gan-rq-star": {"steps": 250},
     "smmd": {"steps": 250},
     "sn-smmd": {"steps": 250},
     "mcgan": {"steps": 250},

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from engine.generation.batch_norm import BatchNorm2d
 from engine.generation.networks import Generator, GeneratorSpec
 from engine.generation.priors import Gaussian
-from engine.representation.critics import Critic, CriticSpec
+from engine.representation.critics import CriticSpec
+from engine.representation.critics.critic import LinearCritic
 from engine.training.ranks import ALONE, Ranks
 from pipelines import Batch
 
@@ -39,7 +40,7 @@ class TinyGenerator(Generator):
         return [self.layers]
 
 
-class TinyCritic(Critic):
+class TinyCritic(LinearCritic):
     """A linear layer and tanh, a linear layer; and a decoder."""
 
     def __init__(self, outputs: int, *, norm: str = "none", minibatch_discrimination: bool = False) -> None:
