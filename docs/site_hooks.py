@@ -60,7 +60,8 @@ def fill_api(markdown: str) -> str:
     """The API page with a directive for every public name, read from the sources."""
     lists: dict[str, Callable[[], Iterator[str]]] = {
         "public names": public_names,
-        "distances": distances,
+        "distances": lambda: room("engine/comparison/distances"),
+        "games": lambda: room("engine/comparison/games"),
         "protocols": protocols,
         "kernels": lambda: iter(["kernels"]),
     }
@@ -85,11 +86,11 @@ def public_names() -> Iterator[str]:
     return (f"{module}.{name}" for name, module in sorted(_homes().items(), key=lambda home: home[0].lower()))
 
 
-def distances() -> Iterator[str]:
-    """The modules of `engine.comparison.distances` but those of the public names."""
-    for path in sorted((ROOT / "engine/comparison/distances").glob("[a-z]*.py")):
+def room(folder: str) -> Iterator[str]:
+    """The modules of a folder but those of the public names and the protocols, which have sections of their own."""
+    for path in sorted((ROOT / folder).glob("[a-z]*.py")):
         module = _module(path)
-        if module not in _homes().values():
+        if module not in _homes().values() and path.name != "protocols.py":
             yield module
 
 

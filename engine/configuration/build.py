@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import check_same_features, fingerprint, reference_loader
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
+from engine.configuration.critics import make_adversarial
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.objectives import make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -38,6 +40,11 @@ from pipelines.dataset import ArrayDataset
 log = logging.getLogger("gfmn")
 
 _TINTED_EPOCHS = 12
+
+Maker = Callable[..., Method]
+MAKERS: dict[str, Maker] = {name: make_adversarial for name in ADVERSARIAL}
+"""The methods that compare no features, made of the settings, the generator on its device, and the ranks. What else
+they train they make on that device from torch's random state, which is the run's seed's, and the same on every rank."""
 
 
 def make_extractor(
@@ -264,17 +271,21 @@ def _known_reference(
 def make_method(
     config: Config,
     generator: Generator,
-    extractor: Extractor,
-    reference: Any,
+    extractor: Extractor | None = None,
+    reference: Any = None,
     ranks: Ranks = ALONE,
     **options: Any,
 ) -> Method:
     """The configured method; its networks are on their device.
 
     Args:
+        extractor, reference: of a method that compares features.
         ranks: the processes that share every minibatch.
-        options: take the place of what the configuration says for the objective's arguments of these names.
+        options: take the place of what the configuration says for the objective's arguments of these names. Of a method
+            that compares no features: what it needs of the real images besides (`real_labels`).
     """
+    if extractor is None:
+        return MAKERS[config.method.method](config, generator, ranks, **options)
     dtype, training, networks = amp_dtype(config), config.training, config.networks
     objective = make_objective(config, extractor, reference, dtype, **{"ranks": ranks, **options})
     return Matching(

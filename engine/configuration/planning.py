@@ -21,7 +21,7 @@ from engine.configuration.build import bare_extractor, make_generator, make_meth
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
-from engine.configuration.inputs import amp_dtype, can_be_captured, choose_device
+from engine.configuration.inputs import amp_dtype, choose_device
 from engine.configuration.objectives import blank_reference
 from engine.configuration.updates import all_of
 from engine.generation.networks import Generator
@@ -129,7 +129,7 @@ def _libraries(size: int) -> dict[str, int]:
 def is_captured(config: Config) -> bool:
     """Whether a step on a GPU is replayed from a CUDA graph, as far as settings tell."""
     asked = config.training.cuda_graph is not False and config.matching.backend in ("auto", "triton")
-    return asked and can_be_captured(config)
+    return asked and config.needs.captured
 
 
 def _outside_steps(config: Config, generator: Generator) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from engine.methods.gradient_step import GradientStep
 from engine.methods.protocols import SKIPPED
 from engine.representation.protocols import Objective
 from engine.training.ranks import ALONE, Ranks
+from pipelines import Batch
 
 
 class Matching:
@@ -39,6 +40,7 @@ class Matching:
     """
 
     reads: Literal["nothing", "images"] = "nothing"
+    capturable = True
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class Matching:
         )
         self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.gradient_step.optimizer}
 
-    def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
+    def step(self, batches: Iterator[Batch] | None, noise: Noise) -> Mapping[str, Tensor]:
         """See `Method.step`."""
         z = noise.draw(self.prior, self.batch_size)
         if self.ranks.size > 1:  # one stream, of which each rank has its rows

@@ -25,7 +25,7 @@ class ConfigurationLine:
 
 def configuration_lines(config: Config) -> dict[str, list[ConfigurationLine]]:
     """All values of `config`, group by group."""
-    usual = Config.build(config.preset, {"method": config.method.method}) if config.preset in PRESETS else config
+    usual = config.usual() if config.preset in PRESETS else config
     groups = {}
     for name, group in config.groups().items():
         defaults = dataclasses.asdict(getattr(usual, name))

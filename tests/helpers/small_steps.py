@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
-from helpers.recorded_graphs import RecordedLane
+from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
 from engine.configuration.build import bare_extractor, make_generator, make_method
@@ -20,13 +21,16 @@ from engine.configuration.groups import GROUPS, field_names
 from engine.configuration.methods import METHODS
 from engine.configuration.objectives import blank_reference
 from engine.configuration.presets import PRESETS
-from engine.configuration.running import make_schedule
+from engine.configuration.running import make_schedule, training_images
 from engine.generation.drawn_ahead import DrawnAhead
+from engine.training.delivery import Delivery
 from engine.training.graphs import Graphs
 from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
 from kernels import reference
+from pipelines.dataset import ArrayDataset
+from pipelines.decoding.preprocessing import Preprocessing
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -53,6 +57,7 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "landmarks": {"mmd_landmarks": 4},
         "gaussian": {"mmd_kernel": "gaussian"},
         "imq": {"mmd_kernel": "imq"},
+        "rational-quadratic-linear": {"mmd_kernel": "rational-quadratic-linear"},
         "energy": {"mmd_kernel": "energy"},
         "linear": {"mmd_kernel": "linear"},
         "polynomial": {"mmd_kernel": "polynomial"},
@@ -116,13 +121,27 @@ def configuration(preset: str, given: dict[str, Any]) -> Config:
     return Config.build(preset, {**small, **bank, **given})
 
 
+def few_pictures(config: Config) -> ArrayDataset:
+    """Random pictures, three times as many as a minibatch has."""
+    size = config.data.image_size
+    pictures = np.random.default_rng(0).integers(0, 256, (3 * config.training.batch_size, size, size, 3), np.uint8)
+    return ArrayDataset("few", Preprocessing(image_size=size), pictures)
+
+
 def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = None) -> Trainer:
     """A new trainer on the CPU that steps as one on a GPU does, with the plain kernels."""
     torch.manual_seed(3)
-    extractor, generator = bare_extractor(config), make_generator(config)
-    known = blank_reference(config, extractor, torch.rand)
-    method = make_method(config, generator, extractor, known, ranks, kernels=reference)
+    generator = make_generator(config)
+    if config.needs.features:
+        extractor = bare_extractor(config)
+        known = blank_reference(config, extractor, torch.rand)
+        method = make_method(config, generator, extractor, known, ranks, kernels=reference)
+    else:
+        method = make_method(config, generator, ranks=ranks)
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
+    if method.reads == "images":
+        images = training_images(config, few_pictures(config), torch.device("cpu"), ranks)
+        options["images"] = Delivery(images, RecordedImageLane(), slots=True)
     return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, graphs=graphs, ranks=ranks, **options)
 
 

@@ -120,6 +120,16 @@ class Polynomial:
         return (_products(*_wide(x, y)) / x.shape[1] + 1).pow(self.degree).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Σ k(x, y) over several kernels k."""
+
+    kernels: tuple[Kernel, ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return _total(kernel(x, y) for kernel in self.kernels)
+
+
 def gaussian(bandwidths: Iterable[float] = (1.0, 2.0, 4.0, 8.0, 16.0)) -> Gaussian:
     """k(x, y) = Σ_σ exp(−‖x−y‖² / (2σ²)), a mixture of Gaussians.
 
@@ -142,6 +152,17 @@ def rational_quadratic(alphas: Iterable[float] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> R
         InputError: "alphas", if there are none or one isn't positive and finite.
     """
     return RationalQuadratic(alphas)  # type: ignore[arg-type]
+
+
+def rational_quadratic_linear(alphas: Iterable[float] = (0.2, 0.5, 1.0, 2.0, 5.0)) -> Sum:
+    """k(x, y) = x·y + Σ_α (1 + ‖x−y‖² / (2α))^−α, rq* of Bińkowski et al. 2018.
+
+    The product keeps a gradient where the two sets are so far apart that the bounded kernel has none.
+
+    Raises:
+        InputError: "alphas", if there are none or one isn't positive and finite.
+    """
+    return Sum((rational_quadratic(alphas), linear()))
 
 
 def imq(scales: Iterable[float] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)) -> InverseMultiquadratic:
@@ -181,6 +202,7 @@ def polynomial(degree: int = 3) -> Polynomial:
 KERNELS: Final[dict[str, Callable[..., Kernel]]] = {
     "gaussian": gaussian,
     "rational-quadratic": rational_quadratic,
+    "rational-quadratic-linear": rational_quadratic_linear,
     "imq": imq,
     "polynomial": polynomial,
     "linear": linear,
@@ -219,6 +241,9 @@ def fixed(kernel: Kernel, y: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor
     For a radial kernel that is y − c and ‖y − c‖², in y's dtype or float32 if that has fewer digits; c is `shift` [F],
     a point near y such as its mean. Then no call passes over y but for the product. Another kernel sees y as it is.
     """
+    if isinstance(kernel, Sum):
+        parts = [fixed(part, y, shift) for part in kernel.kernels]
+        return lambda x: _total(part(x) for part in parts)
     return _Anchored(kernel, y, shift) if isinstance(kernel, Radial) else lambda x: kernel(x, y)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from helpers.kernel_pairs import PAIRS, looped
 from scipy.spatial.distance import pdist
 from sklearn.metrics.pairwise import euclidean_distances, pairwise_kernels
 from torch import Tensor
@@ -18,30 +19,7 @@ from engine.comparison.distances import kernels
 from engine.comparison.distances.kernels import KERNELS, Kernel, median_distance, squared_distances
 from engine.support.errors import InputError
 
-# Each kernel as one writes it for a single pair of rows.
-PAIRS: dict[str, tuple[Kernel, Callable[[Tensor, Tensor], Tensor]]] = {
-    "gaussian": (
-        kernels.gaussian(bandwidths=(0.7, 2.0)),
-        lambda x, y: sum(torch.exp(-(x - y).square().sum() / (2 * s**2)) for s in (0.7, 2.0)),
-    ),
-    "rational-quadratic": (
-        kernels.rational_quadratic(),
-        lambda x, y: sum((1 + (x - y).square().sum() / (2 * a)) ** -a for a in (0.2, 0.5, 1.0, 2.0, 5.0)),
-    ),
-    "imq": (
-        kernels.imq(scales=(0.3, 4)),
-        lambda x, y: sum(c / (c + (x - y).square().sum()) for c in (0.3, 4)),
-    ),
-    "polynomial": (kernels.polynomial(degree=3), lambda x, y: ((x * y).sum() / len(x) + 1) ** 3),
-    "linear": (kernels.linear(), lambda x, y: (x * y).sum()),
-    # torch's norm has the subgradient 0 at 0, too.
-    "energy": (kernels.energy(), lambda x, y: -torch.linalg.vector_norm(x - y)),
-}
 NAMES = list(PAIRS)
-
-
-def looped(pair: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return torch.stack([torch.stack([pair(one, other) for other in y]) for one in x])
 
 
 def features(count: int, size: int, seed: int, offset: float = 0.0) -> Tensor:
@@ -105,6 +83,8 @@ def test_kernels_are_scikit_learns(n: int, m: int, size: int) -> None:
     expected = {
         "gaussian": sum(pairwise_kernels(x, y, metric="rbf", gamma=1 / (2 * s**2)) for s in (0.7, 2.0)),
         "rational-quadratic": sum((1 + squares / (2 * a)) ** -a for a in (0.2, 0.5, 1.0, 2.0, 5.0)),
+        "rational-quadratic-linear": pairwise_kernels(x, y, metric="linear")
+        + sum((1 + squares / (2 * a)) ** -a for a in (0.5, 2.0)),
         "imq": sum(c / (c + squares) for c in (0.3, 4)),
         "polynomial": pairwise_kernels(x, y, metric="polynomial", degree=3, gamma=1 / size, coef0=1),
         "linear": pairwise_kernels(x, y, metric="linear"),
@@ -190,8 +170,13 @@ def test_kernels_tell_their_settings() -> None:
 @pytest.mark.parametrize("value", [(), (0.0,), (1.0, -2.0), (math.nan,), (math.inf,), ("wide",), 3.0, None])
 @pytest.mark.parametrize(
     ("factory", "argument"),
-    [(kernels.gaussian, "bandwidths"), (kernels.rational_quadratic, "alphas"), (kernels.imq, "scales")],
-    ids=["gaussian", "rational-quadratic", "imq"],
+    [
+        (kernels.gaussian, "bandwidths"),
+        (kernels.rational_quadratic, "alphas"),
+        (kernels.rational_quadratic_linear, "alphas"),
+        (kernels.imq, "scales"),
+    ],
+    ids=["gaussian", "rational-quadratic", "rational-quadratic-linear", "imq"],
 )
 def test_bad_widths_are_refused(factory: Callable[..., Kernel], argument: str, value: object) -> None:
     with pytest.raises(InputError) as error:

@@ -7,9 +7,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers.kernel_pairs import PAIRS, looped
 from scipy import stats
 from sklearn.metrics.pairwise import pairwise_kernels
-from test_distances_kernels import NAMES, PAIRS, features, looped, with_duplicates
+from test_distances_kernels import NAMES, features, with_duplicates
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

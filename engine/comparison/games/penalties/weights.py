@@ -1,0 +1,54 @@
+"""Penalties that look at no image: none at all, and clipped weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.comparison.games.outputs import check_positive
+from engine.comparison.games.penalties.protocols import Play
+
+
+@dataclass(frozen=True)
+class NoPenalty:
+    """The game's loss as it is."""
+
+    double_backward = False
+
+    def terms(self, play: Play) -> Tensor:
+        """Zeros [n]."""
+        return torch.zeros(len(play.real), device=play.real.device)
+
+    def applied(self, loss: Tensor, terms: Tensor) -> Tensor:
+        """The loss."""
+        return loss
+
+    def project_(self, critic: nn.Module) -> None:
+        """Nothing to move."""
+
+
+@dataclass(frozen=True)
+class Clip(NoPenalty):
+    """Every parameter of the critic is clipped to [−limit, limit] after each step (WGAN, Arjovsky et al. 2017).
+
+    If the critic has a `decoder`, that is left alone: only the features have to be smooth (MMD-GAN, Li et al. 2017).
+
+    Raises:
+        InputError: "limit", if it isn't positive and finite.
+    """
+
+    limit: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive("limit", self.limit)
+
+    @torch.no_grad()
+    def project_(self, critic: nn.Module) -> None:
+        """See `Penalty.project_`. A parameter that is NaN stays so."""
+        decoder = getattr(critic, "decoder", None)
+        spared = {id(parameter) for parameter in decoder.parameters()} if isinstance(decoder, nn.Module) else set()
+        for parameter in critic.parameters():
+            if id(parameter) not in spared:
+                parameter.clamp_(-self.limit, self.limit)
