@@ -216,7 +216,14 @@ def method(
     generator, critic = tiny_networks(outputs, **(networks or {}))
     rates = {**RATES, "critic_lr": CRITIC_RATES["lr"], "critic_betas": CRITIC_RATES["betas"]}
     return Adversarial(
-        generator, critic, DoubleGaussian(NZ), game, penalties, batch_size=N, labels=real_labels(), **{**rates, **options}
+        generator,
+        critic,
+        DoubleGaussian(NZ),
+        game,
+        penalties,
+        batch_size=N,
+        labels=real_labels(),
+        **{**rates, **options},
     )
 
 
