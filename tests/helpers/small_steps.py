@@ -17,10 +17,12 @@ from torch import Tensor
 
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
+from engine.configuration.critics import real_labels
 from engine.configuration.groups import GROUPS, field_names
-from engine.configuration.methods import METHODS
+from engine.configuration.methods import COMPARING
 from engine.configuration.objectives import blank_reference
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import PRESETS, preset_method
+from engine.configuration.recipes import RECIPES
 from engine.configuration.running import make_schedule, training_images
 from engine.generation.drawn_ahead import DrawnAhead
 from engine.training.delivery import Delivery
@@ -94,6 +96,33 @@ _OF_ALL: dict[str, dict[str, Any]] = {
     **PRECISIONS,
 }
 
+_OF_CRITICS: dict[str, dict[str, dict[str, Any]]] = {
+    "gan": {
+        "minimax": {"game": "minimax", "critic_optimizer": "adam", "optimizer": "rmsprop"},
+        "several": {"penalty": ["r1", "consistency"], "critic_steps": 2, "recompute_generator": True},
+        "discrimination": {"minibatch_discrimination": True, "critic_optimizer": "adamw"},
+        "bf16": {"penalty": ["consistency"], "amp": True, "generator_ema": 0.9},
+        "bf16-generator": {"penalty": ["gradient"], "amp": True},
+        "fp16": {"amp": True, "amp_dtype": "fp16", "critic_optimizer": "rmsprop", "critic_norm": "batch"},
+        "warmup": {"critic_warmup": 2, "critic_many": 2},
+        "clipped": {"clip_grad": 0.1, "lr_schedule": "linear"},
+    },
+    "mmd-gan": {
+        "imq": {"kernel": "imq", "penalty": ["none"]},
+        "linear": {"kernel": "linear", "penalty": ["witness", "activations"]},
+        "distance": {"kernel": "distance", "penalty": ["none"], "amp": True},
+    },
+    "mcgan": {"sum": {"match_norm": "1"}, "largest": {"match_norm": "inf"}},
+    "improved-gan": {"classes": {"classes": True}},
+}
+_FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
+
+
+def _of_recipe(name: str) -> dict[str, Any]:
+    """One critic step, and networks that take no time, where the game does not need others."""
+    own = {"critic": RECIPES[name]["critic"]} if name in ("began", "mmd-gan-rbf") else {}
+    return {**_FEW_STEPS, **own, "batch_size": 3}
+
 
 def _of_all(method: str) -> dict[str, dict[str, Any]]:
     """The other methods on features take mmd's steps, but for the distance."""
@@ -103,10 +132,21 @@ def _of_all(method: str) -> dict[str, dict[str, Any]]:
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"{preset}-{name}": (preset, given) for preset in PRESETS for name, given in PRECISIONS.items()},
+    **{
+        f"{preset}-{name}": (preset, given)
+        for preset in PRESETS
+        if preset not in RECIPES
+        for name, given in PRECISIONS.items()
+    },
+    **{f"recipe-{name}": (name, _of_recipe(name)) for name in RECIPES},
+    **{
+        f"{method}-{name}": ("digits", {"method": method, "batch_size": 3, "critic_steps": 1, **given})
+        for method, variants in _OF_CRITICS.items()
+        for name, given in variants.items()
+    },
     **{
         f"{method}-{name}": ("digits", {"method": method, **given})
-        for method in METHODS
+        for method in COMPARING
         for name, given in {**_of_all(method), **_OF_METHODS.get(method, {})}.items()
     },
 }
@@ -115,7 +155,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def configuration(preset: str, given: dict[str, Any]) -> Config:
     """The preset with `given` settings, small."""
-    small = {"weights": ("random",), "image_size": 32, "batch_size": 5, "layers": 4, "nz": 8}
+    small: dict[str, Any] = {"image_size": 32, "batch_size": 5, "nz": 8}
+    if given.get("method", preset_method(preset)) in COMPARING:
+        small |= {"weights": ("random",), "layers": 4}
     images = f"{given.get('method', 'gfmn')}_images"  # real ones, where a method compares with them
     bank = {images: 6} if any(images in field_names(group) for group in GROUPS.values()) else {}
     return Config.build(preset, {**small, **bank, **given})
@@ -125,7 +167,7 @@ def few_pictures(config: Config) -> ArrayDataset:
     """Random pictures, three times as many as a minibatch has."""
     size = config.data.image_size
     pictures = np.random.default_rng(0).integers(0, 256, (3 * config.training.batch_size, size, size, 3), np.uint8)
-    return ArrayDataset("few", Preprocessing(image_size=size), pictures)
+    return ArrayDataset("few", Preprocessing(image_size=size), pictures, labels=np.arange(len(pictures)) % 3)
 
 
 def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = None) -> Trainer:
@@ -137,7 +179,8 @@ def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = 
         known = blank_reference(config, extractor, torch.rand)
         method = make_method(config, generator, extractor, known, ranks, kernels=reference)
     else:
-        method = make_method(config, generator, ranks=ranks)
+        labels = real_labels(config, few_pictures(config))
+        method = make_method(config, generator, ranks=ranks, **({} if labels is None else {"labels": labels}))
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
     if method.reads == "images":
         images = training_images(config, few_pictures(config), torch.device("cpu"), ranks)
