@@ -88,5 +88,5 @@ def _check(spec: CriticSpec, weights: str | Path | None) -> None:
             raise InputError("critic_norm", f"must be none for {name}, not {spec.norm}")
         if spec.minibatch_discrimination:
             raise InputError(
-                "minibatch_discrimination", f"leave it out for {name}, which has no layer that would see it"
+                "minibatch_discrimination", f"leave it out for {name}: no layer of it would see it"
             )

@@ -45,7 +45,7 @@ class ArchitectureCritic(LinearCritic):
                 body.apply(_initialise_he)
         if network.mean is not None and network.std is not None:
             body = nn.Sequential(Normalisation(network.mean, network.std), body)
-        self.body = body.train()
+        self.body = body.train().requires_grad_()
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to [N, C], the means over positions."""

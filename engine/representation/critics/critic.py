@@ -28,11 +28,10 @@ class Critic(nn.Module):
         discrimination: statistics of the whole minibatch beside each image's own features; None for none.
     """
 
-    discrimination: MinibatchDiscrimination | None = None
-
     def __init__(self, spec: CriticSpec):
         super().__init__()
         self.spec = spec
+        self.discrimination: MinibatchDiscrimination | None = None
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
