@@ -15,14 +15,14 @@ import torch
 from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
-from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
 from engine.configuration.config import Config
 from engine.configuration.critics import real_labels
 from engine.configuration.groups import GROUPS, field_names
-from engine.configuration.methods import COMPARING
+from engine.configuration.methods import COMPARING, NEEDS
 from engine.configuration.objectives import blank_reference
 from engine.configuration.presets import PRESETS, preset_method
-from engine.configuration.recipes import RECIPES
+from engine.configuration.published import PUBLISHED
 from engine.configuration.running import make_schedule, training_images
 from engine.generation.drawn_ahead import DrawnAhead
 from engine.training.delivery import Delivery
@@ -108,19 +108,19 @@ _OF_CRITICS: dict[str, dict[str, dict[str, Any]]] = {
         "clipped": {"clip_grad": 0.1, "lr_schedule": "linear"},
     },
     "mmd-gan": {
-        "imq": {"kernel": "imq", "penalty": ["none"]},
+        "imq": {"kernel": "imq", "penalty": ["scaled"]},
         "linear": {"kernel": "linear", "penalty": ["witness", "activations"]},
         "distance": {"kernel": "distance", "penalty": ["none"], "amp": True},
     },
     "mcgan": {"sum": {"match_norm": "1"}, "largest": {"match_norm": "inf"}},
-    "improved-gan": {"classes": {"classes": True}},
+    "improved-gan": {"classes": {"classes": 3}},
 }
 _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
 
 
-def _of_recipe(name: str) -> dict[str, Any]:
+def _of_published(name: str) -> dict[str, Any]:
     """One critic step, and networks that take no time, where the game does not need others."""
-    own = {"critic": RECIPES[name]["critic"]} if name in ("began", "mmd-gan-rbf") else {}
+    own = {"critic": PUBLISHED[name]["critic"]} if name in ("began", "mmd-gan-rbf") else {}
     return {**_FEW_STEPS, **own, "batch_size": 3}
 
 
@@ -135,10 +135,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"{preset}-{name}": (preset, given)
         for preset in PRESETS
-        if preset not in RECIPES
+        if preset not in PUBLISHED
         for name, given in PRECISIONS.items()
     },
-    **{f"recipe-{name}": (name, _of_recipe(name)) for name in RECIPES},
+    **{f"published-{name}": (name, _of_published(name)) for name in PUBLISHED},
     **{
         f"{method}-{name}": ("digits", {"method": method, "batch_size": 3, "critic_steps": 1, **given})
         for method, variants in _OF_CRITICS.items()
@@ -155,10 +155,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def configuration(preset: str, given: dict[str, Any]) -> Config:
     """The preset with `given` settings, small."""
+    method = given.get("method", preset_method(preset))
     small: dict[str, Any] = {"image_size": 32, "batch_size": 5, "nz": 8}
-    if given.get("method", preset_method(preset)) in COMPARING:
+    if NEEDS[method].features:
         small |= {"weights": ("random",), "layers": 4}
-    images = f"{given.get('method', 'gfmn')}_images"  # real ones, where a method compares with them
+    images = f"{method}_images"  # real ones, where a method compares with them
     bank = {images: 6} if any(images in field_names(group) for group in GROUPS.values()) else {}
     return Config.build(preset, {**small, **bank, **given})
 
@@ -180,7 +181,8 @@ def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = 
         method = make_method(config, generator, extractor, known, ranks, kernels=reference)
     else:
         labels = real_labels(config, few_pictures(config))
-        method = make_method(config, generator, ranks=ranks, **({} if labels is None else {"labels": labels}))
+        more = {} if labels is None else {"labels": labels}
+        method = make_method(config, generator, ranks=ranks, networks=make_networks(config), **more)
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
     if method.reads == "images":
         images = training_images(config, few_pictures(config), torch.device("cpu"), ranks)
