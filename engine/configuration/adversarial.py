@@ -79,9 +79,7 @@ class CriticConfig(Settings):
     critic_every: int | None = option(
         None, "and every N-th step as well (WGAN: 500)", at_least=1, metavar="N", since="0.2"
     )
-    critic_many: int = option(
-        100, "how many steps these are", at_least=1, at_most=100_000, metavar="K", since="0.2"
-    )
+    critic_many: int = option(100, "how many steps these are", at_least=1, at_most=100_000, metavar="K", since="0.2")
     critic_optimizer: str | None = option(
         None, "its optimizer (default: the generator's)", choices=tuple(OPTIMIZERS), since="0.2"
     )
