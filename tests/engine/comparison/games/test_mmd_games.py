@@ -70,7 +70,7 @@ def test_root_game_is_the_sum_over_pairs(name: str, sizes: tuple[int, int, int])
     same(game.critic_loss(real, fake), -expected, real, fake)
 
 
-@pytest.mark.parametrize("name", GAMES.keys() & {"mmd", "root-mmd"})
+@pytest.mark.parametrize("name", ["mmd", "root-mmd"])
 def test_games_can_be_differentiated_twice(name: str) -> None:
     game = GAMES[name]()
     assert torch.autograd.gradgradcheck(game.critic_loss, outputs(3, 2, 4))
