@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.jobs import ends, start_job
 from helpers.runs import command, metrics
 from helpers.small_steps import configuration, small_trainer
 from torch import Tensor
 
 from engine import precompute, train
+from engine.comparison.games.adversarial import Scalar
 from engine.configuration.config import Config
 from engine.configuration.train_command import train_command
 from engine.support.errors import InputError
@@ -73,6 +76,7 @@ def test_resumed_equals_uninterrupted(name: str) -> None:
         assert any(key.endswith(".0.u") for key in changed), "spectral vectors"
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_resumes(pictures: Path, tmp_path: Path) -> None:
     text = f"""--preset r1 --data {pictures} --batch-size 4 --nz 8 --generator dcgan --critic dcgan --loader torch
         --log-every 1 --checkpoint-every 2 --threads 1 --generator-ema .5"""
@@ -87,8 +91,13 @@ def test_a_run_trains_and_resumes(pictures: Path, tmp_path: Path) -> None:
     assert (config.updates.optimizer, config.training.lr, config.critic.penalty_weight) == ("rmsprop", 1e-4, (10.0,))
 
 
-def test_a_critic_that_diverges_is_named(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = f"""--method gan --game wasserstein --critic-lr 1e30 --data {pictures} --batch-size 4 --nz 8 --steps 4
+def test_a_critic_that_diverges_is_named(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = itertools.count(1), Scalar.critic_loss
+    spoilt = lambda *given: loss(*given) * (math.nan if next(calls) == 2 else 1)  # noqa: E731
+    monkeypatch.setattr(Scalar, "critic_loss", spoilt)
+    text = f"""--method gan --game hinge --data {pictures} --batch-size 4 --nz 8 --steps 4
         --loader torch --checkpoint-every 1 --threads 1 --out {tmp_path / "run"}"""
     code, errors = command(train.main, text.split(), capsys)
     assert code == 2
@@ -182,7 +191,9 @@ def test_recipes_are_short_on_the_digits_alone() -> None:
 def test_another_penalty_has_its_own_weight() -> None:
     assert Config.build("wgan", {"penalty": ["consistency"]}).critic.penalty_weight == ()
     assert Config.build("wgan", {}).critic.penalty_weight == (0.01,)
-    assert Config.build("wgan", {}).replaced({"penalty": ["consistency"], "penalty_weight": [3]}).critic.penalty_weight == (3.0,)
+    assert Config.build("wgan", {}).replaced(
+        {"penalty": ["consistency"], "penalty_weight": [3]}
+    ).critic.penalty_weight == (3.0,)
     with pytest.raises(InputError, match="2 given for 1 penalty"):
         Config.build("mmd-gan-rq", {"penalty": ["witness"], "penalty_weight": [1, 1]})
 
@@ -202,3 +213,17 @@ def test_the_command_line_repeats_the_run(preset: str, given: dict[str, Any]) ->
     words = shlex.split(train_command(config))
     arguments = train.parser().parse_args(words[words.index("engine.train") + 1 :])
     assert train.configure(arguments) == config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["wgan-gp", "mmd-gan-rq", "fisher-gan"])
+def test_two_processes_train_the_run_of_one(preset: str, pictures: Path, tmp_path: Path) -> None:
+    """In float32; test_adversarial.py has the same in float64."""
+    text = f"""--preset {preset} --data {pictures} --batch-size 5 --nz 8 --generator dcgan --critic dcgan --loader torch
+        --critic-steps 2 --steps 3 --log-every 1 --threads 1 --device cpu --lr 1e-5"""
+    names = ("step", "loss", "critic_loss")
+    train.main([*text.split(), "--out", str(tmp_path / "one")])
+    for status, errors in ends(start_job(2, ["-m", "engine.train", *text.split(), "--out", str(tmp_path / "two")])):
+        assert status == 0, errors
+    for ours, theirs in zip(metrics(tmp_path / "two", names), metrics(tmp_path / "one", names), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
