@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with job() as ranks:
         check_output(out, "out", example="target.safetensors", plain=True)
         config = Config.build(arguments.preset, given_flags(arguments))
+        if not config.needs.features:
+            raise InputError("method", f"{config.method.method} compares with no target, so there is none to compute")
         if config.matching.target is not None:
             raise InputError("target", "is what this command writes; name the file with --out")
         with job_at(out, ranks):

@@ -20,7 +20,15 @@ import torch
 
 from engine.comparison.reference.cache import write_bad_images
 from engine.comparison.reference.protocols import Reference
-from engine.configuration.build import make_extractor, make_generator, make_method, make_reference, pretrained_files
+from engine.configuration.build import (
+    Networks,
+    make_extractor,
+    make_generator,
+    make_method,
+    make_networks,
+    make_reference,
+    pretrained_files,
+)
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.critics import real_labels
@@ -128,11 +136,13 @@ def build(
 
     All ranks share the passes over the data set. Only rank 0 writes to the folder.
     """
-    target = config.matching.target
+    target = config.matching.target if config.needs.features else None
     if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
         check_file(target, "no such target file; make one with engine.precompute")
     # Rank 0 first: it downloads and pretrains, and the others find the results.
-    dataset, generator, extractor, pretrained = ranks.first("prepared", lambda: _networks(config, run, device))
+    dataset, generator, networks, extractor, pretrained = ranks.first(
+        "prepared", lambda: _networks(config, run, device)
+    )
     was = None if checkpoint is None else checkpoint.fingerprint
     reference: Reference | None = None
     if extractor is not None:
@@ -142,7 +152,7 @@ def build(
         entries = check_images(config, dataset, device, was, run.path, ranks)
     labels = real_labels(config, dataset)
     more = {} if labels is None else {"labels": labels}
-    method = make_method(config, generator, extractor, reference, ranks, **more)
+    method = make_method(config, generator, extractor, reference, ranks, networks=networks, **more)
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**entries, **config.fixed()}
     validation = make_validation(config, device, ranks)
@@ -182,16 +192,17 @@ def build(
 
 def _networks(
     config: Config, run: RunFolder, device: torch.device
-) -> tuple[ImageDataset, Generator, Extractor | None, dict[str, Path]]:
+) -> tuple[ImageDataset, Generator, Networks, Extractor | None, dict[str, Path]]:
     """The data set, the networks, and the files of those that are pretrained on it."""
     dataset = open_data(config)
     # Before the networks that draw their weights: a run's seed decides them.
     torch.manual_seed(config.training.seed)
     generator = make_generator(config).to(device)
     if not config.needs.features:
-        return dataset, generator, None, {}
+        networks = {name: network.to(device) for name, network in make_networks(config).items()}
+        return dataset, generator, networks, None, {}
     pretrained = pretrained_files(config, dataset, device, run.extractor)
-    return dataset, generator, make_extractor(config, dataset, device, pretrained), pretrained
+    return dataset, generator, {}, make_extractor(config, dataset, device, pretrained), pretrained
 
 
 def _check_new(run: RunFolder) -> None:

@@ -192,9 +192,12 @@ class GameConfig(Settings):
     match_directions: int = option(
         16, "of covariances, as many singular directions", at_least=1, metavar="K", methods=("mcgan",), since="0.2"
     )
-    classes: bool = option(
-        False,
-        "the data set's labels as classes, and 'generated' as one more",
+    classes: int | None = option(
+        None,
+        "take the data set's labels for so many classes, and 'generated' for one more",
+        at_least=1,
+        at_most=2**16,
+        metavar="K",
         methods=("improved-gan",),
         since="0.2",
     )
@@ -216,28 +219,27 @@ def penalty_names(config: Config) -> tuple[str, ...]:
     return tuple(name for name in PENALTIES if name in asked and name != "none")
 
 
-def default_outputs(config: Config) -> int | None:
-    """How many outputs the critic has; None if the data set's classes say so."""
-    if _is(config, "improved-gan") and config.game.classes:
-        return None
-    free = config.method.method in ("mmd-gan", "mcgan")
-    return config.critic.critic_outputs or (_FEATURES if free else 1)
+def critic_outputs(config: Config) -> int:
+    """How many outputs the critic has."""
+    if _is(config, "improved-gan") and config.game.classes is not None:
+        return config.game.classes
+    if config.method.method in ("mmd-gan", "mcgan"):
+        return config.critic.critic_outputs or _FEATURES
+    return 1
 
 
 def check_adversarial(config: Config) -> None:
     """InputError if settings of the critic and of the game make no sense together."""
     _check_penalties(config)
     critic, game, method = config.critic, config.game, config.method.method
-    outputs = critic.critic_outputs
-    if method not in ("mmd-gan", "mcgan") and outputs not in (None, 1):
-        why = "has one for each class" if method == "improved-gan" and game.classes else "needs 1"
-        require(False, "critic_outputs", f"--method {method} {why}, not {outputs}")
-    if method == "began":
-        require(critic.critic == "autoencoder", "critic", f"--method began needs the autoencoder, not {critic.critic}")
+    outputs, needed = critic.critic_outputs, critic_outputs(config)
+    fits = outputs in (None, needed)
+    require(fits, "critic_outputs", f"this game of --method {method} needs {needed}, not {outputs}")
+    own = (critic.critic == "autoencoder") == (method == "began")
+    require(own, "critic", f"autoencoder is that of --method began, and this is {critic.critic} with {method}")
     if method == "mcgan" and game.match == "covariance":
-        features = default_outputs(config) or 0
-        more = f"{game.match_directions} are more than the critic's {features} outputs"
-        require(game.match_directions <= features, "match_directions", more)
+        more = f"{game.match_directions} are more than the critic's {needed} outputs"
+        require(game.match_directions <= needed, "match_directions", more)
 
 
 def _check_penalties(config: Config) -> None:
@@ -261,7 +263,7 @@ def _check_penalties(config: Config) -> None:
 def is_capturable(config: Config) -> bool:
     """Whether every step does the same on the device, and none waits for it."""
     by_host = (_is(config, "mcgan") and config.game.match == "covariance") or (
-        _is(config, "improved-gan") and config.game.classes
+        _is(config, "improved-gan") and config.game.classes is not None
     )
     return not (config.critic.varies or by_host)
 

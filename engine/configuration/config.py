@@ -119,7 +119,7 @@ class Config:
         require(fits, "method", f"the preset {preset} is one of --method {own}, and this is --method {method}")
         check_owners(given, method)
         on_digits = given.get("data") is None and given.get("dataset", "digits") == "digits"
-        values = {**preset_values(preset, method, on_digits=on_digits), **given}
+        values = {**preset_values(preset, method, on_digits=on_digits), **_implied(given)}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         return cls.of_flat(preset, values)
@@ -141,7 +141,7 @@ class Config:
         """This configuration with `given` settings in place of its own."""
         given = _given(given)
         check_owners(given, given.get("method", self.method.method))
-        return self.of_flat(self.preset, {**self.flat(), **given})
+        return self.of_flat(self.preset, {**self.flat(), **_implied(given)})
 
     def resumed_with(self, given: Mapping[str, Any]) -> Config:
         """This configuration, of a run to be resumed, with `given` settings that a resumed run may change."""
@@ -259,6 +259,12 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     if "weights" in result:
         result["weights"] = tuple(map(_absolute, result["weights"]))
     return result
+
+
+def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` settings, and with another penalty or kernel its own numbers, not those that there were for the one."""
+    numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
+    return {**{of: () for name, of in numbers.items() if name in given}, **given}
 
 
 def _absolute(entry: str) -> str:

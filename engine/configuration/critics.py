@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.comparison.distances import kernels
 from engine.comparison.games import GAMES, Game
 from engine.comparison.games.penalties import PENALTIES, Penalty
-from engine.configuration.adversarial import KERNELS, default_outputs, penalty_names
+from engine.configuration.adversarial import KERNELS, critic_outputs, penalty_names
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
@@ -24,9 +23,6 @@ from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset
 
-_CLASSES = 10
-"""Of a data set that has not been looked at: models of a step only need some number."""
-
 
 def make_kernel(config: Config) -> kernels.Kernel:
     """The kernel of the critic's outputs."""
@@ -34,33 +30,33 @@ def make_kernel(config: Config) -> kernels.Kernel:
     return factory(bandwidths) if bandwidths else factory()
 
 
-def _gan(config: Config, classes: int) -> Game:
+def _gan(config: Config) -> Game:
     return GAMES[config.game.game]()
 
 
-def _mmd(config: Config, classes: int) -> Game:
+def _mmd(config: Config) -> Game:
     return GAMES["mmd" if config.game.estimate == "unbiased" else "root-mmd"](make_kernel(config))
 
 
-def _began(config: Config, classes: int) -> Game:
+def _began(config: Config) -> Game:
     return GAMES["began"](config.game.began_gamma, config.game.began_rate)
 
 
-def _fisher(config: Config, classes: int) -> Game:
+def _fisher(config: Config) -> Game:
     return GAMES["fisher"](config.game.fisher_rho)
 
 
-def _mcgan(config: Config, classes: int) -> Game:
+def _mcgan(config: Config) -> Game:
     if config.game.match == "covariance":
         return GAMES["mcgan-covariance"](config.game.match_directions)
     return GAMES["mcgan-mean"](float(config.game.match_norm))
 
 
-def _improved(config: Config, classes: int) -> Game:
-    return GAMES["feature-matching"](classes if config.game.classes else None)
+def _improved(config: Config) -> Game:
+    return GAMES["feature-matching"](config.game.classes)
 
 
-_GAMES: dict[str, Callable[[Config, int], Game]] = {
+_GAMES: dict[str, Callable[[Config], Game]] = {
     "gan": _gan,
     "mmd-gan": _mmd,
     "began": _began,
@@ -85,43 +81,51 @@ def make_penalties(config: Config) -> list[Penalty]:
     return found
 
 
-def make_critic(config: Config, outputs: int) -> Critic:
-    """The configured critic, initialised from torch's random state, on the CPU."""
+def make_critics(config: Config) -> dict[str, nn.Module]:
+    """The configured "critic", initialised from torch's random state, on the CPU."""
     settings = config.critic
     with arguments_as(outputs="critic_outputs", norm="critic_norm", name="critic", image_size="critic"):
-        return build_critic(
+        critic = build_critic(
             settings.critic,
             image_size=config.data.image_size,
-            outputs=outputs,
+            outputs=critic_outputs(config),
             norm=settings.critic_norm,
             minibatch_discrimination=settings.minibatch_discrimination,
             weights=settings.critic_weights,
         )
+    return {"critic": critic}
 
 
 def real_labels(config: Config, dataset: ImageDataset) -> Tensor | None:
     """Class numbers of all real images, int64, where the method reads them; InputError if they have none."""
-    if config.method.method != "improved-gan" or not config.game.classes:
+    if config.method.method != "improved-gan" or config.game.classes is None:
         return None
     if dataset.labels is None:
         raise InputError("classes", f"{dataset.name} has no labels; leave it out")
+    if dataset.num_classes > config.game.classes:
+        raise InputError("classes", f"{dataset.name} has {dataset.num_classes}, and {config.game.classes} were given")
     return torch.from_numpy(dataset.labels)
 
 
 def make_adversarial(
-    config: Config, generator: Generator, ranks: Ranks = ALONE, labels: Tensor | None = None
+    config: Config,
+    generator: Generator,
+    networks: Mapping[str, nn.Module],
+    ranks: Ranks = ALONE,
+    labels: Tensor | None = None,
 ) -> Adversarial:
-    """The configured adversarial method, on the generator's device.
+    """The configured adversarial method.
 
     Args:
+        generator, networks: on their device; see `make_critics`.
         ranks: the processes that share every minibatch.
-        labels: class numbers of all real images, if they have any.
+        labels: from `real_labels`; a model of a step has none, and needs none.
     """
-    settings, training, networks, updates = config.critic, config.training, config.networks, config.updates
-    game = _GAMES[config.method.method](config, _CLASSES if labels is None else int(labels.max()) + 1)
-    outputs = default_outputs(config) or game.outputs
-    assert outputs is not None
-    critic = make_critic(config, outputs).to(next(generator.parameters()).device)
+    settings, training, updates, critic = config.critic, config.training, config.updates, networks["critic"]
+    assert isinstance(critic, Critic)
+    game = _GAMES[config.method.method](config)
+    if game.reads_labels and labels is None:
+        labels = torch.zeros(1, dtype=torch.int64)
     steps = CriticSteps(
         usual=settings.critic_steps,
         more=settings.critic_many,
@@ -134,7 +138,7 @@ def make_adversarial(
         return Adversarial(
             generator,
             critic,
-            make_prior(networks.prior, networks.nz),
+            make_prior(config.networks.prior, config.networks.nz),
             game,
             make_penalties(config),
             batch_size=training.batch_size,
@@ -149,8 +153,8 @@ def make_adversarial(
             critic_optimizer=settings.critic_optimizer,
             amp_dtype=amp_dtype(config),
             recompute_generator=training.recompute_generator,
-            batch_statistics=networks.sample_bn == "batch",
+            batch_statistics=config.networks.sample_bn == "batch",
             ranks=ranks,
-            global_batches=networks.generator_bn == "global",
+            global_batches=config.networks.generator_bn == "global",
             labels=labels,
         )

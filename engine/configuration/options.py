@@ -72,7 +72,12 @@ def option(
     of a group may.
     """
     bounds = Range(at_least=at_least, above=above, below=below, at_most=at_most)
-    metadata = {"help": help, "choices": choices, "range": bounds if str(bounds) else None, "metavar": metavar}
+    metadata: dict[str, Any] = {
+        "help": help,
+        "choices": choices,
+        "range": bounds if str(bounds) else None,
+        "metavar": metavar,
+    }
     metadata |= {"parse": parse, "resumable": resumable, "since": since, "methods": methods}
     return field(default=default, metadata=metadata)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.configuration.groups import owners
 from engine.configuration.methods import COMPARING
-from engine.configuration.recipes import OF_DIGITS, ON_DIGITS, RECIPES, USUAL, recipe
+from engine.configuration.published import OF_DIGITS, ON_DIGITS, PUBLISHED, USUAL, published
 from engine.representation.zoo import has_perceptual
 from engine.support.errors import pip_line
 
@@ -70,7 +70,7 @@ _OF_METHODS |= {
     for name, values in USUAL.items()
 }
 
-PRESETS |= RECIPES
+PRESETS |= PUBLISHED
 
 
 def preset_for(given: Mapping[str, Any]) -> str:
@@ -81,7 +81,7 @@ def preset_for(given: Mapping[str, Any]) -> str:
 
 def usual_steps(image_size: int) -> str:
     """How long the presets whose size is nearest to `image_size` train: what a picture takes, to be told beforehand."""
-    sizes = {name: values.get("image_size", 32) for name, values in PRESETS.items() if name not in RECIPES}
+    sizes = {name: values.get("image_size", 32) for name, values in PRESETS.items() if name not in PUBLISHED}
     nearest = min(sizes.values(), key=lambda size: abs(size - image_size))
     steps = (f"{PRESETS[name]['steps']:,} ({name})" for name, size in sizes.items() if size == nearest)
     return f"at {nearest}×{nearest} the presets take {', '.join(steps)} steps; the first grids are grey"
@@ -100,8 +100,8 @@ def preset_values(name: str, method: str, *, on_digits: bool) -> Mapping[str, An
     Args:
         on_digits: whether the images are the digits, on which published recipes are shorter.
     """
-    if name in RECIPES:
-        return recipe(name, on_digits=on_digits)
+    if name in PUBLISHED:
+        return published(name, on_digits=on_digits)
     values = {**PRESETS[name], **_OF_METHODS.get(method, {}).get(name, {})}
     if method not in COMPARING:
         values = {name: value for name, value in values.items() if owners(name) != COMPARING}

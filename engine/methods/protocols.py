@@ -38,14 +38,15 @@ class Method(Protocol):
 
         `batches` is None for a method that reads nothing. For one that reads images every `next(batches)` is this
         rank's share of the next minibatch of real images: `ranks.share(batch_size)` of its rows, always that many, as
-        float32 [n, 3, H, W] in [-1, 1] on the device (and their indices, int64 [n] on the CPU). A step may ask several
-        times. What it got is its own until the next step, which may find it overwritten; it must not be changed in
-        place.
+        float32 [n, 3, H, W] in [-1, 1] on the device (and their indices, int64 [n] on the CPU, which a step that may be
+        captured has no use for). A step may ask several times. What it got it must not change in place, nor look at
+        in a later step: others may lie there then.
 
         Returns scalars on the device for the log, "loss" among them. Never waits for the device. The root of a scalar
         whose name ends in `SQUARED` is logged, under the name without it.
         `SKIPPED` is 1 where a gradient was not finite and the step left weights as they were, else 0: the trainer
-        counts such steps. A method that returns none has none.
+        counts such steps. A method that returns none has none. Of another network that learns, both carry its name,
+        as in "critic_loss" and "critic_skipped"; its loss is watched as well.
 
         A step that may be captured in a CUDA graph has fixed shapes, takes its random numbers from `noise`, and changes
         what it keeps in place: a replay repeats what the device did, with the numbers that Python had at the capture.

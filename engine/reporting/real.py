@@ -57,7 +57,8 @@ class RealImages:
 
 
 def open_real(run: RunFolder, config: Config, device: torch.device, space: FeatureSpace | None = None) -> RealImages:
-    """Open the run's data set and extractor; `space` takes the extractor's place.
+    """Open the run's data set and extractor; `space` takes the extractor's place. Of a method without one that is
+    EfficientNet-Lite0's.
 
     If one of them is no longer available, this warns, and the page is written without the comparison.
     """
@@ -67,6 +68,8 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
         dataset = open_data(config)
         if trained.get("data_count", str(len(dataset))) != str(len(dataset)):
             changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
+        if space is None and not config.needs.features:
+            space = feature_space("efficientnet-lite0", None, config.data.image_size, device)
         if space is None:
             # Batch statistics would let the features of an image depend on the others beside it.
             pretrained = pretrained_files(config, dataset, device, run.extractor)
@@ -87,7 +90,7 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
 
 
 def _trained_with(run: RunFolder) -> dict[str, str]:
-    """The target's fingerprint in the newest checkpoint; empty if there is none."""
+    """The fingerprint in the newest checkpoint; empty if there is none."""
     try:
         with open_safetensors(run.checkpoint_paths()[-1]) as file:
             return dict(json.loads(file.metadata()["fingerprint"]))

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from engine.comparison.reference.bank import FeatureBank
-from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
 from engine.configuration.objectives import blank_reference
@@ -247,9 +247,10 @@ def fake_cuda_trainer(config: Config, ranks: Ranks = ALONE) -> Trainer:
     assert mode is not None
     device = torch.device("cuda", 0)
     with unset_fake_temporarily():
-        generator = make_generator(config)
+        generator, networks = make_generator(config), make_networks(config)
     with device:
         generator = fake_copy(generator, mode)
+        networks = {name: fake_copy(network, mode) for name, network in networks.items()}
     triton = importlib.import_module("kernels.triton")
     if config.needs.features:
         with unset_fake_temporarily():
@@ -265,7 +266,7 @@ def fake_cuda_trainer(config: Config, ranks: Ranks = ALONE) -> Trainer:
             options["weights"] = torch.ones(extractor.num_features)
         method = make_method(config, generator, extractor, reference, ranks, **options)
     else:
-        method = make_method(config, generator, ranks=ranks)
+        method = make_method(config, generator, ranks=ranks, networks=networks)
     noise = DrawnAhead(config.training.seed, CudaLane(device))
     images = None
     if method.reads == "images":

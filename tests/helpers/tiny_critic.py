@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.configuration import build, methods
 from engine.configuration.config import Config
-from engine.generation.networks import Generator
+from engine.generation.networks import Generator, share_batches
 from engine.generation.priors import Noise, make_prior
 from engine.generation.sampling import Sampler
 from engine.methods.gradient_step import GradientStep
@@ -36,31 +36,30 @@ class TinyCritic:
     reads: Literal["nothing", "images"] = "images"
     capturable = True
 
-    def __init__(self, config: Config, generator: Generator, ranks: Ranks = ALONE, critic_steps: int = CRITIC_STEPS):
-        networks, training = config.networks, config.training
-        self.generator, self.prior = generator, make_prior(networks.prior, networks.nz)
-        self.ranks, self.batch_size, self.critic_steps = ranks, training.batch_size, critic_steps
-        device = next(generator.parameters()).device
-        pool = nn.AdaptiveAvgPool2d(_POOLED)
-        self.critic = nn.Sequential(pool, nn.Flatten(), nn.Linear(3 * _POOLED**2, 1)).to(device)
-        self.modules = nn.ModuleDict({"generator": generator, "critic": self.critic})
+    def __init__(self, config: Config, generator: Generator, networks: build.Networks, ranks: Ranks = ALONE):
+        training = config.training
+        self.generator, self.prior = generator, make_prior(config.networks.prior, config.networks.nz)
+        self.ranks, self.batch_size, self.critic_steps = ranks, training.batch_size, CRITIC_STEPS
+        self.critic = networks["critic"]
+        if ranks.size > 1:
+            share_batches(generator, ranks)
+        self.modules = nn.ModuleDict({"generator": generator, **networks})
         self.steps = {name: GradientStep(module, lr=training.lr, ranks=ranks) for name, module in self.modules.items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {name: step.optimizer for name, step in self.steps.items()}
-        self.seen: list[list[int]] = []
-        """The indices of all minibatches that steps took in Python."""
 
     def step(self, batches: Iterator[Batch] | None, noise: Noise) -> Mapping[str, Tensor]:
         """See `Method.step`."""
         assert batches is not None
         for _ in range(self.critic_steps):
-            real, indices = next(batches)
-            self.seen.append(indices.tolist())
+            real = next(batches).images
             fake = self._draw(noise).detach()
             critic_loss = F.softplus(-self.critic(real)).sum() + F.softplus(self.critic(fake)).sum()
             self.steps["critic"].take(critic_loss / self.batch_size)
         loss = F.softplus(-self.critic(self._draw(noise))).sum() / self.batch_size
         skipped = self.steps["generator"].take(loss)
-        return {"loss": loss.detach(), "loss_critic": critic_loss.detach() / self.batch_size, SKIPPED: skipped}
+        losses = [loss.detach().clone(), critic_loss.detach() / self.batch_size]
+        self.ranks.sum_(losses)
+        return {"loss": losses[0], "loss_critic": losses[1], SKIPPED: skipped}
 
     def _draw(self, noise: Noise) -> Tensor:
         z = noise.draw(self.prior, self.batch_size)
@@ -77,10 +76,16 @@ class TinyCritic:
         assert not state
 
 
+def make_critic(config: Config) -> build.Networks:
+    """φ: the pooled pixels, and one linear layer."""
+    pool = nn.AdaptiveAvgPool2d(_POOLED)
+    return {"critic": nn.Sequential(pool, nn.Flatten(), nn.Linear(3 * _POOLED**2, 1))}
+
+
 def register(patch: pytest.MonkeyPatch) -> None:
     """Until `patch` is undone, commands know the method by its name."""
     patch.setitem(methods.METHODS, NAME, "a scalar critic of pixels")
     patch.setitem(methods.NEEDS, NAME, methods.Needs(features=False))
-    patch.setitem(build.MAKERS, NAME, TinyCritic)
+    patch.setitem(build.RECIPES, NAME, build.Recipe(make_critic, TinyCritic))
     (entry,) = dataclasses.fields(methods.MethodConfig)
     patch.setattr(entry, "metadata", {**entry.metadata, "choices": tuple(methods.METHODS)})

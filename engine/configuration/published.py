@@ -23,7 +23,7 @@ _WGAN: dict[str, Any] = {
 _MMD: dict[str, Any] = {"method": "mmd-gan", "lr": 1e-4, "beta1": 0.5, "beta2": 0.9, "critic_steps": 5}
 _SMMD: dict[str, Any] = {**_MMD, "kernel": "rbf", "kernel_bandwidths": (1.0,), "scaled": True}
 
-RECIPES: dict[str, dict[str, Any]] = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     # Radford et al. 2016: Adam at 2e-4 with β1 .5, minibatch 128, z uniform, BatchNorm in both networks.
     "dcgan": {
         "method": "gan",
@@ -171,12 +171,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "improved-gan": {"method": "improved-gan", "critic_norm": "batch", "lr": 3e-4, "steps": 100_000},
 }
 """Without data of one's own these are trained on the digits, with `ON_DIGITS` and `OF_DIGITS` in place of theirs."""
-for _values in RECIPES.values():
+for _values in PUBLISHED.values():
     _values.update(_OFTEN)
 
 USUAL: dict[str, dict[str, Any]] = {
     "gan": {"lr": 2e-4},
-    "mmd-gan": {name: value for name, value in RECIPES["mmd-gan-rq"].items() if name != "steps" and name not in _OFTEN},
+    "mmd-gan": {
+        name: value for name, value in PUBLISHED["mmd-gan-rq"].items() if name != "steps" and name not in _OFTEN
+    },
     "began": {"critic": "autoencoder", "lr": 1e-4},
     "fisher-gan": {"lr": 2e-4, "critic_steps": 2},
     "mcgan": {name: value for name, value in _WGAN.items() if name not in ("critic_warmup", "critic_every")},
@@ -215,7 +217,7 @@ OF_DIGITS: dict[str, dict[str, Any]] = {
 """By recipe, or by method with the preset of the digits."""
 
 
-def recipe(name: str, *, on_digits: bool) -> Mapping[str, Any]:
+def published(name: str, *, on_digits: bool) -> Mapping[str, Any]:
     """The values of a published recipe, on the digits or on images of one's own."""
-    values = RECIPES[name]
+    values = PUBLISHED[name]
     return {**values, **ON_DIGITS, **OF_DIGITS.get(name, {})} if on_digits else values
