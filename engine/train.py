@@ -31,6 +31,7 @@ from engine.configuration.build import (
 )
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
+from engine.configuration.critics import real_labels
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import (
     amp_dtype,
@@ -149,7 +150,9 @@ def build(
         entries = reference.fingerprint or {}
     else:
         entries = check_images(config, dataset, device, was, run.path, ranks)
-    method = make_method(config, generator, extractor, reference, ranks, networks=networks)
+    labels = real_labels(config, dataset)
+    more = {} if labels is None else {"labels": labels}
+    method = make_method(config, generator, extractor, reference, ranks, networks=networks, **more)
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**entries, **config.fixed()}
     validation = make_validation(config, device, ranks)

@@ -21,7 +21,9 @@ from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import check_same_features, fingerprint, reference_loader
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
+from engine.configuration.critics import make_adversarial, make_critics
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.objectives import check_features, make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -54,14 +56,15 @@ class Recipe:
         networks: what it trains besides the generator, by name, on the CPU and initialised from torch's random state
             (the seed's, and the same on every rank). Nothing else of the method may have weights: whoever models
             a step puts networks without memory in their place.
-        method: from the settings, the generator, these networks, all on their device, and the ranks.
+        method: from the settings, the generator, these networks, all on their device, the ranks, and by name what it
+            takes of `make_method`'s options.
     """
 
     networks: Callable[[Config], Networks]
-    method: Callable[[Config, Generator, Networks, Ranks], Method]
+    method: Callable[..., Method]
 
 
-RECIPES: dict[str, Recipe] = {}
+RECIPES: dict[str, Recipe] = {name: Recipe(make_critics, make_adversarial) for name in ADVERSARIAL}
 """Of every method that compares no features (`Needs.features`)."""
 
 
@@ -329,10 +332,11 @@ def make_method(
         extractor, reference: of a method that compares features.
         networks: of one that compares none, from `make_networks`.
         ranks: the processes that share every minibatch.
-        options: take the place of what the configuration says for the objective's arguments of these names.
+        options: take the place of what the configuration says for the objective's arguments of these names. Of a method
+            that compares no features: what it needs of the real images besides (`real_labels`).
     """
     if extractor is None:
-        return RECIPES[config.method.method].method(config, generator, networks or {}, ranks)
+        return RECIPES[config.method.method].method(config, generator, networks or {}, ranks, **options)
     dtype, training, settings = amp_dtype(config), config.training, config.networks
     objective = make_objective(config, extractor, reference, dtype, **{"ranks": ranks, **options})
     return Matching(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.configuration.adversarial import CriticConfig, GameConfig, check_adversarial, is_capturable
 from engine.configuration.groups import (
     GROUPS,
     DataConfig,
@@ -24,6 +25,7 @@ from engine.configuration.groups import (
 )
 from engine.configuration.idle import check_used
 from engine.configuration.methods import (
+    ADVERSARIAL,
     COMPARING,
     METHODS,
     NEEDS,
@@ -39,7 +41,7 @@ from engine.configuration.methods import (
     SinkhornConfig,
 )
 from engine.configuration.options import checked, require
-from engine.configuration.presets import PRESETS, preset_for, preset_values
+from engine.configuration.presets import PRESETS, preset_for, preset_method, preset_values
 from engine.configuration.updates import UpdatesConfig, all_of
 from engine.representation.zoo import has_tokens
 from engine.support.errors import InputError, one_line
@@ -65,6 +67,8 @@ class Config:
     gmmn: GmmnConfig = field(default_factory=GmmnConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     population: PopulationConfig = field(default_factory=PopulationConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    game: GameConfig = field(default_factory=GameConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
@@ -94,6 +98,8 @@ class Config:
             not broken, "population_images", f"gfmn's queue is of whole minibatches of {batch}, {queue} is not; {near}"
         )
         self._check_updates()
+        if self.method.method in ADVERSARIAL:
+            check_adversarial(self)
 
     def _check_updates(self) -> None:
         updates, training = self.updates, self.training
@@ -116,9 +122,13 @@ class Config:
         preset = preset_for(given) if preset is None else preset
         require(preset in PRESETS, "preset", f"{preset!r} is not one of {', '.join(PRESETS)}")
         given = _given(given)
-        method = given.get("method", "gfmn")
+        own = preset_method(preset)
+        method = given.get("method", own)
+        fits = own in ("gfmn", method)
+        require(fits, "method", f"the preset {preset} is one of --method {own}, and this is --method {method}")
         check_owners(given, method)
-        values = {**preset_values(preset, method), **given}
+        on_digits = given.get("data") is None and given.get("dataset", "digits") == "digits"
+        values = {**preset_values(preset, method, on_digits=on_digits), **_implied(given)}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         if "extractor" in given and "pool" not in values and has_tokens(given["extractor"]):
@@ -135,11 +145,16 @@ class Config:
         }
         return cls(preset=preset, **{name: group(**parts[name]) for name, group in GROUPS.items()})
 
+    def usual(self) -> Config:
+        """The preset's own configuration, of this method and for these images."""
+        given = {"method": self.method.method, "dataset": self.data.dataset}
+        return self.build(self.preset, {**given, **({} if self.data.data is None else {"data": self.data.data})})
+
     def replaced(self, given: Mapping[str, Any]) -> Config:
         """This configuration with `given` settings in place of its own."""
         given = _given(given)
         check_owners(given, given.get("method", self.method.method))
-        config = self.of_flat(self.preset, {**self.flat(), **given})
+        config = self.of_flat(self.preset, {**self.flat(), **_implied(given)})
         check_used(given, config)
         return config
 
@@ -181,7 +196,9 @@ class Config:
     @property
     def needs(self) -> Needs:
         """What the method needs besides a generator."""
-        return NEEDS[self.method.method]
+        needs = NEEDS[self.method.method]
+        by_host = self.method.method in ADVERSARIAL and not is_capturable(self)
+        return dataclasses.replace(needs, captured=False) if by_host else needs
 
     @property
     def summary(self) -> str:
@@ -257,6 +274,12 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     if "weights" in result:
         result["weights"] = tuple(map(_absolute, result["weights"]))
     return result
+
+
+def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` settings, and with another penalty or kernel its own numbers, not those that there were for the one."""
+    numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
+    return {**{of: () for name, of in numbers.items() if name in given}, **given}
 
 
 def _absolute(entry: str) -> str:

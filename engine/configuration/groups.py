@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from engine.configuration.adversarial import CriticConfig, GameConfig
 from engine.configuration.methods import (
     COMPARING,
     DriftingConfig,
@@ -327,6 +328,8 @@ GROUPS: dict[str, type] = {
     "gmmn": GmmnConfig,
     "features": FeaturesConfig,
     "population": PopulationConfig,
+    "critic": CriticConfig,
+    "game": GameConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "updates": UpdatesConfig,

@@ -22,9 +22,10 @@ def train_command(config: Config) -> str:
     """
     words = ["python", "-m", "engine.train", "--preset", config.preset]
     method, own = config.method.method, config.flat()
-    usual = Config.build(config.preset, {"method": method}).flat()
+    preset = Config.build(config.preset, {})
+    default = preset.method.method
+    usual = {**config.usual().flat(), "dataset": preset.data.dataset, "data": preset.data.data}
     unused = idle(config)
-    default = Config.build(config.preset, {}).method.method
     for name, value in own.items():
         # What belongs to other methods decides nothing, and would be refused.
         if (owners(name) and method not in owners(name)) or (name != "method" and usual[name] == value):

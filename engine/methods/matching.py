@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from engine.generation.batch_norm import share_batches
 from engine.generation.low_precision import LowPrecision
-from engine.generation.networks import Generator, run_generator, share_batches
+from engine.generation.networks import Generator, run_generator
 from engine.generation.priors import Noise, Prior
 from engine.generation.sampling import Sampler
 from engine.methods.gradient_step import GradientStep

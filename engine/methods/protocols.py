@@ -45,7 +45,8 @@ class Method(Protocol):
         Returns scalars on the device for the log, "loss" among them. Never waits for the device. The root of a scalar
         whose name ends in `SQUARED` is logged, under the name without it.
         `SKIPPED` is 1 where a gradient was not finite and the step left weights as they were, else 0: the trainer
-        counts such steps. A method that returns none has none.
+        counts such steps. A method that returns none has none. Of another network that learns, both carry its name,
+        as in "critic_loss" and "critic_skipped"; its loss is watched as well.
 
         A step that may be captured in a CUDA graph has fixed shapes, takes its random numbers from `noise`, and changes
         what it keeps in place: a replay repeats what the device did, with the numbers that Python had at the capture.

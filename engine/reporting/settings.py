@@ -27,7 +27,7 @@ class ConfigurationLine:
 def configuration_lines(config: Config) -> dict[str, list[ConfigurationLine]]:
     """All values of `config` that are not other methods' alone, group by group."""
     method = config.method.method
-    usual = Config.build(config.preset, {"method": method}) if config.preset in PRESETS else config
+    usual = config.usual() if config.preset in PRESETS else config
     groups = {}
     for name, group in config.groups().items():
         defaults = dataclasses.asdict(getattr(usual, name))

@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
-from engine.methods.protocols import SKIPPED, SQUARED, Method
+from engine.methods.protocols import SQUARED, Method
 from engine.support.errors import InputError, Interrupted, WriteError, differences, one_line
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from engine.training.delivery import NoImages, Source
+from engine.training.divergence import GENERATOR, Divergence
 from engine.training.graphs import EAGER_STEPS, GraphedStep, Graphs
 from engine.training.logbook import Logbook, NoLogbook
 from engine.training.precision import peak_memory, repeatable, reset_peak_memory
@@ -31,7 +31,6 @@ from engine.training.ranks import ALONE, Ranks
 from engine.training.rates import Rates
 from engine.training.run_folder import COLUMNS, RunFolder, saved_step
 from engine.training.schedule import Schedule
-from engine.training.skipped import SkippedSteps
 from engine.training.stopping import StopRequest
 from engine.training.weight_average import WeightAverages
 from kernels import reference
@@ -43,7 +42,6 @@ log = logging.getLogger("gfmn")
 
 GRID = 64
 """Images of a sample grid."""
-_NEVER = torch.iinfo(torch.int64).max
 # Evaluations draw from seeds far apart from each other and from the run's own.
 _EVALUATION_SEEDS = 1_000_003
 
@@ -62,7 +60,7 @@ class Trainer:
         validation: compares samples with the real images now and then; None for never.
         images: the real minibatches of a method that reads images; None for one that reads nothing.
         noise: the run's random numbers; None for the seed's, drawn when a step asks for them.
-        kernels: the backend that watches the loss.
+        kernels: the backend that watches losses.
         graphs: captures the step after a few, and replays it; None for a step that always runs as it is written. The
             result is the same. A method that is not `capturable` is never captured.
         ranks: the processes that take the steps together, and draw and judge samples. The first of them writes.
@@ -95,12 +93,8 @@ class Trainer:
         self.images: Source = NoImages() if images is None else images
         self.fixed_z = method.sampler().prior.draw(GRID, schedule.seed + 1).to(self.device)
         self.rates = Rates(method.optimizers, schedule.rates)
-        self.kernels = kernels
         self.step = 0
-        # The device's own count of steps, and what it found; both change in place.
-        self._steps_on_device = torch.tensor(0, device=self.device)
-        self.first_bad_step = torch.tensor(_NEVER, device=self.device)
-        self.skipped = SkippedSteps(self.device, schedule.max_skipped)
+        self.divergence = Divergence(method.optimizers, self.device, schedule.max_skipped, kernels)
         self.graphed: GraphedStep | None = None
         if graphs is not None and method.capturable:
             self.graphed = GraphedStep(self._step, graphs, self._drop_gradients, ranks)
@@ -126,11 +120,8 @@ class Trainer:
         self.noise.begin()
         self.images.begin()
         scalars = dict(self.method.step(self.images.batches, self.noise))
-        if (skipped := scalars.pop(SKIPPED, None)) is not None:
-            self.skipped.take_in(skipped)
         self.ema.take_in(self.method.sampler().generator)
-        with torch.no_grad():
-            self.kernels.watch(scalars["loss"], self._steps_on_device, self.first_bad_step)
+        self.divergence.take_in(scalars)
         return scalars
 
     def _drop_gradients(self) -> None:
@@ -242,13 +233,13 @@ class Trainer:
         for name, module in self.method.modules.items():
             for key, tensor in module.state_dict().items():
                 if not bool(tensor.isfinite().all()):
-                    raise self._diverged(self.step, f"the {name}'s {key}")
+                    raise self._diverged(name, f"the {name}'s {key}", self.step)
 
     def _checkpoint(self) -> Checkpoint:
         method = self.method
         parts: dict[str, dict[str, Tensor]] = {name: module.state_dict() for name, module in method.modules.items()}
         parts |= {f"optimizer.{name}": flatten_optimizer(optimizer) for name, optimizer in method.optimizers.items()}
-        parts |= {"rates": self.rates.state_dict(), "skipped": self.skipped.state_dict()}
+        parts |= {"rates": self.rates.state_dict(), "skipped": self.divergence.state_dict()}
         parts |= {"method": method.state_dict(), "random": self.noise.state_dict(), **self.ema.parts()}
         parts["images"] = self.images.state_dict()
         if self.validation is not None:
@@ -270,8 +261,7 @@ class Trainer:
             self.noise.load_state_dict(parts["random"])
             self.images.load_state_dict(parts.get("images", {}))
             self.ema.load_parts(parts)
-            if "skipped" in parts:
-                self.skipped.load_state_dict(parts["skipped"])
+            self.divergence.load_state_dict(parts.get("skipped", {}), checkpoint.step)
             if self.validation is not None and "validation" in parts:
                 self.validation.load_state_dict(parts["validation"])
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -279,7 +269,6 @@ class Trainer:
                 "checkpoint", f"that of step {checkpoint.step} does not fit this run's networks ({one_line(error)})"
             ) from None
         self.step = checkpoint.step
-        self._steps_on_device.fill_(self.step)
         self._give_rates()
         if self.graphed is not None:
             self.graphed.reset()
@@ -290,17 +279,14 @@ class Trainer:
     def check_finite(self) -> None:
         """InputError that names the first step whose loss was NaN or infinite, or if too many steps in a row had such
         a gradient and were skipped. Waits for the device."""
-        step = int(self.first_bad_step)
-        if step != _NEVER:
-            raise self._diverged(step, "the loss")
-        if count := self.skipped.too_many():
-            raise self._diverged(self.step, f"the gradient, {count} times in a row,")
+        if (found := self.divergence.found(self.step)) is not None:
+            raise self._diverged(*found)
 
-    def _diverged(self, step: int, what: str) -> InputError:
+    def _diverged(self, network: str, what: str, step: int) -> InputError:
         paths = self.run.checkpoint_paths()
         kept = f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
         return InputError(
-            "lr",
+            "lr" if network == GENERATOR else f"{network}_lr",
             f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate, in another folder",
         )
 
@@ -355,8 +341,7 @@ class Trainer:
             entry["lr"] = self.lr
         if evaluation is not None and len(self.ema.averages) > 1:
             entry["sample_ema"] = self.ema.sampled
-        if skipped := int(self.skipped.total):
-            entry["skipped_steps"] = skipped
+        entry |= self.divergence.totals()
         logbook.write(entry, None if evaluation is None else evaluation.metrics)
 
     def _sample(self, logbook: Logbook | NoLogbook) -> None:

@@ -6,21 +6,24 @@ minibatches are small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
 from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
 from engine.configuration.config import Config
+from engine.configuration.critics import real_labels
 from engine.configuration.groups import GROUPS, field_names
-from engine.configuration.methods import METHODS, NEEDS
+from engine.configuration.methods import ADVERSARIAL, COMPARING, NEEDS
 from engine.configuration.objectives import blank_reference
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import PRESETS, preset_method
+from engine.configuration.published import PUBLISHED
 from engine.configuration.running import make_schedule, training_images
 from engine.generation.drawn_ahead import DrawnAhead
 from engine.training.delivery import Delivery
@@ -94,6 +97,33 @@ _OF_ALL: dict[str, dict[str, Any]] = {
     **PRECISIONS,
 }
 
+_OF_CRITICS: dict[str, dict[str, dict[str, Any]]] = {
+    "gan": {
+        "minimax": {"game": "minimax", "critic_optimizer": "adam", "optimizer": "rmsprop"},
+        "several": {"penalty": ["r1", "consistency"], "critic_steps": 2, "recompute_generator": True},
+        "discrimination": {"minibatch_discrimination": True, "critic_optimizer": "adamw"},
+        "bf16": {"penalty": ["consistency"], "amp": True, "generator_ema": 0.9},
+        "bf16-generator": {"penalty": ["gradient"], "amp": True},
+        "fp16": {"amp": True, "amp_dtype": "fp16", "critic_optimizer": "rmsprop", "critic_norm": "batch"},
+        "warmup": {"critic_warmup": 2, "critic_many": 2},
+        "clipped": {"clip_grad": 0.1, "lr_schedule": "linear"},
+    },
+    "mmd-gan": {
+        "imq": {"kernel": "imq", "penalty": ["scaled"]},
+        "linear": {"kernel": "linear", "penalty": ["witness", "activations"]},
+        "distance": {"kernel": "distance", "penalty": ["none"], "amp": True},
+    },
+    "mcgan": {"sum": {"match_norm": "1"}, "largest": {"match_norm": "inf"}},
+    "improved-gan": {"classes": {"classes": 3}},
+}
+_FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
+
+
+def _of_published(name: str) -> dict[str, Any]:
+    """One critic step, and networks that take no time, where the game does not need others."""
+    own = {"critic": PUBLISHED[name]["critic"]} if name in ("began", "mmd-gan-rbf") else {}
+    return {**_FEW_STEPS, **own, "batch_size": 3}
+
 
 def _of_all(method: str) -> dict[str, dict[str, Any]]:
     """The other methods on features take mmd's steps, but for the distance."""
@@ -103,19 +133,41 @@ def _of_all(method: str) -> dict[str, dict[str, Any]]:
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"{preset}-{name}": (preset, given) for preset in PRESETS for name, given in PRECISIONS.items()},
+    **{
+        f"{preset}-{name}": (preset, given)
+        for preset in PRESETS
+        if preset not in PUBLISHED
+        for name, given in PRECISIONS.items()
+    },
+    **{f"published-{name}": (name, _of_published(name)) for name in PUBLISHED},
+    **{
+        f"{method}-{name}": ("digits", {"method": method, "batch_size": 3, "critic_steps": 1, **given})
+        for method, variants in _OF_CRITICS.items()
+        for name, given in variants.items()
+    },
     **{
         f"{method}-{name}": ("digits", {"method": method, **given})
-        for method in METHODS
+        for method in COMPARING
         for name, given in {**_of_all(method), **_OF_METHODS.get(method, {})}.items()
     },
 }
 """Name → preset and settings, of every way to train whose operators or arguments are its own."""
+_ALWAYS = ("gan-minimax", "gan-bf16", "published-wgan-gp", "published-sngan", "published-fisher-gan")
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """For `parametrize`: variants, of which most that have a critic are slow tests: they are many, and much alike."""
+
+    def is_slow(name: str) -> bool:
+        preset, given = VARIANTS[name]
+        return given.get("method", preset_method(preset)) in ADVERSARIAL and name not in _ALWAYS
+
+    return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in names]
 
 
 def configuration(preset: str, given: dict[str, Any]) -> Config:
     """The preset with `given` settings, small."""
-    method = given.get("method", "gfmn")
+    method = given.get("method", preset_method(preset))
     small: dict[str, Any] = {"image_size": 32, "batch_size": 5, "nz": 8}
     if NEEDS[method].features:
         small |= {"weights": ("random",), "layers": 4}
@@ -128,7 +180,7 @@ def few_pictures(config: Config) -> ArrayDataset:
     """Random pictures, three times as many as a minibatch has."""
     size = config.data.image_size
     pictures = np.random.default_rng(0).integers(0, 256, (3 * config.training.batch_size, size, size, 3), np.uint8)
-    return ArrayDataset("few", Preprocessing(image_size=size), pictures)
+    return ArrayDataset("few", Preprocessing(image_size=size), pictures, labels=np.arange(len(pictures)) % 3)
 
 
 def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = None) -> Trainer:
@@ -140,7 +192,9 @@ def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = 
         known = blank_reference(config, extractor, torch.rand)
         method = make_method(config, generator, extractor, known, ranks, kernels=reference)
     else:
-        method = make_method(config, generator, ranks=ranks, networks=make_networks(config))
+        labels = real_labels(config, few_pictures(config))
+        more = {} if labels is None else {"labels": labels}
+        method = make_method(config, generator, ranks=ranks, networks=make_networks(config), **more)
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
     if method.reads == "images":
         images = training_images(config, few_pictures(config), torch.device("cpu"), ranks)
