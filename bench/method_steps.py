@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def measure_methods(
     steps = {}
     for name in names:
         method, images = METHODS[name]
-        flags = {} if method == "gfmn" else {"method": method, "pool": "mean"}
+        flags: dict[str, Any] = {} if method == "gfmn" else {"method": method, "pool": "mean"}
         steps[name] = engine_step(scenario.parts(minibatch, images=images, chunk_size=chunk, **flags))
     for found in rounds(steps, repetitions, partial(step_time, cuda=cuda_of(device)), warmup=1):
         times = {name: [taken.seconds for taken in taken_times] for name, taken_times in found.items()}

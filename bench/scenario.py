@@ -180,7 +180,7 @@ class Scenario:
         config = self.config(minibatch, dtype, **flags)
         matches_moments = config.method.method == "gfmn"
         known = self.target if matches_moments else blank_reference(config, self.extractor, torch.rand, images)
-        options = {} if max_chunks is None else {"max_chunks": max_chunks}
+        options: dict[str, Any] = {} if max_chunks is None else {"max_chunks": max_chunks}
         method = make_method(config, generator or self.generator(), self.extractor, known, ranks, **options)
         assert isinstance(method, Matching)
         return Parts(config, method)
