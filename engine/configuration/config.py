@@ -106,7 +106,7 @@ class Config:
         given = _given(given)
         method = given.get("method", "gfmn")
         check_owners(given, method)
-        values = {**preset_values(preset, method), **given}
+        values = {**preset_values(preset, method, given.get("population", "none")), **given}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         return cls.of_flat(preset, values)

@@ -17,8 +17,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The embedded demo: larger rates than the paper's and averaged weights, as it has minutes and not days. At such
     # rates the authors' AMA keeps all classes, and variety within each; the paper's lets the rarest one thin out.
     "digits": {
-        # Whoever tells digits needs no colours, and leaves fringes of them: the second network sees nothing else.
-        "extractor": "vgg-small+opponent",
         "steps": 900,
         "lr": 1e-3,
         "ama_lr": 1e-3,
@@ -57,6 +55,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What another method than the paper's needs: its own rates, on the digits those that draw readable ones in minutes.
 _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    # Whoever tells digits needs no colours, and leaves fringes of them: the second network sees those.
+    "gfmn": {"digits": {"extractor": "vgg-small+opponent"}},
     "mmd": {"digits": {"lr": 2e-3}},
     # A small minibatch is matched to averages of the many real images, which have less variety.
     "sinkhorn": {"digits": {"lr": 2e-3, "batch_size": 256, "steps": 350}},
@@ -64,6 +64,11 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "gmmn": {name: {"extractor": "pixels", "pool": "none"} for name in PRESETS},
 }
 _OF_METHODS["gmmn"]["digits"] |= {"batch_size": 256, "steps": 600}
+
+# What another population than the minibatch needs. Squares of differences fall by orders of magnitude, and so does their
+# gradient: with the usual β2 of 0.999 Adam remembers the first ones for a thousand steps, in which it hardly moves.
+# Directions of AMA stay of one size.
+_OF_POPULATIONS: dict[str, dict[str, dict[str, Any]]] = {"gfmn": {"digits": {"beta2": 0.9, "upsampling": "nearest"}}}
 
 
 def preset_for(given: Mapping[str, Any]) -> str:
@@ -80,12 +85,14 @@ def usual_steps(image_size: int) -> str:
     return f"at {nearest}×{nearest} the presets take {', '.join(steps)} steps; the first grids are grey"
 
 
-def preset_values(name: str, method: str) -> Mapping[str, Any]:
-    """The values of the preset `name` for `method`.
+def preset_values(name: str, method: str, population: str = "none") -> Mapping[str, Any]:
+    """The values of the preset `name` for `method`, with a `population` or "none".
 
     Where EfficientNet-Lite0 is not installed, a small network that is pretrained on the pictures takes its place.
     """
     values = {**PRESETS[name], **_OF_METHODS.get(method, {}).get(name, {})}
+    if population != "none":
+        values |= _OF_POPULATIONS.get(method, {}).get(name, {})
     if values.get("extractor") == "efficientnet-lite0" and not has_perceptual():
         values["extractor"] = "vgg-small"
         _say_small_once()
