@@ -65,9 +65,9 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
 }
 _OF_METHODS["gmmn"]["digits"] |= {"batch_size": 256, "steps": 600}
 
-# What another population than the minibatch needs. Squares of differences fall by orders of magnitude, and so does their
-# gradient: with the usual β2 of 0.999 Adam remembers the first ones for a thousand steps, in which it hardly moves.
-# Directions of AMA stay of one size.
+# What another population than the minibatch needs. Squares of differences fall by orders of magnitude, and so does
+# their gradient: with the usual β2 of 0.999 Adam remembers the first ones for a thousand steps, in which it hardly
+# moves. Directions of AMA stay of one size.
 _OF_POPULATIONS: dict[str, dict[str, dict[str, Any]]] = {"gfmn": {"digits": {"beta2": 0.9, "upsampling": "nearest"}}}
 
 

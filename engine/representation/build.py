@@ -44,9 +44,9 @@ def build_extractor(
             "efficientnet-lite0", "torchvision:NAME", "timm:NAME", "pixels", "opponent" (colours, see `zoo.Opponent`).
             With `module`, the name of your own network.
         image_size: H = W.
-        weights: None for random weights; otherwise for each network that learns a path to safetensors (or to a plain state dict,
-            loaded with `weights_only=True`), or "imagenet" (torchvision's, with its own download and cache, timm's, or
-            those of an installed package), which alone stands for all networks.
+        weights: None for random weights; otherwise for each network that learns a path to safetensors (or to a plain
+            state dict, loaded with `weights_only=True`), or "imagenet" (torchvision's, with its own download and cache,
+            timm's, or those of an installed package), which alone stands for all networks.
         layers: match min(layers, its taps) taps of each network; None is all of them, or 16 in a pair.
         layers_from: count `layers` from the "bottom" (the images) or the "top". From the bottom, 1, 3, 5, 7, 9, 11,
             13, 15 and 16 layers of VGG19 have the 64K, 160K, 208K, 240K, 264K, 280K, 290K, 294K and 296K features of
