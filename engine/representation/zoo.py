@@ -49,21 +49,22 @@ class Opponent(nn.Module):
 
         y = (r + g + b)/√3,  8 (r − g)/√2,  8 (r + g − 2b)/√6        of r, g, b in [-1, 1]
 
-    but for the 8 an orthonormal basis of the colours. A grey image has no second and third: their mean and variance are
-    those of the fringes of colour alone, which are small, and count 8 times as much as luminance.
+    but for the 8 an orthonormal basis of the colours. The second and third are exactly 0 in a grey image: sums and
+    differences come first, and lose no digit where they vanish. Fringes of colour are small, and so they count 8 times
+    as much as luminance.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        basis = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], dtype=torch.float64)
-        gains = torch.tensor([1.0, _OF_COLOURS, _OF_COLOURS], dtype=torch.float64)
-        mixture = basis * (gains / basis.norm(dim=1))[:, None]
-        self.mixture = nn.Parameter(mixture.float()[:, :, None, None])
+        basis = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+        gains = torch.tensor([1.0, _OF_COLOURS, _OF_COLOURS]) / basis.norm(dim=1)
+        self.basis = nn.Parameter(basis[:, :, None, None])
+        self.gains = nn.Parameter(gains[:, None, None])
         self.image = Mark()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] in [-1, 1] to y, as large."""
-        return self.image(nn.functional.conv2d(x, self.mixture))
+        return self.image(nn.functional.conv2d(x, self.basis) * self.gains)
 
 
 _FIXED: dict[str, Callable[[], nn.Module]] = {_PIXELS: Pixels, _OPPONENT: Opponent}
