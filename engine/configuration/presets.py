@@ -57,7 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # Whoever tells digits needs no colours, and leaves fringes of them: the second network sees those.
     "gfmn": {"digits": {"extractor": "vgg-small+opponent"}},
-    "mmd": {"digits": {"lr": 2e-3}},
+    # Of the last layers, which know digits best: a kernel sees all features at once, and the first layers' blur them.
+    "mmd": {"digits": {"lr": 2e-3, "beta2": 0.9, "layers": 4, "layers_from": "top"}},
     # A small minibatch is matched to averages of the many real images, which have less variety.
     "sinkhorn": {"digits": {"lr": 2e-3, "batch_size": 256, "steps": 350}},
     # On pixels, as published.
