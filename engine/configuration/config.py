@@ -128,7 +128,8 @@ class Config:
         require(fits, "method", f"the preset {preset} is one of --method {own}, and this is --method {method}")
         check_owners(given, method)
         on_digits = given.get("data") is None and given.get("dataset", "digits") == "digits"
-        values = {**preset_values(preset, method, on_digits=on_digits), **_implied(given)}
+        own_values = preset_values(preset, method, given.get("population", "none"), on_digits=on_digits)
+        values = {**own_values, **_implied(given)}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         if "extractor" in given and "pool" not in values and has_tokens(given["extractor"]):

@@ -17,7 +17,7 @@ from engine.representation.tokens import Tokens
 from engine.representation.tracing.folding import freeze
 from engine.representation.tracing.tap import NoMatch, WrongSize, tap_network
 from engine.representation.weights import copy_weights, read_state_dict, state_digest
-from engine.representation.zoo import Network, make_network, network_of
+from engine.representation.zoo import Network, is_fixed, make_network, network_of
 from engine.support.errors import InputError
 
 _LAYERS_IN_A_PAIR = 16
@@ -41,17 +41,18 @@ def build_extractor(
 
     Args:
         name: a network, or several joined by "+": "vgg19", "resnet18", "vgg19+resnet18", "dcgan-encoder", "vgg-small",
-            "efficientnet-lite0", "torchvision:NAME", "timm:NAME". With `module`, the name of your own network.
+            "efficientnet-lite0", "torchvision:NAME", "timm:NAME", "pixels", "opponent" (colours, see `zoo.Opponent`).
+            With `module`, the name of your own network.
         image_size: H = W.
-        weights: None for random weights; otherwise for each network a path to safetensors (or to a plain state dict,
-            loaded with `weights_only=True`), or "imagenet" (torchvision's, with its own download and cache, timm's, or
-            those of an installed package), which alone stands for all networks.
+        weights: None for random weights; otherwise for each network that learns a path to safetensors (or to a plain
+            state dict, loaded with `weights_only=True`), or "imagenet" (torchvision's, with its own download and cache,
+            timm's, or those of an installed package), which alone stands for all networks.
         layers: match min(layers, its taps) taps of each network; None is all of them, or 16 in a pair.
         layers_from: count `layers` from the "bottom" (the images) or the "top". From the bottom, 1, 3, 5, 7, 9, 11,
             13, 15 and 16 layers of VGG19 have the 64K, 160K, 208K, 240K, 264K, 280K, 290K, 294K and 296K features of
             the paper's Table 3: the first layers after the images, in forward order.
         taps: glob over the names of activations ("layer1.*"), or several separated by commas; None is all of them.
-            `layers` counts those that match.
+            `layers` counts those that match. The one tap of "pixels" or "opponent" beside other networks always counts.
         bn: "running" statistics (the paper's fixed networks) or "batch" (the authors' code).
         module: your own network, in place of a named one. It takes images [N, 3, H, W] in [-1, 1], has ReLU, ReLU6,
             SiLU or GELU activations, and can be traced by torch.fx. The extractor holds a frozen float32 copy, with the
@@ -75,7 +76,7 @@ def build_extractor(
             network.module,
             prefix=network.name,
             first_index=len(extractor.sites),
-            pattern=taps,
+            pattern=None if is_fixed(part) and len(names) > 1 else taps,
             layers=layers,
             layers_from=layers_from,
             fold=False,
@@ -114,13 +115,20 @@ def build_extractor(
 def _one_source_each(
     name: str, names: Sequence[str], weights: str | Path | Sequence[str | Path] | None
 ) -> Sequence[str | Path | None]:
-    """Where the weights of each network come from; raise InputError if there are too many or too few."""
+    """Where the weights of each network come from; raise InputError if there are too many or too few.
+
+    Networks with nothing to learn need none, and may be left out.
+    """
     if weights is None or weights == "imagenet":
         return [weights] * len(names)
     sources = [weights] if isinstance(weights, str | Path) else list(weights)
-    if len(sources) != len(names):
-        raise InputError("weights", f"{name} needs {len(names)} files, one for each network, got {len(sources)}")
-    return sources
+    if len(sources) == len(names):
+        return sources
+    learned = [part for part in names if not is_fixed(part)]
+    if len(sources) != len(learned):
+        raise InputError("weights", f"{name} needs {len(learned)} files, one for each network, got {len(sources)}")
+    files = iter(sources)
+    return [None if is_fixed(part) else next(files) for part in names]
 
 
 def _check_options(name: str, image_size: int, layers: int | None, layers_from: str, bn: str) -> None:

