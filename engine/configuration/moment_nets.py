@@ -93,8 +93,8 @@ class MomentsConfig(Settings):
 def check_moment_nets(config: Config) -> None:
     """InputError if the critic is none whose features can be denoised, or whose moments are each image's own."""
     critic, method = config.critic, config.method.method
-    linear = critic.critic not in ("autoencoder", *(("encoder-decoder",) if method == "molm" else ()))
-    require(linear, "critic", f"--method {method} takes none that draws images again, as {critic.critic} does")
+    linear = critic.critic != "autoencoder"
+    require(linear, "critic", f"--method {method} takes an output of features, and autoencoder has one of images")
     mixes = method == "molm" and critic.critic_norm == "batch"
     require(
         not mixes, "critic_norm", "batch mixes images, and the moments of --method molm are means of each one's own"

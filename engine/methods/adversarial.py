@@ -67,6 +67,9 @@ class _InPrecision:
         decode = getattr(critic, "decode", None)
         if decode is not None:
             self.decode = partial(self._run, decode)
+        outputs = getattr(critic, "outputs", None)  # of features
+        if outputs is not None:
+            self.outputs = partial(self._run, outputs)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Outputs [n, F]."""

@@ -107,7 +107,11 @@ class DenoisingFeatureMatching(Adversarial):
         if self._corruption is None:  # one object: `DrawnAhead` knows it by that
             self._corruption = Gaussian(features.shape[1])
         corruption = noise.draw(self._corruption, self.batch_size)[self.share].to(self.dtype)
+        before = [kept.clone() for kept in self.denoiser.buffers()]
         errors = denoising_error(features, self.denoiser(features + self.deviation * corruption))
         loss = everywhere(errors, self.ranks).mean()
         skipped = self.denoiser_step.take(loss / self.ranks.size)
+        with torch.no_grad():  # running statistics, like weights, stay as they were after a step that was skipped
+            for old, kept in zip(before, self.denoiser.buffers(), strict=True):
+                kept.copy_(torch.where(skipped > 0, old, kept))
         return {"denoiser_loss": loss.detach(), f"denoiser_{SKIPPED}": skipped}

@@ -38,26 +38,28 @@ class MomentNetwork:
 
         Φ(x) = [∇_w D(x), s·x, s·h_1(x), s·h_2(x), …]        [K]
 
-    E ∇_w D = ∇_w E D, so that the means take one backward pass, and no image's own gradient is ever there. The last
-    layer's bias is left out of w: its derivative is 1 for every image. The critic is taken in evaluation, so that all
-    calls see one network, whatever spectral normalisation does in training.
+    E ∇_w D = ∇_w E D, so that the means take one backward pass, and no image's own gradient is ever there. w has
+    neither the last layer's bias, whose derivative is 1 for every image, nor a decoder, which D does not depend on. The
+    critic is taken in evaluation, so that all calls see one network, whatever spectral normalisation does in training.
 
     Args:
         critic: its weights may change between calls.
         scale: s.
 
     Raises:
-        InputError: "critic", if it hasn't one output that a linear layer gives, if it has weights that the output does
-            not depend on, or if an image's moments depend on other images.
+        InputError: "critic", if it hasn't one output that a linear layer gives, or if an image's moments depend on
+            other images.
     """
 
     def __init__(self, critic: nn.Module, scale: float):
-        if not isinstance(critic, LinearCritic) or critic.spec.outputs != 1 or hasattr(critic, "decode"):
+        if not isinstance(critic, LinearCritic) or critic.spec.outputs != 1:
             raise InputError("critic", "moments are of a network with one output, a linear function of its features")
         if not critic.per_image:
             raise InputError("critic", "mixes the images of a minibatch, and moments are means of each one's own")
         self.critic, self.scale = critic, scale
-        self.weights = [weight for weight in critic.parameters() if weight is not critic.last.bias]
+        decoder = getattr(critic, "decoder", None)
+        left = {critic.last.bias, *(decoder.parameters() if isinstance(decoder, nn.Module) else ())}
+        self.weights = [weight for weight in critic.parameters() if weight not in left]
 
     def means(self, images: Tensor, count: int, *, create_graph: bool = False) -> Tensor:
         """Σ_n Φ(x_n)/count over images [n, 3, H, W], as [K].
