@@ -87,8 +87,8 @@ def public_names() -> Iterator[str]:
 
 
 def room(folder: str) -> Iterator[str]:
-    """The modules of a folder but those of the public names and the protocols, which have sections of their own."""
-    for path in sorted((ROOT / folder).glob("[a-z]*.py")):
+    """All modules of a folder but those of the public names and the protocols, which have sections of their own."""
+    for path in sorted((ROOT / folder).rglob("[a-z]*.py")):
         module = _module(path)
         if module not in _homes().values() and path.name != "protocols.py":
             yield module

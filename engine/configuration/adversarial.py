@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine.comparison.games.penalties import PENALTIES
 from engine.configuration.methods import ADVERSARIAL, PLAYING
-from engine.configuration.moment_nets import check_moment_nets
+from engine.configuration.moment_nets import check_moments
 from engine.configuration.options import Settings, option, require
 from engine.methods.gradient_step import OPTIMIZERS
 from engine.representation.critics import CRITIC_NORMS, CRITICS
@@ -235,8 +235,9 @@ def critic_outputs(config: Config) -> int:
     """How many outputs the critic has."""
     if _is(config, "improved-gan") and config.game.classes is not None:
         return config.game.classes
-    free = config.method.method in ("mmd-gan", "mcgan")
-    return config.critic.critic_outputs or (_FEATURES if free else 1)
+    if config.method.method in ("mmd-gan", "mcgan"):
+        return config.critic.critic_outputs or _FEATURES
+    return 1
 
 
 def check_adversarial(config: Config) -> None:
@@ -244,13 +245,12 @@ def check_adversarial(config: Config) -> None:
     _check_penalties(config)
     critic, game, method = config.critic, config.game, config.method.method
     outputs, needed = critic.critic_outputs, critic_outputs(config)
-    if method in ("dfm", "molm"):
-        check_moment_nets(config)
-    if method not in ("mmd-gan", "mcgan"):
-        fits = outputs in (None, needed)
-        require(fits, "critic_outputs", f"this game of --method {method} needs {needed}, not {outputs}")
-    if method == "began":
-        require(critic.critic == "autoencoder", "critic", f"--method began needs the autoencoder, not {critic.critic}")
+    if method == "molm":
+        check_moments(config)
+    fits = outputs in (None, needed)
+    require(fits, "critic_outputs", f"this game of --method {method} needs {needed}, not {outputs}")
+    own = (critic.critic == "autoencoder") == (method == "began")
+    require(own, "critic", f"autoencoder is that of --method began, and this is {critic.critic} with {method}")
     if method == "mcgan" and game.match == "covariance":
         more = f"{game.match_directions} are more than the critic's {needed} outputs"
         require(game.match_directions <= needed, "match_directions", more)

@@ -90,12 +90,7 @@ class MomentsConfig(Settings):
     )
 
 
-def check_moment_nets(config: Config) -> None:
-    """InputError if the critic is none whose features can be denoised, or whose moments are each image's own."""
-    critic, method = config.critic, config.method.method
-    linear = critic.critic != "autoencoder"
-    require(linear, "critic", f"--method {method} takes an output of features, and autoencoder has one of images")
-    mixes = method == "molm" and critic.critic_norm == "batch"
-    require(
-        not mixes, "critic_norm", "batch mixes images, and the moments of --method molm are means of each one's own"
-    )
+def check_moments(config: Config) -> None:
+    """InputError if the moment network is none whose moments are each image's own."""
+    own = config.critic.critic_norm != "batch"
+    require(own, "critic_norm", "batch mixes images, and the moments of --method molm are means of each one's own")

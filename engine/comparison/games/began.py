@@ -90,5 +90,5 @@ class Began(Stateful):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": M, see `began_convergence`; "k"."""
+        """As "distance", M, see `began_convergence`; "k"."""
         return {"distance": began_convergence(real, fake, self.gamma), "k": self.k.clone()}

@@ -96,7 +96,7 @@ class Fisher(Stateful):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": see `fisher_distance`; "moment": Ω; "multiplier": Λ."""
+        """As "distance", see `fisher_distance`; "moment": Ω; "multiplier": Λ."""
         return {
             "distance": fisher_distance(real, fake),
             "moment": fisher_moment(real, fake),

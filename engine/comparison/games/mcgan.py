@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from engine.comparison.distances.kernels import full_precision
 from engine.comparison.games.outputs import checked
 from engine.comparison.games.protocols import Stateless
 from engine.support.errors import InputError
@@ -72,8 +71,7 @@ def covariance_distance(real: Tensor, fake: Tensor, components: int = 16) -> Ten
     real, fake = checked(real, fake)
     if not 1 <= components <= real.shape[1]:
         raise InputError("components", f"must be from 1 to the critic's {real.shape[1]} outputs, got {components}")
-    with full_precision(real):
-        found: Tensor = _LargestSum.apply(_second_moment(real) - _second_moment(fake), components)
+    found: Tensor = _LargestSum.apply(_second_moment(real) - _second_moment(fake), components)
     return found.to(real.dtype)
 
 
@@ -153,7 +151,7 @@ class MeanMatching(Stateless):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": see `mean_distance`."""
+        """As "distance", see `mean_distance`."""
         return {"distance": mean_distance(real, fake, self.order)}
 
 
@@ -186,7 +184,7 @@ class CovarianceMatching(Stateless):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": see `covariance_distance`."""
+        """As "distance", see `covariance_distance`."""
         return {"distance": covariance_distance(real, fake, self.components)}
 
 

@@ -78,7 +78,7 @@ class MMDGame(Stateless):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": MMD², unbiased."""
+        """As "distance", MMD², unbiased."""
         return {"distance": discrepancy(real, fake, self.kernel, unbiased=True)}
 
 
@@ -116,5 +116,5 @@ class RootMMDGame(Stateless):
 
     @torch.no_grad()
     def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """ "distance": √MMD², biased."""
+        """As "distance", √MMD², biased."""
         return {"distance": root_mmd(real, fake, self.kernel, self.floor)}

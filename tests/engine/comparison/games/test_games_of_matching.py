@@ -67,6 +67,25 @@ def test_equal_singular_values_divide_nothing() -> None:
         assert all(bool(one.isfinite().all()) for one in second)
 
 
+def test_directions_in_which_nothing_varies_change_no_derivative() -> None:
+    """Three images have at most three singular values; the six others of nine features are 0 but for rounding."""
+    found = []
+    for components in (3, 9):
+        pair = outputs(2, 9, 1).requires_grad_(), outputs(1, 9, 2).requires_grad_()
+        first = torch.autograd.grad(covariance_distance(*pair, components), pair, create_graph=True)
+        upstream = [outputs(*one.shape, 3) for one in first]
+        found.append((*first, *torch.autograd.grad(first, pair, upstream)))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_eigenvalues_too_small_to_divide_by() -> None:
+    """1/5e-311 is infinite in float64."""
+    real = torch.tensor([[1.0, 0, 0], [0, 1e-155, 0]], dtype=torch.float64, requires_grad=True)
+    first = torch.autograd.grad(covariance_distance(real, torch.zeros_like(real), 3), real, create_graph=True)
+    second = torch.autograd.grad(first, real, outputs(2, 3, 1))
+    assert all(bool(one.isfinite().all()) for one in (*first, *second))
+
+
 def test_equal_sets_have_distance_and_gradient_0() -> None:
     real = outputs(6, 5, 1).requires_grad_()
     fake = real.detach()
@@ -101,9 +120,10 @@ def test_a_critic_that_is_not_finite_shows_in_the_loss() -> None:
         assert not math.isfinite(CovarianceMatching(2).critic_loss(real, fake).item())
 
 
-def test_covariance_game_in_single_precision() -> None:
+def test_covariance_game_of_single_precision_under_autocast() -> None:
     real, fake = outputs(50, 8, 1).float().requires_grad_(), (outputs(50, 8, 2) + 100).float()
-    found = CovarianceMatching(4).generator_loss(real, fake)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = CovarianceMatching(4).generator_loss(real, fake)
     assert found.dtype == torch.float32
     expected = covariance_distance(real.double(), fake.double(), 4)
     torch.testing.assert_close(found, expected.float())

@@ -144,12 +144,27 @@ def game_of(name: str) -> Game:
     return game
 
 
-def vector_field(game: Game, theta: Tensor, psi: Tensor) -> Tensor:
-    """[2], differentiable: what moves θ and ψ."""
-    real, fake = psi * torch.zeros(1, 1, dtype=torch.float64), (psi * theta)[None, None]
+def vector_field(game: Game, theta: Tensor, psi: Tensor, noise: float = 0.0) -> Tensor:
+    """[2], differentiable: what moves θ and ψ. With noise, all images are moved by ± as much."""
+    moves = torch.tensor([[noise], [-noise]], dtype=torch.float64)
+    real, fake = psi * moves, psi * (theta + moves)
     (of_theta,) = torch.autograd.grad(game.generator_loss(real, fake), theta, create_graph=True)
     (of_psi,) = torch.autograd.grad(game.critic_loss(real, fake), psi, create_graph=True)
     return -torch.stack([of_theta, of_psi])
+
+
+def consensus(game: Game, theta: Tensor, psi: Tensor, weight: float) -> Tensor:
+    """v − γ ∇½‖v‖², the field that consensus optimization follows (Mescheder et al. 2017)."""
+    field = vector_field(game, theta, psi)
+    slopes = torch.autograd.grad(field.square().sum() / 2, (theta, psi), create_graph=True, materialize_grads=True)
+    return field - weight * torch.stack(slopes)
+
+
+def eigenvalues(field: Callable[[Tensor, Tensor], Tensor]) -> np.ndarray:
+    """Of a field's derivative at θ = ψ = 0, sorted."""
+    at = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    jacobian = torch.autograd.functional.jacobian(lambda both: field(both[0], both[1]), at)
+    return np.sort_complex(np.linalg.eigvals(jacobian.numpy()))
 
 
 def place(theta: float, psi: float) -> tuple[Tensor, Tensor]:
@@ -170,12 +185,42 @@ def test_vector_field_of_the_dirac_gan(name: str, theta: float, psi: float) -> N
 def test_eigenvalues_at_the_equilibrium_are_imaginary(name: str, speed: float) -> None:
     """±i f'(0) (Mescheder, section 2): no step size makes gradient descent converge."""
     game = game_of(name)
-    jacobian = torch.autograd.functional.jacobian(
-        lambda at: vector_field(game, at[0], at[1]), torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    )
-    values = np.linalg.eigvals(jacobian.numpy())
-    assert sorted(values.imag) == pytest.approx([-speed, speed], rel=1e-12)
-    assert values.real == pytest.approx([0, 0], abs=1e-15)
+    found = eigenvalues(lambda theta, psi: vector_field(game, theta, psi))
+    np.testing.assert_allclose(found, [-1j * speed, 1j * speed], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["minimax", "nonsaturating"])
+@pytest.mark.parametrize("deviation", [0.3, 1.0, 2.0])
+def test_instance_noise_converges(name: str, deviation: float) -> None:
+    """f''(0)σ² ± √(f''(0)²σ⁴ − f'(0)²) with f'(0) = ½ and f''(0) = −¼: all real parts are negative."""
+    game = game_of(name)
+    found = eigenvalues(lambda theta, psi: vector_field(game, theta, psi, noise=deviation))
+    root = np.sqrt(complex(deviation**4 / 16 - 1 / 4))
+    expected = np.sort_complex([-(deviation**2) / 4 - root, -(deviation**2) / 4 + root])
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    if deviation >= 1:  # less noise asks for smaller steps
+        assert math.hypot(*followed(lambda theta, psi: vector_field(game, theta, psi, noise=deviation))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "speed"), [("minimax", 0.5), ("nonsaturating", 0.5), ("wasserstein", 1.0), ("hinge", 1.0)]
+)
+def test_consensus_converges(name: str, speed: float) -> None:
+    """−γs² ± is, with s the speed of the circle that the game alone follows."""
+    game, weight = game_of(name), 0.7
+    found = eigenvalues(lambda theta, psi: consensus(game, theta, psi, weight))
+    expected = [complex(-weight * speed**2, -speed), complex(-weight * speed**2, speed)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert math.hypot(*followed(lambda theta, psi: consensus(game, theta, psi, weight))) < 1e-6
+
+
+def followed(field: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    """Where 300 simultaneous steps of 0.5 lead from (1, 1)."""
+    at = [1.0, 1.0]
+    for _ in range(300):
+        moved = field(*place(*at)).tolist()
+        at = [one + 0.5 * move for one, move in zip(at, moved, strict=True)]
+    return at
 
 
 @pytest.mark.parametrize("name", ["minimax", "wasserstein"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.kernel_pairs import PAIRS
 from helpers.plays import Stream, TwoLayers, WithDecoder, images, play_of
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from engine.comparison.distances.kernels import KERNELS
@@ -222,7 +225,40 @@ def test_ranks_add_up_to_one(name: str, shares: tuple[int, ...]) -> None:
         penalty.terms(play_of(critic, real, fake, slice(start, start + share)))
         for start, share in zip(starts, shares, strict=True)
     ]
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
+    joined = torch.cat(parts)
+    torch.testing.assert_close(joined, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(COUNT, dtype=torch.float64)
+    of_ranks, of_one = (torch.autograd.grad(terms, critic.w1, upstream) for terms in (joined, expected))
+    torch.testing.assert_close(of_ranks, of_one, rtol=1e-10, atol=1e-12)
+
+
+class _Gathered(torch.autograd.Function):
+    """As rows of other ranks come: with a gradient that can't be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_outputs_of_ranks_are_differentiated_once(name: str) -> None:
+    critic = critic_for(name, 2)
+    play = play_of(critic, images(COUNT, 2, 1), images(COUNT, 2, 2))
+    gathered = replace(
+        play,
+        phi_real=_Gathered.apply(play.phi_real),
+        phi_fake=_Gathered.apply(play.phi_fake),
+        uniform=Stream(COUNT),
+    )
+    found, expected = (
+        torch.autograd.grad(made(name).terms(one).sum(), critic.w1, retain_graph=True)[0] for one in (gathered, play)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in PENALTIES if name not in {"scaled", *WITHOUT_TERMS}])
@@ -289,13 +325,14 @@ def test_all_shifts_are_drawn_and_none_is_larger() -> None:
     size, count = 17, 400
     image = torch.arange(size * size, dtype=torch.float64).view(1, 1, size, size).expand(count, 3, size, size)
     uniform = torch.rand(count, 3, generator=torch.Generator().manual_seed(0))
-    uniform[0] = 1 - 2**-24  # the largest number below 1 in float32
     moved = flipped_and_shifted(image, uniform)
     seen = set()
     for number in range(count):
         torch.testing.assert_close(moved[number], moved_by_hand(image[number], uniform[number].double()))
         seen.add((bool(uniform[number, 0] < 0.5), float(moved[number, 0, 8, 8])))
     assert len(seen) == 2 * 5 * 5  # s = 2
+    rounded, largest = torch.ones(1, 3), torch.full((1, 3), 0.99)
+    assert torch.equal(flipped_and_shifted(image[:1], rounded), flipped_and_shifted(image[:1], largest))
 
 
 def test_small_images_are_only_mirrored() -> None:
