@@ -40,7 +40,7 @@ from pipelines import Batch
 
 EXACT = 1e-9
 """Relative error in float64 above which a step is another one."""
-CHECKED = 8
+CHECKED = 4
 """Images of the comparison in float64."""
 POOL = 4
 """Real minibatches that lie ready."""

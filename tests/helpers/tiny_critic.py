@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from engine.configuration import build, methods
 from engine.configuration.config import Config
-from engine.generation.networks import Generator, share_batches
+from engine.generation.batch_norm import share_batches
+from engine.generation.networks import Generator
 from engine.generation.priors import Noise, make_prior
 from engine.generation.sampling import Sampler
 from engine.methods.gradient_step import GradientStep

@@ -226,4 +226,4 @@ def test_two_processes_train_the_run_of_one(preset: str, pictures: Path, tmp_pat
     for status, errors in ends(start_job(2, ["-m", "engine.train", *text.split(), "--out", str(tmp_path / "two")])):
         assert status == 0, errors
     for ours, theirs in zip(metrics(tmp_path / "two", names), metrics(tmp_path / "one", names), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
