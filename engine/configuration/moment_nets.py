@@ -73,7 +73,7 @@ class MomentsConfig(Settings):
         since="0.2",
     )
     moment_penalty: float = option(
-        1.0,
+        0.01,
         "weight of (‖E ∇D‖² − 1)², which keeps gradients with respect to the network's weights of length 1",
         at_least=0,
         at_most=1e30,
@@ -81,7 +81,7 @@ class MomentsConfig(Settings):
         since="0.2",
     )
     moment_scale: float = option(
-        1e-2,
+        0.1,
         "factor of images and hidden units among the moments; that of weight gradients is 1",
         at_least=0,
         at_most=1e30,

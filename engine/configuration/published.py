@@ -190,6 +190,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "moment_every": 100,
         "moment_steps": 100,
         "moment_images": 50_000,
+        "moment_penalty": 0.01,
+        "moment_scale": 0.1,
         "lr": 1e-4,
         "beta1": 0.5,
         "batch_size": 256,
@@ -241,6 +243,8 @@ OF_DIGITS: dict[str, dict[str, Any]] = {
     "sn-smmd": {"steps": 250},
     "mcgan": {"steps": 250},
     "mcgan-covariance": {"steps": 250},
+    "dfm": {"lr": 5e-4, "steps": 500, "denoiser_width": 512, "denoiser_layers": 5},
+    "molm": {"lr": 1e-3, "critic_lr": 5e-4, "steps": 500, "moment_every": 5, "moment_steps": 5, "moment_images": 256},
 }
 """By recipe, or by method with the preset of the digits."""
 

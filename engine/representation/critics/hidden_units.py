@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.representation.critics.activation import Rectified
 from engine.representation.critics.convolutional import DownsamplingBlock
 from engine.representation.critics.critic import LinearCritic
 from engine.support.errors import InputError
 
-_UNITS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Tanh, DownsamplingBlock)
+_UNITS = (Rectified, nn.ReLU, nn.Tanh, DownsamplingBlock)
 """Modules whose outputs are hidden units: activation functions, and blocks that end with a sum."""
 
 
