@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.comparison.games.penalties import PENALTIES
-from engine.configuration.methods import ADVERSARIAL
+from engine.configuration.methods import ADVERSARIAL, PLAYING
+from engine.configuration.moment_nets import check_moments
 from engine.configuration.options import Settings, option, require
 from engine.methods.gradient_step import OPTIMIZERS
 from engine.representation.critics import CRITIC_NORMS, CRITICS
@@ -63,23 +64,32 @@ class CriticConfig(Settings):
         at_least=1,
         at_most=2**16,
         metavar="F",
+        methods=PLAYING,
         since="0.2",
     )
     minibatch_discrimination: bool = option(
-        False, "let it see how close an image is to the others of its minibatch (Salimans 2016)", since="0.2"
+        False,
+        "let it see how close an image is to the others of its minibatch (Salimans 2016)",
+        methods=PLAYING,
+        since="0.2",
     )
-    critic_steps: int = option(1, "its steps for each of the generator's", at_least=1, metavar="K", since="0.2")
+    critic_steps: int = option(
+        1, "its steps for each of the generator's", at_least=1, metavar="K", methods=PLAYING, since="0.2"
+    )
     critic_warmup: int = option(
         0,
         "so many first steps of the generator have --critic-many of the critic's (WGAN: 25)",
         at_least=0,
         metavar="N",
+        methods=PLAYING,
         since="0.2",
     )
     critic_every: int | None = option(
-        None, "and every N-th step as well (WGAN: 500)", at_least=1, metavar="N", since="0.2"
+        None, "and every N-th step as well (WGAN: 500)", at_least=1, metavar="N", methods=PLAYING, since="0.2"
     )
-    critic_many: int = option(100, "how many steps these are", at_least=1, at_most=100_000, metavar="K", since="0.2")
+    critic_many: int = option(
+        100, "how many steps these are", at_least=1, at_most=100_000, metavar="K", methods=PLAYING, since="0.2"
+    )
     critic_optimizer: str | None = option(
         None, "its optimizer (default: the generator's)", choices=tuple(OPTIMIZERS), since="0.2"
     )
@@ -97,6 +107,7 @@ class CriticConfig(Settings):
         f"what keeps it smooth, one or several of {', '.join(PENALTIES)}; with {', '.join(TWICE)}, which differentiate "
         "twice, --amp is the generator's alone",
         metavar="NAME",
+        methods=PLAYING,
         since="0.2",
     )
     penalty_weight: tuple[float, ...] = option(
@@ -105,6 +116,7 @@ class CriticConfig(Settings):
         above=0,
         at_most=1e30,
         metavar="X",
+        methods=PLAYING,
         since="0.2",
     )
 
@@ -233,6 +245,8 @@ def check_adversarial(config: Config) -> None:
     _check_penalties(config)
     critic, game, method = config.critic, config.game, config.method.method
     outputs, needed = critic.critic_outputs, critic_outputs(config)
+    if method == "molm":
+        check_moments(config)
     fits = outputs in (None, needed)
     require(fits, "critic_outputs", f"this game of --method {method} needs {needed}, not {outputs}")
     own = (critic.critic == "autoencoder") == (method == "began")

@@ -40,6 +40,7 @@ from engine.configuration.methods import (
     PopulationConfig,
     SinkhornConfig,
 )
+from engine.configuration.moment_nets import DenoisingConfig, MomentsConfig
 from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_method, preset_values
 from engine.configuration.updates import UpdatesConfig, all_of
@@ -69,6 +70,8 @@ class Config:
     population: PopulationConfig = field(default_factory=PopulationConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     game: GameConfig = field(default_factory=GameConfig)
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    moments: MomentsConfig = field(default_factory=MomentsConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)

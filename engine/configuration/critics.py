@@ -15,6 +15,7 @@ from engine.configuration.adversarial import KERNELS, critic_outputs, penalty_na
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.moment_methods import make_denoisers, make_denoising, make_learned_moments
 from engine.generation.networks import Generator
 from engine.generation.priors import make_prior
 from engine.methods.adversarial import Adversarial, CriticSteps
@@ -82,7 +83,8 @@ def make_penalties(config: Config) -> list[Penalty]:
 
 
 def make_critics(config: Config) -> dict[str, nn.Module]:
-    """The configured "critic", initialised from torch's random state, on the CPU."""
+    """The configured "critic" and, where its features are denoised, the "denoiser", on the CPU; initialised from
+    torch's random state."""
     settings = config.critic
     with arguments_as(outputs="critic_outputs", norm="critic_norm", name="critic", image_size="critic"):
         critic = build_critic(
@@ -93,7 +95,7 @@ def make_critics(config: Config) -> dict[str, nn.Module]:
             minibatch_discrimination=settings.minibatch_discrimination,
             weights=settings.critic_weights,
         )
-    return {"critic": critic}
+    return {"critic": critic, **make_denoisers(config, critic)}
 
 
 def real_labels(config: Config, dataset: ImageDataset) -> Tensor | None:
@@ -123,38 +125,37 @@ def make_adversarial(
     """
     settings, training, updates, critic = config.critic, config.training, config.updates, networks["critic"]
     assert isinstance(critic, Critic)
-    game = _GAMES[config.method.method](config)
-    if game.reads_labels and labels is None:
-        labels = torch.zeros(1, dtype=torch.int64)
-    steps = CriticSteps(
+    beta1 = training.beta1 if settings.critic_beta1 is None else settings.critic_beta1
+    beta2 = training.beta2 if settings.critic_beta2 is None else settings.critic_beta2
+    prior = make_prior(config.networks.prior, config.networks.nz)
+    options: dict[str, Any] = {
+        "batch_size": training.batch_size,
+        "lr": training.lr,
+        "betas": (training.beta1, training.beta2),
+        "optimizer": updates.optimizer,
+        "weight_decay": updates.weight_decay,
+        "clip_grad": updates.clip_grad,
+        "critic_lr": settings.critic_lr,
+        "critic_betas": (beta1, beta2),
+        "critic_optimizer": settings.critic_optimizer,
+        "amp_dtype": amp_dtype(config),
+        "recompute_generator": training.recompute_generator,
+        "batch_statistics": config.networks.sample_bn == "batch",
+        "ranks": ranks,
+        "global_batches": config.networks.generator_bn == "global",
+    }
+    if config.method.method == "molm":
+        return make_learned_moments(config, generator, critic, prior, options)
+    options["critic_steps"] = CriticSteps(
         usual=settings.critic_steps,
         more=settings.critic_many,
         warmup=settings.critic_warmup,
         every=settings.critic_every,
     )
-    beta1 = training.beta1 if settings.critic_beta1 is None else settings.critic_beta1
-    beta2 = training.beta2 if settings.critic_beta2 is None else settings.critic_beta2
+    if config.method.method == "dfm":
+        return make_denoising(config, generator, critic, networks["denoiser"], prior, make_penalties(config), options)
+    game = _GAMES[config.method.method](config)
+    if game.reads_labels and labels is None:
+        labels = torch.zeros(1, dtype=torch.int64)
     with arguments_as(labels="classes"):
-        return Adversarial(
-            generator,
-            critic,
-            make_prior(config.networks.prior, config.networks.nz),
-            game,
-            make_penalties(config),
-            batch_size=training.batch_size,
-            critic_steps=steps,
-            lr=training.lr,
-            betas=(training.beta1, training.beta2),
-            optimizer=updates.optimizer,
-            weight_decay=updates.weight_decay,
-            clip_grad=updates.clip_grad,
-            critic_lr=settings.critic_lr,
-            critic_betas=(beta1, beta2),
-            critic_optimizer=settings.critic_optimizer,
-            amp_dtype=amp_dtype(config),
-            recompute_generator=training.recompute_generator,
-            batch_statistics=config.networks.sample_bn == "batch",
-            ranks=ranks,
-            global_batches=config.networks.generator_bn == "global",
-            labels=labels,
-        )
+        return Adversarial(generator, critic, prior, game, make_penalties(config), labels=labels, **options)

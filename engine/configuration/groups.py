@@ -25,6 +25,7 @@ from engine.configuration.methods import (
     PopulationConfig,
     SinkhornConfig,
 )
+from engine.configuration.moment_nets import DenoisingConfig, MomentsConfig
 from engine.configuration.options import MOST_IMAGES, Settings, option, require
 from engine.configuration.updates import UpdatesConfig, one_or_several, read_decays
 from engine.generation.networks import UPSAMPLINGS
@@ -330,6 +331,8 @@ GROUPS: dict[str, type] = {
     "population": PopulationConfig,
     "critic": CriticConfig,
     "game": GameConfig,
+    "denoising": DenoisingConfig,
+    "moments": MomentsConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "updates": UpdatesConfig,

@@ -26,6 +26,8 @@ METHODS: dict[str, str] = {
     "fisher-gan": "a critic's means, in units of its deviation",
     "mcgan": "means or covariances of a critic's outputs",
     "improved-gan": "the mean of a critic's hidden features",
+    "dfm": "a critic's outputs and hidden features, these with what a denoiser makes of them",
+    "molm": "means of a network's activations and weight gradients, which is trained now and then",
 }
 """What each method compares."""
 
@@ -57,9 +59,13 @@ NEEDS: dict[str, Needs] = {
     "fisher-gan": Needs(features=False),
     "mcgan": Needs(features=False),
     "improved-gan": Needs(features=False),
+    "dfm": Needs(features=False),
+    "molm": Needs(features=False, captured=False),
 }
-ADVERSARIAL = ("gan", "mmd-gan", "began", "fisher-gan", "mcgan", "improved-gan")
-"""The methods in which a generator and a critic learn from each other."""
+PLAYING = ("gan", "mmd-gan", "began", "fisher-gan", "mcgan", "improved-gan", "dfm")
+"""The methods in whose every step a generator and a critic learn from each other."""
+ADVERSARIAL = (*PLAYING, "molm")
+"""The methods that train a critic."""
 COMPARING = tuple(name for name, needs in NEEDS.items() if needs.features)
 """The methods that compare features."""
 _ON_FEATURES = tuple(name for name in COMPARING if name != "gfmn")

@@ -113,6 +113,8 @@ def _modelled_method(
     images: int | None,
 ) -> Method:
     """The configured method on networks of fake tensors."""
+    if config.method.method == "molm":  # whose steps are alike, and so are minibatches whose moments are added
+        config = config.replaced({"moment_steps": 1, "moment_images": 2 * config.training.batch_size})
     if extractor is None:
         return make_method(config, generator, ranks=ranks, networks=networks)
     backend = _plain_kernels() if config.matching.backend == "reference" else reference

@@ -169,6 +169,34 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "mcgan-covariance": {"method": "mcgan", "match": "covariance", "critic_norm": "batch", **_WGAN, "steps": 100_000},
     # Salimans et al. 2016: features of the critic's last layer matched, Adam at 3e-4 with β1 .5.
     "improved-gan": {"method": "improved-gan", "critic_norm": "batch", "lr": 3e-4, "steps": 100_000},
+    # Warde-Farley & Bengio 2017: Adam at 1e-4 with β1 .5, a denoiser of 10 layers with 1,024 units, noise of deviation
+    # 1, weights .03/h of denoising and 1 of the game.
+    "dfm": {
+        "method": "dfm",
+        "critic_norm": "batch",
+        "denoise_weight": 0.03,
+        "adversarial_weight": 1.0,
+        "denoise_deviation": 1.0,
+        "denoiser_width": 1024,
+        "denoiser_layers": 10,
+        "lr": 1e-4,
+        "beta1": 0.5,
+        "steps": 100_000,
+    },
+    # Ravuri et al. 2018: activations and weight gradients, the network trained again for every objective, moments of
+    # the whole data set. Numbers of steps and weights are this engine's.
+    "molm": {
+        "method": "molm",
+        "moment_every": 100,
+        "moment_steps": 100,
+        "moment_images": 50_000,
+        "moment_penalty": 0.01,
+        "moment_scale": 0.1,
+        "lr": 1e-4,
+        "beta1": 0.5,
+        "batch_size": 256,
+        "steps": 200_000,
+    },
 }
 """Without data of one's own these are trained on the digits, with `ON_DIGITS` and `OF_DIGITS` in place of theirs."""
 for _values in PUBLISHED.values():
@@ -183,6 +211,8 @@ USUAL: dict[str, dict[str, Any]] = {
     "fisher-gan": {"lr": 2e-4, "critic_steps": 2},
     "mcgan": {name: value for name, value in _WGAN.items() if name not in ("critic_warmup", "critic_every")},
     "improved-gan": {"lr": 3e-4},
+    "dfm": {"critic_norm": "batch", "lr": 1e-4},
+    "molm": {"lr": 1e-4},
 }
 """What a method has in place of a preset's values that are not its own."""
 
@@ -213,6 +243,8 @@ OF_DIGITS: dict[str, dict[str, Any]] = {
     "sn-smmd": {"steps": 250},
     "mcgan": {"steps": 250},
     "mcgan-covariance": {"steps": 250},
+    "dfm": {"lr": 5e-4, "steps": 500, "denoiser_width": 512, "denoiser_layers": 5},
+    "molm": {"lr": 1e-3, "critic_lr": 5e-4, "steps": 500, "moment_every": 5, "moment_steps": 5, "moment_images": 256},
 }
 """By recipe, or by method with the preset of the digits."""
 

@@ -67,6 +67,9 @@ class _InPrecision:
         decode = getattr(critic, "decode", None)
         if decode is not None:
             self.decode = partial(self._run, decode)
+        outputs = getattr(critic, "outputs", None)  # of features
+        if outputs is not None:
+            self.outputs = partial(self._run, outputs)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Outputs [n, F]."""
@@ -119,6 +122,8 @@ class Adversarial:
     """
 
     reads: Literal["nothing", "images"] = "images"
+    differentiates_twice = False
+    """Whether a step differentiates the critic's derivatives, whatever the penalties do."""
 
     def __init__(
         self,
@@ -165,7 +170,7 @@ class Adversarial:
         of_host = isinstance(game, CovarianceMatching) or game.reads_labels
         self.capturable = not (critic_steps.varies or of_host)
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
-        twice = any(penalty.double_backward for penalty in penalties)
+        twice = self.differentiates_twice or any(penalty.double_backward for penalty in penalties)
         self.scored = _InPrecision(critic, None if twice else amp_dtype)
         self.generator_step = GradientStep(
             generator,
@@ -229,16 +234,19 @@ class Adversarial:
     def _generator_step(self, batches: Iterator[Batch], noise: Noise) -> tuple[Tensor, Tensor]:
         """The loss, and whether the step was skipped."""
         score = self.scored.features if self.game.on_features else self.scored
-        with _as_it_is(self.critic):
+        with as_it_is(self.critic):
             fake = everywhere(score(self._draw(noise)), self.ranks)
             real = fake.detach()
             if self.game.reads_real:
                 with torch.no_grad():
                     real = everywhere(score(next(batches).images.to(self.dtype)), self.ranks)
             loss = self.game.generator_loss(real, fake)
-            after = None if self.low is None else self.low.collect_gradients
-            skipped = self.generator_step.take(loss / self.ranks.size, after)
+            skipped = self._take_generator(loss / self.ranks.size)
         return loss.detach(), skipped
+
+    def _take_generator(self, loss: Tensor) -> Tensor:
+        """The generator's step from this rank's part of a loss; 1 if it was skipped."""
+        return self.generator_step.take(loss, None if self.low is None else self.low.collect_gradients)
 
     def _draw(self, noise: Noise) -> Tensor:
         """This rank's share of the next generated images, in the critic's dtype."""
@@ -308,7 +316,7 @@ def _check_critic(critic: Critic, penalties: Sequence[Penalty], ranks: Ranks) ->
 
 
 @contextlib.contextmanager
-def _as_it_is(module: nn.Module) -> Iterator[None]:
+def as_it_is(module: nn.Module) -> Iterator[None]:
     """Inside, no gradient of the module's weights is computed."""
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     for weight in trained:

@@ -47,9 +47,10 @@ class TinyCritic(LinearCritic):
         super().__init__(CriticSpec("tiny", SIZE, outputs, norm, minibatch_discrimination), HIDDEN)
         self.norm = nn.BatchNorm2d(3) if norm == "batch" else nn.Identity()
         self.first, self.decoder = nn.Linear(PIXELS, HIDDEN), nn.Linear(outputs, PIXELS)
+        self.activation = nn.Tanh()
 
     def features(self, images: Tensor) -> Tensor:
-        return torch.tanh(self.first(self.norm(images).flatten(1)))
+        return self.activation(self.first(self.norm(images).flatten(1)))
 
     def decode(self, outputs: Tensor) -> Tensor:
         return torch.tanh(self.decoder(outputs)).view(-1, 3, SIZE, SIZE)

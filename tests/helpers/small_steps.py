@@ -19,7 +19,7 @@ from torch import Tensor
 from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
 from engine.configuration.config import Config
 from engine.configuration.critics import real_labels
-from engine.configuration.groups import GROUPS, field_names
+from engine.configuration.groups import GROUPS, field_names, owners
 from engine.configuration.methods import ADVERSARIAL, COMPARING, NEEDS
 from engine.configuration.objectives import blank_reference
 from engine.configuration.presets import PRESETS, preset_method
@@ -115,6 +115,19 @@ _OF_CRITICS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mcgan": {"sum": {"match_norm": "1"}, "largest": {"match_norm": "inf"}},
     "improved-gan": {"classes": {"classes": 3}},
+    "dfm": {
+        "discrimination": {"minibatch_discrimination": True, "penalty": ["consistency"]},
+        "bf16": {"amp": True, "critic_norm": "spectral"},
+        "fp16": {"amp": True, "amp_dtype": "fp16", "recompute_generator": True},
+    },
+    "molm": {
+        "spectral": {"critic_norm": "spectral-scaled", "critic": "resnet"},
+        "bf16": {"amp": True, "recompute_generator": True},
+    },
+}
+_FEW_OWN: dict[str, dict[str, Any]] = {
+    "dfm": {"denoiser_width": 8, "denoiser_layers": 3},
+    "molm": {"moment_every": 2, "moment_steps": 2, "moment_images": 4},
 }
 _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
 
@@ -122,7 +135,9 @@ _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "crit
 def _of_published(name: str) -> dict[str, Any]:
     """One critic step, and networks that take no time, where the game does not need others."""
     own = {"critic": PUBLISHED[name]["critic"]} if name in ("began", "mmd-gan-rbf") else {}
-    return {**_FEW_STEPS, **own, "batch_size": 3}
+    method = preset_method(name)
+    steps = {key: value for key, value in _FEW_STEPS.items() if method in (owners(key) or (method,))}
+    return {**steps, **own, **_FEW_OWN.get(name, {}), "batch_size": 3}
 
 
 def _of_all(method: str) -> dict[str, dict[str, Any]]:
@@ -141,7 +156,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"published-{name}": (name, _of_published(name)) for name in PUBLISHED},
     **{
-        f"{method}-{name}": ("digits", {"method": method, "batch_size": 3, "critic_steps": 1, **given})
+        f"{method}-{name}": (
+            "digits",
+            {"method": method, "batch_size": 3, **_FEW_OWN.get(method, {"critic_steps": 1}), **given},
+        )
         for method, variants in _OF_CRITICS.items()
         for name, given in variants.items()
     },

@@ -71,10 +71,13 @@ class LinearCritic(Critic):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to outputs [N, F]."""
-        hidden = self.features(images)
+        return self.outputs(self.features(images))
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """Features [N, h] to outputs [N, F]."""
         if self.discrimination is not None:
-            hidden = torch.cat((hidden, self.discrimination(hidden)), dim=1)
-        return self.last(hidden)
+            features = torch.cat((features, self.discrimination(features)), dim=1)
+        return self.last(features)
 
 
 class MinibatchDiscrimination(nn.Module):

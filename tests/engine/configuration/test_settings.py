@@ -108,6 +108,12 @@ NONSENSE: list[tuple[str, str, Any]] = [
     ("game", "game", "zero-sum"),
     ("game", "kernel_bandwidths", [-1.0]),
     ("game", "began_gamma", 2),
+    ("denoising", "denoise_weight", -1),
+    ("denoising", "denoise_deviation", 0),
+    ("denoising", "denoiser_layers", 0),
+    ("moments", "moment_every", 0),
+    ("moments", "moment_images", 10**12),
+    ("moments", "moment_penalty", float("nan")),
     ("method", "method", ["gfmn"]),
 ]
 
