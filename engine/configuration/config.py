@@ -26,7 +26,6 @@ from engine.configuration.groups import (
 from engine.configuration.idle import check_used
 from engine.configuration.methods import (
     ADVERSARIAL,
-    COMPARING,
     METHODS,
     NEEDS,
     DriftingConfig,
@@ -39,6 +38,7 @@ from engine.configuration.methods import (
     Needs,
     PopulationConfig,
     SinkhornConfig,
+    named,
 )
 from engine.configuration.options import checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_method, preset_values
@@ -263,8 +263,7 @@ def check_owners(given: Mapping[str, Any], method: str) -> None:
     """InputError if one of the `given` settings belongs to other methods than `method`."""
     for name in given:
         of = owners(name)
-        whose = "the methods that compare features" if of == COMPARING else f"--method {' or '.join(of)}"
-        require(not of or method in of, name, f"belongs to {whose}, and this is --method {method}")
+        require(not of or method in of, name, f"belongs to {named(of)}, and this is --method {method}")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,6 +208,12 @@ def test_the_same_penalty_and_kernel_keep_their_numbers() -> None:
     assert Config.build("wgan", {"penalty": ["clip"]}).critic.penalty_weight == (0.01,)
 
 
+def test_help_says_whose_a_flag_is() -> None:
+    text = " ".join(train.parser().format_help().split())
+    assert "(default: nonsaturating; only with --method gan)" in text
+    assert "(default: vgg-small; only with the methods that compare features)" in text
+
+
 @pytest.mark.parametrize("method", ["mmd-gan", "gfmn"])
 def test_a_recipe_is_of_one_method(method: str) -> None:
     """Also where a run's config.json names it."""
