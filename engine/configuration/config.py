@@ -26,6 +26,7 @@ from engine.configuration.groups import (
 from engine.configuration.idle import check_used
 from engine.configuration.methods import (
     ADVERSARIAL,
+    COMPARING,
     METHODS,
     NEEDS,
     DriftingConfig,
@@ -78,8 +79,10 @@ class Config:
     def __post_init__(self) -> None:
         known = isinstance(self.preset, str) and self.preset in PRESETS
         require(known, "preset", f"{self.preset!r} is not one of {', '.join(PRESETS)}")
-        _check_preset(self.preset, self.method.method)
-        chunk, batch = self.matching.chunk_size, self.training.batch_size
+        method, batch = self.method.method, self.training.batch_size
+        _check_preset(self.preset, method)
+        # What belongs to other methods decides nothing, and no flag could change it.
+        chunk = self.matching.chunk_size if method in COMPARING else None
         larger = isinstance(chunk, int) and chunk > batch
         require(not larger, "chunk_size", f"is larger than the minibatch: {chunk} > {batch}")
         batched = self.networks.extractor_bn == "batch"
@@ -89,17 +92,17 @@ class Config:
             "batch statistics (--extractor-bn batch) need the whole minibatch at once",
         )
         queue = self.population.population_images
-        queues = self.population.population == "queue"
+        queues = self.population.population == "queue" and method in PopulationConfig.methods
         require(not queues or queue >= batch, "population_images", f"is smaller than the minibatch: {queue} < {batch}")
         # It keeps every minibatch's moments, and not the images.
-        broken = queues and self.method.method == "gfmn" and queue % batch > 0
+        broken = queues and method == "gfmn" and queue % batch > 0
         less = queue - queue % batch
         near = f"give {less} or {less + batch}"
         require(
             not broken, "population_images", f"gfmn's queue is of whole minibatches of {batch}, {queue} is not; {near}"
         )
         self._check_updates()
-        if self.method.method in ADVERSARIAL:
+        if method in ADVERSARIAL:
             check_adversarial(self)
 
     def _check_updates(self) -> None:

@@ -208,6 +208,18 @@ def test_the_same_penalty_and_kernel_keep_their_numbers() -> None:
     assert Config.build("wgan", {"penalty": ["clip"]}).critic.penalty_weight == (0.01,)
 
 
+def test_another_run_s_chunk_and_queue_are_no_hindrance() -> None:
+    """Its config.json has them, and no flag of these methods could take them away."""
+    queue = {"population": "queue", "population_images": 64}
+    run = Config.build("digits", {"batch_size": 64, "chunk_size": 32, **queue})
+    assert run.replaced({"method": "gan", "batch_size": 16}).training.batch_size == 16
+    assert run.replaced({"method": "mmd", "batch_size": 128}).training.batch_size == 128
+    with pytest.raises(InputError, match="population_images: is smaller than the minibatch: 64 < 128"):
+        run.replaced({"method": "frechet", "batch_size": 128})
+    with pytest.raises(InputError, match="chunk_size: is larger than the minibatch: 32 > 16"):
+        run.replaced({"method": "mmd", "batch_size": 16})
+
+
 def test_help_says_whose_a_flag_is() -> None:
     text = " ".join(train.parser().format_help().split())
     assert "(default: nonsaturating; only with --method gan)" in text
