@@ -36,11 +36,10 @@ def idle(config: Config) -> dict[str, str]:
 
 def _idle_betas(config: Config) -> dict[str, str]:
     """Numbers of Adam where nothing is trained by it. The critic has the generator's unless it has its own."""
-    optimizer, own = config.updates.optimizer, None
-    if config.method.method in ADVERSARIAL:
-        own = config.critic.critic_optimizer
+    adversarial, optimizer = config.method.method in ADVERSARIAL, config.updates.optimizer
+    own = config.critic.critic_optimizer if adversarial else None
     found = {}
-    if config.method.method in ADVERSARIAL and (own or optimizer) == "rmsprop":
+    if adversarial and (own or optimizer) == "rmsprop":
         flag = "optimizer" if own is None else "critic-optimizer"
         found = {f"critic_{name}": f"--{flag} rmsprop has none" for name in _BETAS}
     if optimizer == "rmsprop" and own in (None, "rmsprop"):
