@@ -39,6 +39,7 @@ from engine.configuration.methods import (
     Needs,
     PopulationConfig,
     SinkhornConfig,
+    named,
 )
 from engine.configuration.moment_nets import DenoisingConfig, MomentsConfig
 from engine.configuration.options import checked, require
@@ -81,7 +82,10 @@ class Config:
     def __post_init__(self) -> None:
         known = isinstance(self.preset, str) and self.preset in PRESETS
         require(known, "preset", f"{self.preset!r} is not one of {', '.join(PRESETS)}")
-        chunk, batch = self.matching.chunk_size, self.training.batch_size
+        method, batch = self.method.method, self.training.batch_size
+        _check_preset(self.preset, method)
+        # What belongs to other methods decides nothing, and no flag could change it.
+        chunk = self.matching.chunk_size if method in COMPARING else None
         larger = isinstance(chunk, int) and chunk > batch
         require(not larger, "chunk_size", f"is larger than the minibatch: {chunk} > {batch}")
         batched = self.networks.extractor_bn == "batch"
@@ -91,17 +95,17 @@ class Config:
             "batch statistics (--extractor-bn batch) need the whole minibatch at once",
         )
         queue = self.population.population_images
-        queues = self.population.population == "queue"
+        queues = self.population.population == "queue" and method in PopulationConfig.methods
         require(not queues or queue >= batch, "population_images", f"is smaller than the minibatch: {queue} < {batch}")
         # It keeps every minibatch's moments, and not the images.
-        broken = queues and self.method.method == "gfmn" and queue % batch > 0
+        broken = queues and method == "gfmn" and queue % batch > 0
         less = queue - queue % batch
         near = f"give {less} or {less + batch}"
         require(
             not broken, "population_images", f"gfmn's queue is of whole minibatches of {batch}, {queue} is not; {near}"
         )
         self._check_updates()
-        if self.method.method in ADVERSARIAL:
+        if method in ADVERSARIAL:
             check_adversarial(self)
 
     def _check_updates(self) -> None:
@@ -125,14 +129,12 @@ class Config:
         preset = preset_for(given) if preset is None else preset
         require(preset in PRESETS, "preset", f"{preset!r} is not one of {', '.join(PRESETS)}")
         given = _given(given)
-        own = preset_method(preset)
-        method = given.get("method", own)
-        fits = own in ("gfmn", method)
-        require(fits, "method", f"the preset {preset} is one of --method {own}, and this is --method {method}")
+        method = given.get("method", preset_method(preset))
+        _check_preset(preset, method)
         check_owners(given, method)
         on_digits = given.get("data") is None and given.get("dataset", "digits") == "digits"
-        own_values = preset_values(preset, method, given.get("population", "none"), on_digits=on_digits)
-        values = {**own_values, **_implied(given)}
+        usual = preset_values(preset, method, given.get("population", "none"), on_digits=on_digits)
+        values = {**usual, **dropped(given, usual), **given}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         if "extractor" in given and "pool" not in values and has_tokens(given["extractor"]):
@@ -158,7 +160,8 @@ class Config:
         """This configuration with `given` settings in place of its own."""
         given = _given(given)
         check_owners(given, given.get("method", self.method.method))
-        config = self.of_flat(self.preset, {**self.flat(), **_implied(given)})
+        own = self.flat()
+        config = self.of_flat(self.preset, {**own, **dropped(given, own), **given})
         check_used(given, config)
         return config
 
@@ -255,12 +258,18 @@ def _read(values: Any) -> tuple[Any, dict[str, Any]]:
     return values["preset"], flat
 
 
+def _check_preset(preset: str, method: str) -> None:
+    """InputError if the preset is another method's recipe."""
+    own = preset_method(preset)
+    fits = own in ("gfmn", method)
+    require(fits, "method", f"the preset {preset} is one of --method {own}, and this is --method {method}")
+
+
 def check_owners(given: Mapping[str, Any], method: str) -> None:
     """InputError if one of the `given` settings belongs to other methods than `method`."""
     for name in given:
         of = owners(name)
-        whose = "the methods that compare features" if of == COMPARING else f"--method {' or '.join(of)}"
-        require(not of or method in of, name, f"belongs to {whose}, and this is --method {method}")
+        require(not of or method in of, name, f"belongs to {named(of)}, and this is --method {method}")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,10 +289,10 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` settings, and with another penalty or kernel its own numbers, not those that there were for the one."""
+def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, tuple[()]]:
+    """With another penalty or kernel `given` than that of `values`: its numbers, which were for the one."""
     numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
-    return {**{of: () for name, of in numbers.items() if name in given}, **given}
+    return {of: () for name, of in numbers.items() if name in given and given[name] != values.get(name)}
 
 
 def _absolute(entry: str) -> str:

@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 from engine.configuration.groups import GROUPS
-from engine.configuration.methods import METHODS
+from engine.configuration.methods import named
 from engine.configuration.options import alternatives, type_hints
 
 log = logging.getLogger("gfmn")
@@ -20,13 +20,13 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     for name in names or GROUPS:
         group = GROUPS[name]
         of = getattr(group, "methods", ())
-        only = f" Only with --method {' or '.join(of)}." if of else ""
+        only = f" Only with {named(of)}." if of else ""
         section = parser.add_argument_group(name, (group.__doc__ or "").strip() + only)
         for entry in dataclasses.fields(group):
             flag = "--" + entry.name.replace("_", "-")
             default = "" if entry.default in (None, ()) else f"default: {_shown(entry.default)}"
-            comparing = set(entry.metadata["methods"] or METHODS) != set(METHODS)
-            whose = "only with methods that compare features" if comparing else ""
+            own = entry.metadata["methods"]
+            whose = f"only with {named(own)}" if own else ""
             details = "; ".join(filter(None, (default, str(entry.metadata["range"] or ""), whose)))
             help_text = (entry.metadata["help"] + (f" ({details})" if details else "")).replace("%", "%%")
             kind = alternatives(type_hints(group)[entry.name])[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.options import require
 
 if TYPE_CHECKING:
     from engine.configuration.config import Config
 
+_BETAS = ("beta1", "beta2")
 _OF_AVERAGERS = {"ama_lr": "ama", "ama_variant": "ama", "ma_alpha": "ma", "ma_variant": "ma"}
 
 
@@ -29,6 +31,30 @@ def idle(config: Config) -> dict[str, str]:
         }
     if config.features.normalise_losses and "+" not in config.networks.extractor:
         found["normalise_losses"] = f"needs several networks, and --extractor {config.networks.extractor} is one"
+    return {**found, **_idle_betas(config), **_idle_games(config)}
+
+
+def _idle_betas(config: Config) -> dict[str, str]:
+    """Numbers of Adam where nothing is trained by it. The critic has the generator's unless it has its own."""
+    adversarial, optimizer = config.method.method in ADVERSARIAL, config.updates.optimizer
+    own = config.critic.critic_optimizer if adversarial else None
+    found = {}
+    if adversarial and (own or optimizer) == "rmsprop":
+        flag = "optimizer" if own is None else "critic-optimizer"
+        found = {f"critic_{name}": f"--{flag} rmsprop has none" for name in _BETAS}
+    if optimizer == "rmsprop" and own in (None, "rmsprop"):
+        found |= dict.fromkeys(_BETAS, "--optimizer rmsprop has none")
+    return found
+
+
+def _idle_games(config: Config) -> dict[str, str]:
+    method, match = config.method.method, config.game.match
+    found = {}
+    if method in ADVERSARIAL and not config.critic.varies:
+        found["critic_many"] = "needs --critic-warmup or --critic-every"
+    if method == "mcgan":
+        name, of = ("match_norm", "mean") if match == "covariance" else ("match_directions", "covariance")
+        found[name] = f"needs --match {of}, and this is --match {match}"
     return found
 
 

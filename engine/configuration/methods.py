@@ -5,6 +5,7 @@ Every field is a flag of the same name, and begins with its method's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,6 +78,11 @@ MMD_BANDWIDTHS = {
     "rational-quadratic-linear": (0.05, 0.1, 0.2),
     "imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 }
+
+
+def named(methods: Sequence[str]) -> str:
+    """These methods, for people."""
+    return "the methods that compare features" if methods == COMPARING else f"--method {' or '.join(methods)}"
 
 
 def _real_images(default: int) -> Any:

@@ -108,10 +108,12 @@ class LandmarksKind:
 
     @property
     def entries(self) -> dict[str, str]:
-        """Those of the bank, and what landmarks and weights depend on besides."""
+        """Those of the bank, and what landmarks and weights depend on besides.
+
+        No entry of the bank's is another one here: runs that kept a bank, and made the landmarks of it, can be resumed.
+        """
         return {
             **self.bank.entries,
-            "reference": "landmarks of pooled features",
             "landmarks": f"{self.landmarks} by k-means with seed {self.seed}",
             "kernel": repr(self.kernel),
             "parts": str(len(self.parts)),

@@ -11,6 +11,7 @@ from oracle import relative_error
 from sklearn.cluster import KMeans
 
 from engine.comparison.distances import LandmarkMMD, kernels
+from engine.comparison.distances.moments import check_fingerprint
 from engine.comparison.reference import cache
 from engine.comparison.reference.bank import BankKind, FeatureBank
 from engine.comparison.reference.cache import cached_reference
@@ -77,6 +78,13 @@ def test_file(bank: FeatureBank, tmp_path: Path) -> None:
 def test_whatever_decides_them_is_in_the_fingerprint(change: dict) -> None:
     assert replace(KIND, **change).entries != KIND.entries
     assert KIND.entries != KIND.bank.entries
+
+
+def test_runs_that_kept_a_bank_can_be_resumed() -> None:
+    """Their checkpoints know nothing of landmarks, and what they know is as it was."""
+    check_fingerprint(KIND.entries, KIND.bank.entries, "a checkpoint")
+    with pytest.raises(InputError, match="kernel"):
+        check_fingerprint(KIND.entries, replace(KIND, kernel=kernels.energy()).entries, "a checkpoint")
 
 
 def test_more_landmarks_than_images(bank: FeatureBank) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import shlex
@@ -196,6 +197,66 @@ def test_another_penalty_has_its_own_weight() -> None:
     ).critic.penalty_weight == (3.0,)
     with pytest.raises(InputError, match="2 given for 1 penalty"):
         Config.build("mmd-gan-rq", {"penalty": ["witness"], "penalty_weight": [1, 1]})
+
+
+def test_the_same_penalty_and_kernel_keep_their_numbers() -> None:
+    """Whoever resumes a run may say once more what it is."""
+    run = Config.build("smmd", {"penalty": ["witness"], "penalty_weight": [3]})
+    again = run.resumed_with({"penalty": ["witness"], "kernel": "rbf"})
+    assert again == run
+    assert (again.critic.penalty_weight, again.game.kernel_bandwidths) == ((3.0,), (1.0,))
+    assert Config.build("wgan", {"penalty": ["clip"]}).critic.penalty_weight == (0.01,)
+
+
+def test_another_run_s_chunk_and_queue_are_no_hindrance() -> None:
+    """Its config.json has them, and no flag of these methods could take them away."""
+    queue = {"population": "queue", "population_images": 64}
+    run = Config.build("digits", {"batch_size": 64, "chunk_size": 32, **queue})
+    assert run.replaced({"method": "gan", "batch_size": 16}).training.batch_size == 16
+    assert run.replaced({"method": "mmd", "batch_size": 128}).training.batch_size == 128
+    with pytest.raises(InputError, match="population_images: is smaller than the minibatch: 64 < 128"):
+        run.replaced({"method": "frechet", "batch_size": 128})
+    with pytest.raises(InputError, match="chunk_size: is larger than the minibatch: 32 > 16"):
+        run.replaced({"method": "mmd", "batch_size": 16})
+
+
+def test_help_says_whose_a_flag_is() -> None:
+    text = " ".join(train.parser().format_help().split())
+    assert "(default: nonsaturating; only with --method gan)" in text
+    assert "(default: vgg-small; only with the methods that compare features)" in text
+
+
+@pytest.mark.parametrize("method", ["mmd-gan", "gfmn"])
+def test_a_recipe_is_of_one_method(method: str) -> None:
+    """Also where a run's config.json names it."""
+    for made in (Config.build("wgan", {}).replaced, functools.partial(Config.build, "wgan")):
+        with pytest.raises(InputError, match=f"is one of --method gan, and this is --method {method}"):
+            made({"method": method})
+    assert Config.build("digits", {}).replaced({"method": "gan"}).usual().method.method == "gan"
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"method": "gan", "critic_many": 7}, "critic_many"),
+        ({"method": "gan", "optimizer": "rmsprop", "beta1": 0.1}, "beta1"),
+        ({"method": "gan", "optimizer": "rmsprop", "critic_optimizer": "adam", "beta2": 0.9}, None),
+        ({"method": "gan", "critic_optimizer": "rmsprop", "beta2": 0.9}, None),
+        ({"method": "gan", "critic_optimizer": "rmsprop", "critic_beta2": 0.9}, "critic_beta2"),
+        ({"method": "gan", "optimizer": "rmsprop", "critic_beta1": 0.1}, "critic_beta1"),
+        ({"optimizer": "rmsprop", "beta1": 0.1}, "beta1"),
+        ({"method": "mcgan", "match": "covariance", "match_norm": "1"}, "match_norm"),
+        ({"method": "mcgan", "match_directions": 4}, "match_directions"),
+        ({"method": "mcgan", "match": "covariance", "match_directions": 4, "critic_warmup": 1, "critic_many": 7}, None),
+    ],
+)
+def test_a_flag_that_decides_nothing_is_refused(given: dict[str, Any], name: str | None) -> None:
+    if name is None:
+        Config.build("digits", given)
+        return
+    with pytest.raises(InputError) as refused:
+        Config.build("digits", given)
+    assert refused.value.argument == name
 
 
 @pytest.mark.parametrize(
