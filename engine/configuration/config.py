@@ -128,7 +128,7 @@ class Config:
         require(fits, "method", f"the preset {preset} is one of --method {own}, and this is --method {method}")
         check_owners(given, method)
         on_digits = given.get("data") is None and given.get("dataset", "digits") == "digits"
-        values = {**preset_values(preset, method, on_digits=on_digits), **_implied(given)}
+        values = {**preset_values(preset, method, on_digits=on_digits), **implied(given), **given}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         if "extractor" in given and "pool" not in values and has_tokens(given["extractor"]):
@@ -154,7 +154,9 @@ class Config:
         """This configuration with `given` settings in place of its own."""
         given = _given(given)
         check_owners(given, given.get("method", self.method.method))
-        config = self.of_flat(self.preset, {**self.flat(), **_implied(given)})
+        flat = self.flat()
+        other = {name: value for name, value in given.items() if flat[name] != value}
+        config = self.of_flat(self.preset, {**flat, **implied(other), **given})
         check_used(given, config)
         return config
 
@@ -276,10 +278,15 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` settings, and with another penalty or kernel its own numbers, not those that there were for the one."""
+def implied(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `given` settings make of others, unless those are given too.
+
+    Another penalty or kernel has its own numbers, not those that there were for the one. `scaled` is short for a
+    penalty, and takes the place of those that there were.
+    """
+    found: dict[str, Any] = {"penalty": ("none",)} if given.get("scaled") else {}
     numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
-    return {**{of: () for name, of in numbers.items() if name in given}, **given}
+    return {**found, **{of: () for name, of in numbers.items() if name in given or name in found}}
 
 
 def _absolute(entry: str) -> str:

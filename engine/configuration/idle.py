@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.options import require
 
 if TYPE_CHECKING:
     from engine.configuration.config import Config
 
+_NO_BETAS = "is Adam's, and rmsprop has none"
 _OF_AVERAGERS = {"ama_lr": "ama", "ama_variant": "ama", "ma_alpha": "ma", "ma_variant": "ma"}
 
 
@@ -29,6 +31,27 @@ def idle(config: Config) -> dict[str, str]:
         }
     if config.features.normalise_losses and "+" not in config.networks.extractor:
         found["normalise_losses"] = f"needs several networks, and --extractor {config.networks.extractor} is one"
+    if config.method.method in ADVERSARIAL:
+        found |= _idle_of_critics(config)
+    elif config.updates.optimizer == "rmsprop":
+        found |= dict.fromkeys(("beta1", "beta2"), _NO_BETAS)
+    return found
+
+
+def _idle_of_critics(config: Config) -> dict[str, str]:
+    found = {}
+    critic, game, optimizer = config.critic, config.game, config.updates.optimizer
+    if not critic.varies:
+        found["critic_many"] = "needs --critic-warmup or --critic-every"
+    if game.match == "covariance":
+        found["match_norm"] = "is of --match mean, and this is --match covariance"
+    else:
+        found["match_directions"] = "is of --match covariance, and this is --match mean"
+    for beta in ("beta1", "beta2"):
+        if (critic.critic_optimizer or optimizer) == "rmsprop":
+            found[f"critic_{beta}"] = _NO_BETAS
+        if optimizer == "rmsprop" and (f"critic_{beta}" in found or getattr(critic, f"critic_{beta}") is not None):
+            found[beta] = _NO_BETAS  # else it is the critic's by default
     return found
 
 

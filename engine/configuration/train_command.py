@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from engine.configuration.config import Config
+from engine.configuration.config import Config, implied
 from engine.configuration.groups import owners
 from engine.configuration.idle import idle
 
@@ -25,6 +25,7 @@ def train_command(config: Config) -> str:
     preset = Config.build(config.preset, {})
     default = preset.method.method
     usual = {**config.usual().flat(), "dataset": preset.data.dataset, "data": preset.data.data}
+    usual |= implied({name: value for name, value in own.items() if value != usual[name]})
     unused = idle(config)
     for name, value in own.items():
         # What belongs to other methods decides nothing, and would be refused.

@@ -37,10 +37,13 @@ def all_of(decays: float | tuple[float, ...] | None) -> tuple[float, ...]:
 class UpdatesConfig(Settings):
     """How gradients change the generator's weights."""
 
-    optimizer: str = option("adam", "Adam, or AdamW with its weight decay", choices=tuple(OPTIMIZERS), since="0.2")
+    optimizer: str = option(
+        "adam", "Adam, AdamW with its weight decay, or RMSprop", choices=tuple(OPTIMIZERS), since="0.2"
+    )
     weight_decay: float | None = option(
         None,
-        "share of a weight that a step of AdamW takes away, in units of the learning rate (0.01 by default)",
+        "share of a weight that a step of AdamW takes away, in units of the learning rate (0.01 by default); a critic's "
+        "as well",
         at_least=0,
         at_most=1e6,
         metavar="X",

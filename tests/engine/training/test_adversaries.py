@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
+from engine.configuration.adversarial import penalty_names
 from engine.configuration.config import Config
 from engine.configuration.train_command import train_command
 from engine.support.errors import InputError
@@ -158,6 +159,11 @@ GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
         ([*GAN, "--batch-size", "64"], "--batch-size: 64 is more than the"),
         ([*GAN, "--critic", "resnet9"], "--critic: 'resnet9' is not known"),
         ([*GAN, "--optimizer", "rmsprop", "--weight-decay", "1"], "--weight-decay: --optimizer rmsprop has none"),
+        ([*GAN, "--critic-many", "9"], "--critic-many: needs --critic-warmup or --critic-every"),
+        (["--method", "mcgan", "--match-directions", "4"], "--match-directions: is of --match covariance"),
+        (["--method", "mcgan", "--match", "covariance", "--match-norm", "1"], "--match-norm: is of --match mean"),
+        ([*GAN, "--optimizer", "rmsprop", "--critic-beta1", "0"], "--critic-beta1: is Adam's, and rmsprop has none"),
+        ([*GAN, "--optimizer", "rmsprop", "--beta1", "0"], "--beta1: is Adam's, and rmsprop has none"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -198,6 +204,21 @@ def test_another_penalty_has_its_own_weight() -> None:
         Config.build("mmd-gan-rq", {"penalty": ["witness"], "penalty_weight": [1, 1]})
 
 
+def test_the_same_penalty_and_kernel_keep_their_numbers_in_a_resumed_run() -> None:
+    given = {"method": "mmd-gan", "kernel": "rbf", "kernel_bandwidths": [3], "penalty": ["scaled"]}
+    config = Config.build("digits", {**given, "penalty_weight": [5]})
+    assert config.resumed_with({"kernel": "rbf", "penalty": ["scaled"]}) == config
+    short = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
+    assert short.resumed_with({"scaled": True}) == short
+
+
+def test_scaled_is_short_for_the_penalty() -> None:
+    short = Config.build("digits", {"method": "mmd-gan", "scaled": True})
+    assert penalty_names(short) == ("scaled",)
+    both = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
+    assert penalty_names(both) == ("scaled", "activations")
+
+
 @pytest.mark.parametrize(
     ("preset", "given"),
     [
@@ -205,6 +226,9 @@ def test_another_penalty_has_its_own_weight() -> None:
         ("sngan", {"steps": 300, "critic_lr": 3e-4}),
         ("digits", {"method": "mmd-gan", "scaled": True, "kernel": "rq*"}),
         ("wgan", {"dataset": "cifar10"}),
+        ("wgan", {"penalty": ["consistency"], "penalty_weight": [0.01]}),
+        ("mmd-gan-rq", {"penalty": ["witness"]}),
+        ("mmd-gan-rq", {"scaled": True, "penalty": ["witness", "activations"], "penalty_weight": [1, 1]}),
     ],
 )
 def test_the_command_line_repeats_the_run(preset: str, given: dict[str, Any]) -> None:
