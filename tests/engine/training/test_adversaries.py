@@ -17,8 +17,10 @@ from torch import Tensor
 
 from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
+from engine.comparison.games.penalties import Play
 from engine.configuration.adversarial import penalty_names
 from engine.configuration.config import Config
+from engine.configuration.critics import make_penalties
 from engine.configuration.train_command import train_command
 from engine.support.errors import InputError
 from engine.training.divergence import Divergence
@@ -217,6 +219,16 @@ def test_scaled_is_short_for_the_penalty() -> None:
     assert penalty_names(short) == ("scaled",)
     both = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
     assert penalty_names(both) == ("scaled", "activations")
+
+
+@pytest.mark.parametrize("preset", ["smmd", "sn-smmd"])
+def test_the_scale_is_the_published_one(preset: str) -> None:
+    """1 + 10 E ‖∇φ‖² for φ(x) = the mean of x, whose squared derivative is 1/pixels."""
+    (penalty,) = make_penalties(Config.build(preset, {}))
+    images = torch.zeros(2, 3, 2, 2)
+    mean = lambda x: x.mean(dim=(1, 2, 3))[:, None]  # noqa: E731
+    play = Play(mean, images, images, mean(images), mean(images), lambda columns: torch.zeros(2, columns))
+    assert float(penalty.applied(torch.tensor(1.0), penalty.terms(play))) == pytest.approx(1 / (1 + 10 / 12))
 
 
 @pytest.mark.parametrize(
