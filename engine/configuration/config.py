@@ -289,10 +289,17 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, tuple[()]]:
-    """With another penalty or kernel `given` than that of `values`: its numbers, which were for the one."""
+def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `given` settings make of others among `values`, unless those are given too.
+
+    Another penalty or kernel has its own numbers, not those that there were for the one. `scaled` is short for a
+    penalty, and takes the place of those that there were.
+    """
+    short = bool(given.get("scaled")) and not values.get("scaled")
+    found: dict[str, Any] = {"penalty": ("none",)} if short else {}
     numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
-    return {of: () for name, of in numbers.items() if name in given and given[name] != values.get(name)}
+    changed = {name for name in numbers if name in given and given[name] != values.get(name)} | found.keys()
+    return {**found, **{of: () for name, of in numbers.items() if name in changed}}
 
 
 def _absolute(entry: str) -> str:

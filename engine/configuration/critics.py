@@ -78,6 +78,8 @@ def make_penalties(config: Config) -> list[Penalty]:
             options["limit" if name == "clip" else "weight"] = weights[name]
         if name in ("scaled", "witness"):
             options["kernel"] = make_kernel(config)
+        if name == "scaled":  # as published: beside λ k(x, x) = 10 the critic's derivative would count a tenth
+            options["values"] = False
         found.append(PENALTIES[name](**options))
     return found
 

@@ -119,12 +119,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 200_000,
     },
     # Li et al. 2017: √MMD² with five Gaussians, 8 times the autoencoder's error, RMSprop at 5e-5, weights clipped to
-    # ±.01, 5 critic steps.
+    # ±.01, critic steps as of WGAN, BatchNorm; z and the critic's outputs have 128 dimensions for CIFAR10.
     "mmd-gan-rbf": {
         "method": "mmd-gan",
         "kernel": "rbf",
         "estimate": "root",
         "critic": "encoder-decoder",
+        "critic_norm": "batch",
+        "critic_outputs": 128,
+        "nz": 128,
         **_WGAN,
         "penalty": ("clip", "autoencode"),
         "penalty_weight": (0.01, 8.0),

@@ -42,7 +42,8 @@ class UpdatesConfig(Settings):
     )
     weight_decay: float | None = option(
         None,
-        "share of a weight that a step of AdamW takes away, in units of the learning rate (0.01 by default)",
+        "share of a weight that a step of AdamW takes away, in units of the learning rate (0.01 by default); the "
+        "critic's as well",
         at_least=0,
         at_most=1e6,
         metavar="X",

@@ -104,7 +104,8 @@ class Adversarial:
         batch_size: N, of real and of generated images, over all ranks.
         critic_steps: for each step of the generator.
         lr, betas, optimizer, weight_decay, clip_grad: of the generator; see `GradientStep`.
-        critic_lr, critic_betas, critic_optimizer: of the critic; None for the generator's.
+        critic_lr, critic_betas, critic_optimizer: of the critic; None for the generator's. If both are AdamW, so is the
+            weight decay.
         amp_dtype: low precision of both networks' arithmetic, None for their own. A critic whose penalty is
             differentiated twice keeps its own.
         recompute_generator: compute the generator's activations again in backward instead of keeping them.
@@ -182,11 +183,13 @@ class Adversarial:
             scaled=amp_dtype is torch.float16,
             ranks=ranks,
         )
+        of_critic = optimizer if critic_optimizer is None else critic_optimizer
         self.critic_step = GradientStep(
             critic,
             lr=lr if critic_lr is None else critic_lr,
             betas=betas if critic_betas is None else critic_betas,
-            optimizer=optimizer if critic_optimizer is None else critic_optimizer,
+            optimizer=of_critic,
+            weight_decay=weight_decay if of_critic == optimizer else None,
             scaled=self.scored.low is torch.float16,
             ranks=ranks,
         )

@@ -153,6 +153,17 @@ def test_classes_need_labels() -> None:
         Adversarial(generator, critic, DoubleGaussian(NZ), GAMES["feature-matching"](3), batch_size=N, lr=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("optimizers", "decay"),
+    [({}, 0.3), ({"critic_optimizer": "adamw"}, 0.3), ({"critic_optimizer": "adam"}, 0.0)],
+    ids=str,
+)
+def test_weight_decay_is_that_of_both_networks(optimizers: dict[str, str], decay: float) -> None:
+    method = made("hinge", optimizer="adamw", weight_decay=0.3, **optimizers)
+    found = {name: optimizer.param_groups[0]["weight_decay"] for name, optimizer in method.optimizers.items()}
+    assert found == {"generator": 0.3, "critic": decay}
+
+
 def test_uniform_numbers_are_one_stream() -> None:
     """Every rank has its rows of what one process draws, in [0, 1)."""
 

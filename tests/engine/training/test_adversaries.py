@@ -18,7 +18,10 @@ from torch import Tensor
 
 from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
+from engine.comparison.games.penalties import Play
+from engine.configuration.adversarial import penalty_names
 from engine.configuration.config import Config
+from engine.configuration.critics import make_penalties
 from engine.configuration.train_command import train_command
 from engine.support.errors import InputError
 from engine.training.divergence import Divergence
@@ -159,6 +162,11 @@ GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
         ([*GAN, "--batch-size", "64"], "--batch-size: 64 is more than the"),
         ([*GAN, "--critic", "resnet9"], "--critic: 'resnet9' is not known"),
         ([*GAN, "--optimizer", "rmsprop", "--weight-decay", "1"], "--weight-decay: --optimizer rmsprop has none"),
+        ([*GAN, "--critic-many", "9"], "--critic-many: needs --critic-warmup or --critic-every"),
+        (["--method", "mcgan", "--match-directions", "4"], "--match-directions: is of --match covariance"),
+        (["--method", "mcgan", "--match", "covariance", "--match-norm", "1"], "--match-norm: is of --match mean"),
+        ([*GAN, "--optimizer", "rmsprop", "--critic-beta1", "0"], "--critic-beta1: is Adam's, and rmsprop has none"),
+        ([*GAN, "--optimizer", "rmsprop", "--beta1", "0"], "--beta1: is Adam's, and rmsprop has none"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -259,6 +267,31 @@ def test_a_flag_that_decides_nothing_is_refused(given: dict[str, Any], name: str
     assert refused.value.argument == name
 
 
+def test_the_same_penalty_and_kernel_keep_their_numbers_in_a_resumed_run() -> None:
+    given = {"method": "mmd-gan", "kernel": "rbf", "kernel_bandwidths": [3], "penalty": ["scaled"]}
+    config = Config.build("digits", {**given, "penalty_weight": [5]})
+    assert config.resumed_with({"kernel": "rbf", "penalty": ["scaled"]}) == config
+    short = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
+    assert short.resumed_with({"scaled": True}) == short
+
+
+def test_scaled_is_short_for_the_penalty() -> None:
+    short = Config.build("digits", {"method": "mmd-gan", "scaled": True})
+    assert penalty_names(short) == ("scaled",)
+    both = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
+    assert penalty_names(both) == ("scaled", "activations")
+
+
+@pytest.mark.parametrize("preset", ["smmd", "sn-smmd"])
+def test_the_scale_is_the_published_one(preset: str) -> None:
+    """1 + 10 E ‖∇φ‖² for φ(x) = the mean of x, whose squared derivative is 1/pixels."""
+    (penalty,) = make_penalties(Config.build(preset, {}))
+    images = torch.zeros(2, 3, 2, 2)
+    mean = lambda x: x.mean(dim=(1, 2, 3))[:, None]  # noqa: E731
+    play = Play(mean, images, images, mean(images), mean(images), lambda columns: torch.zeros(2, columns))
+    assert float(penalty.applied(torch.tensor(1.0), penalty.terms(play))) == pytest.approx(1 / (1 + 10 / 12))
+
+
 @pytest.mark.parametrize(
     ("preset", "given"),
     [
@@ -266,6 +299,9 @@ def test_a_flag_that_decides_nothing_is_refused(given: dict[str, Any], name: str
         ("sngan", {"steps": 300, "critic_lr": 3e-4}),
         ("digits", {"method": "mmd-gan", "scaled": True, "kernel": "rq*"}),
         ("wgan", {"dataset": "cifar10"}),
+        ("wgan", {"penalty": ["consistency"], "penalty_weight": [0.01]}),
+        ("mmd-gan-rq", {"penalty": ["witness"]}),
+        ("mmd-gan-rq", {"scaled": True, "penalty": ["witness", "activations"], "penalty_weight": [1, 1]}),
     ],
 )
 def test_the_command_line_repeats_the_run(preset: str, given: dict[str, Any]) -> None:
