@@ -71,6 +71,7 @@ class TiledMMD:
         if profile is None:
             raise InputError("kernel", f"has no fused sums, which have at most {MOST_PARAMETERS} widths: {kernel!r}")
         self.y, self.profile, self.unbiased, self.kernels = _wide(y.detach()), profile, unbiased, kernels
+        self._backend(self.y.dtype)  # rather refused now than at the first call
         self.constant = mean_of_all_pairs(self.y, kernel, unbiased)
 
     def __call__(self, x: Tensor) -> Tensor:
