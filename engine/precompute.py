@@ -22,7 +22,7 @@ from engine.configuration.command import Parser, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import amp_dtype, check_precision, check_whole_batches, choose_device, open_data
-from engine.configuration.objectives import reference_kind
+from engine.configuration.objectives import check_features, reference_kind
 from engine.configuration.presets import PRESETS
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
@@ -102,6 +102,7 @@ def _prepare(
     """The kind of reference, the extractor, this rank's images, and the fingerprint of what comes of them."""
     dataset = open_data(config)
     extractor = make_extractor(config, dataset, device, ranks=ranks)
+    check_features(config, extractor, len(dataset))
     kind, images = reference_kind(config, extractor), pass_images(config, extractor, dataset, ranks)
     return kind, extractor, images, fingerprint(kind, extractor, images, dtype)
 

@@ -42,6 +42,7 @@ from engine.configuration.inputs import (
     choose_device,
     open_data,
 )
+from engine.configuration.objectives import check_features
 from engine.configuration.planning import choose_chunk, planned_device, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
 from engine.configuration.running import check_images, make_delivery, make_machinery, make_schedule, make_validation
@@ -203,7 +204,9 @@ def _networks(
         networks = {name: network.to(device) for name, network in make_networks(config).items()}
         return dataset, generator, networks, None, {}
     pretrained = pretrained_files(config, dataset, device, run.extractor, ranks)
-    return dataset, generator, {}, make_extractor(config, dataset, device, pretrained, ranks), pretrained
+    extractor = make_extractor(config, dataset, device, pretrained, ranks)
+    check_features(config, extractor, len(dataset))
+    return dataset, generator, {}, extractor, pretrained
 
 
 def _check_new(run: RunFolder) -> None:

@@ -21,7 +21,7 @@ _ENGINE = Path(engine.__file__).parent
 _CARRIERS = ("training/ranks.py", "training/arriving.py")
 # Who calls for a collective: the innermost of these in the stack.
 _PARTS = {
-    "generation/networks": "BatchNorm",
+    "generation/batch_norm": "BatchNorm",
     "comparison/moment_matching": "moments",
     "comparison/on_features": "features",
     "methods": "gradients",

@@ -77,8 +77,6 @@ def make_extractor(
 ) -> Extractor:
     """The frozen extractor on its device, pretrained on the dataset first if its weights say so.
 
-    InputError if the configured method can't compare its features, or so many of them, or so few images.
-
     Args:
         pretrained: what `pretrained_files` gave, where it was asked before.
         ranks: see `pretrained_files`.
@@ -100,9 +98,7 @@ def make_extractor(
         weights = [files.get(name, "imagenet") for name in networks.extractor.split("+")]
     else:
         weights = networks.weights[0] if networks.weights == ("imagenet",) else list(networks.weights)
-    extractor = bare_extractor(config, weights)
-    check_features(config, extractor, len(dataset))
-    return extractor.to(device)
+    return bare_extractor(config, weights).to(device)
 
 
 def bare_extractor(config: Config, weights: Any = None) -> Extractor:

@@ -15,7 +15,7 @@ from helpers.runs import command
 from engine import precompute, train
 from engine.configuration import build
 from engine.configuration.config import Config
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import COMPARING_PRESETS
 from engine.support.errors import InputError
 from engine.training.ranks import Ranks
 
@@ -106,7 +106,7 @@ def test_whole_batches_of_one_process(tmp_path: Path, monkeypatch: pytest.Monkey
     assert error.value.argument == "extractor_bn"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", COMPARING_PRESETS)
 def test_what_a_preset_sets_is_nobody_s_mistake(preset: str) -> None:
     """Its averager's rates decide nothing beside a population; only who gives them is told so."""
     data = {} if preset == "digits" else {"data": "x"}

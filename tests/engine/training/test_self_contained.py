@@ -195,7 +195,14 @@ def test_two_jobs_pretrain_an_extractor_once(whole: Path, tmp_path: Path, monkey
         time.sleep(0.3)
         return pretrain(*arguments, **options)
 
+    bare, one_at_a_time = build.bare_extractor, threading.Lock()
+
+    def alone(*arguments, **options):
+        with one_at_a_time:  # jobs are processes, and torch.fx traces in one thread only
+            return bare(*arguments, **options)
+
     monkeypatch.setattr(build, "pretrain", slowly)
+    monkeypatch.setattr(build, "bare_extractor", alone)
     found: list[dict[str, Path]] = []
 
     def job() -> None:
