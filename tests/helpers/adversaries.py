@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -56,10 +57,17 @@ class TinyCritic(LinearCritic):
         return torch.tanh(self.decoder(outputs)).view(-1, 3, SIZE, SIZE)
 
 
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Inside, torch's own random numbers are those of `seed`, and no other thread's (ranks may be threads)."""
+    with _ONE_AT_A_TIME, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 def tiny_networks(outputs: int, **options: object) -> tuple[TinyGenerator, TinyCritic]:
     """Both, the same at every call."""
-    with _ONE_AT_A_TIME:  # ranks may be threads
-        torch.manual_seed(4)
+    with drawn_from(4):
         generator, critic = TinyGenerator().double(), TinyCritic(outputs, **options).double()  # type: ignore[arg-type]
     with torch.no_grad():
         critic.last.weight.mul_(3)  # so that not all outputs are small

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adversaries import HIDDEN, NZ, DoubleGaussian, TinyCritic, TinyGenerator, real_batches, tiny_networks
+from helpers.adversaries import (
+    HIDDEN,
+    NZ,
+    DoubleGaussian,
+    TinyCritic,
+    TinyGenerator,
+    drawn_from,
+    real_batches,
+    tiny_networks,
+)
 from helpers.thread_ranks import on_ranks
 from torch import Tensor, nn
 
@@ -38,8 +47,7 @@ SCHEDULE = MomentSchedule(every=2, steps=2, images=8)  # two minibatches of 5
 
 
 def tiny_denoiser() -> Denoiser:
-    with torch.random.fork_rng():
-        torch.manual_seed(6)
+    with drawn_from(6):
         return Denoiser(HIDDEN, width=4, layers=3).double()
 
 
