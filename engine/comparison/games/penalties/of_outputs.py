@@ -105,7 +105,7 @@ def flipped_and_shifted(images: Tensor, uniform: Tensor) -> Tensor:
 def _shifted(size: int, uniform: Tensor) -> Tensor:
     """Where each of `size` places of the shifted images comes from, [n, size]."""
     most = int(size * _LARGEST_SHIFT)
-    # u < 1, but its product with 2s + 1 may be rounded up to it.
+    # What should be below 1 may have been rounded to it.
     shift = (uniform * (2 * most + 1)).floor().clamp(max=2 * most).long() - most
     source = (torch.arange(size, device=uniform.device) - shift[:, None]).abs()
     return size - 1 - (size - 1 - source).abs()
@@ -113,5 +113,5 @@ def _shifted(size: int, uniform: Tensor) -> Tensor:
 
 def _moved(play: Play, images: Tensor, outputs: Tensor) -> Tensor:
     """‖D(x) − D(Tx)‖² [n]."""
-    copies = flipped_and_shifted(images, play.uniform(3).to(images))
+    copies = flipped_and_shifted(images, play.uniform(3).to(images.device))
     return (wide(outputs[play.own]) - wide(play.critic(copies))).square().sum(dim=1)

