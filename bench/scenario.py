@@ -25,7 +25,7 @@ from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.reference.target import fake_target
 from engine.configuration.build import make_method
 from engine.configuration.config import Config
-from engine.configuration.planning import predict
+from engine.configuration.modelling import predict
 from engine.configuration.running import make_machinery, make_schedule
 from engine.generation.networks import Generator, build_generator
 from engine.methods.matching import Matching

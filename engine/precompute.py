@@ -51,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with job() as ranks:
         check_output(out, "out", example="target.safetensors", plain=True)
         config = Config.build(arguments.preset, given_flags(arguments))
+        if not config.needs.features:
+            raise InputError("method", f"{config.method.method} compares with no target, so there is none to compute")
         if config.matching.target is not None:
             raise InputError("target", "is what this command writes; name the file with --out")
+        if not config.needs.features:
+            raise InputError("method", f"{config.method.method} compares no features of a frozen network: no target")
         with job_at(out, ranks):
             _precompute(config, out, ranks)
 

@@ -22,7 +22,7 @@ from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
 from engine.configuration.inputs import check_precision, check_same_settings, choose_device
-from engine.configuration.presets import PRESETS, preset_for
+from engine.configuration.presets import preset_for
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--nproc-per-node N -m engine.pretrain ...",
     )
     add = parser.add_argument
-    add("--preset", choices=tuple(PRESETS), help="data set and settings (default: photos with --data, else digits)")
+    add("--preset", choices=tuple(_PRESETS), help="data set and settings (default: photos with --data, else digits)")
     add("--out", type=Path, required=True, metavar="FILE", help="the weights, safetensors")
     add("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
     section = parser.add_argument_group("pretraining", "Defaults are the preset's.")

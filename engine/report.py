@@ -53,7 +53,7 @@ def parser() -> Parser:
         "--feature-extractor",
         metavar="NAME",
         help="network whose features decide what is near, such as efficientnet-lite0 or inception (default: the "
-        "extractor that the run matched)",
+        "extractor that the run matched, or EfficientNet-Lite0)",
     )
     add("--weights", metavar="FILE", help="of --feature-extractor (default: its own)")
     return parser

@@ -19,9 +19,19 @@ from pathlib import Path
 import torch
 
 from engine.comparison.reference.cache import write_bad_images
-from engine.configuration.build import make_extractor, make_generator, make_method, make_reference, pretrained_files
+from engine.comparison.reference.protocols import Reference
+from engine.configuration.build import (
+    Networks,
+    make_extractor,
+    make_generator,
+    make_method,
+    make_networks,
+    make_reference,
+    pretrained_files,
+)
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
+from engine.configuration.critics import real_labels
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import (
     amp_dtype,
@@ -34,7 +44,7 @@ from engine.configuration.inputs import (
 )
 from engine.configuration.planning import choose_chunk, planned_device, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
-from engine.configuration.running import make_machinery, make_schedule, make_validation
+from engine.configuration.running import check_images, make_delivery, make_machinery, make_schedule, make_validation
 from engine.configuration.train_command import resume_command
 from engine.generation.networks import Generator
 from engine.representation.extractor import Extractor
@@ -126,18 +136,30 @@ def build(
 
     All ranks share the passes over the data set. Only rank 0 writes to the folder.
     """
-    target = config.matching.target
+    target = config.matching.target if config.needs.features else None
     if target is not None and not run.target.exists():  # rather missing now than after the extractor has been trained
         check_file(target, "no such target file; make one with engine.precompute")
     # Rank 0 first: it downloads and pretrains, and the others find the results.
-    dataset, generator, extractor, pretrained = ranks.first("prepared", lambda: _networks(config, run, device))
+    dataset, generator, networks, extractor, pretrained = ranks.first(
+        "prepared", lambda: _networks(config, run, device)
+    )
     was = None if checkpoint is None else checkpoint.fingerprint
-    reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was, ranks)
-    method = make_method(config, generator, extractor, reference, ranks)
+    reference: Reference | None = None
+    if extractor is not None:
+        reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was, ranks)
+        entries = reference.fingerprint or {}
+    else:
+        entries = check_images(config, dataset, device, was, run.path, ranks)
+    labels = real_labels(config, dataset)
+    more = {} if labels is None else {"labels": labels}
+    method = make_method(config, generator, extractor, reference, ranks, networks=networks, **more)
     # A checkpoint knows its settings: somebody may have changed config.json.
-    fingerprint = {**(reference.fingerprint or {}), **config.fixed()}
+    fingerprint = {**entries, **config.fixed()}
     validation = make_validation(config, device, ranks)
     machinery = make_machinery(config, device)
+    if method.reads == "images":
+        captured = machinery["graphs"] is not None and method.capturable
+        machinery["images"] = make_delivery(config, dataset, device, ranks, slots=captured)
     trainer = Trainer(method, make_schedule(config), run, fingerprint, validation, ranks=ranks, **machinery)
     if checkpoint is not None:
         with arguments_as(checkpoint="resume"):
@@ -149,18 +171,19 @@ def build(
         run.rewind(trainer.step)
     run.write_config(config.to_json())
     run.keep_extractors(pretrained)
-    if reference.nbytes <= KEPT_BYTES:
-        reference.save(run.target)
-    write_bad_images(run.bad_images, reference)
+    if reference is not None:
+        if reference.nbytes <= KEPT_BYTES:
+            reference.save(run.target)
+        write_bad_images(run.bad_images, reference)
     log.info("run folder: %s", run.path)
     log.info(
-        "%s, %s on %s, %s: %d features of %d images, minibatch %d",
+        "%s%s on %s, %s: %s%d images, minibatch %d",
         config.method.method,
-        config.networks.extractor,
+        "" if extractor is None else f", {config.networks.extractor}",
         dataset.name,
         _device_name(device),
-        extractor.num_features,
-        reference.count,
+        "" if extractor is None else f"{extractor.num_features} features of ",
+        len(dataset) if reference is None else reference.count,
         config.training.batch_size,
     )
     log.info("%d steps; %s", config.training.steps, usual_steps(config.data.image_size))
@@ -169,14 +192,17 @@ def build(
 
 def _networks(
     config: Config, run: RunFolder, device: torch.device
-) -> tuple[ImageDataset, Generator, Extractor, dict[str, Path]]:
+) -> tuple[ImageDataset, Generator, Networks, Extractor | None, dict[str, Path]]:
     """The data set, the networks, and the files of those that are pretrained on it."""
     dataset = open_data(config)
     # Before the networks that draw their weights: a run's seed decides them.
     torch.manual_seed(config.training.seed)
     generator = make_generator(config).to(device)
+    if not config.needs.features:
+        networks = {name: network.to(device) for name, network in make_networks(config).items()}
+        return dataset, generator, networks, None, {}
     pretrained = pretrained_files(config, dataset, device, run.extractor)
-    return dataset, generator, make_extractor(config, dataset, device, pretrained), pretrained
+    return dataset, generator, {}, make_extractor(config, dataset, device, pretrained), pretrained
 
 
 def _check_new(run: RunFolder) -> None:

@@ -7,18 +7,22 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.comparison.reference.cache import cached_reference, exclusive, handed_out
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import check_same_features, fingerprint, reference_loader
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
+from engine.configuration.critics import make_adversarial, make_critics
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.objectives import make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -38,6 +42,29 @@ from pipelines.dataset import ArrayDataset
 log = logging.getLogger("gfmn")
 
 _TINTED_EPOCHS = 12
+
+
+Networks = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method that compares no features is made.
+
+    Attributes:
+        networks: what it trains besides the generator, by name, on the CPU and initialised from torch's random state
+            (the seed's, and the same on every rank). Nothing else of the method may have weights: whoever models
+            a step puts networks without memory in their place.
+        method: from the settings, the generator, these networks, all on their device, the ranks, and by name what it
+            takes of `make_method`'s options.
+    """
+
+    networks: Callable[[Config], Networks]
+    method: Callable[..., Method]
+
+
+RECIPES: dict[str, Recipe] = {name: Recipe(make_critics, make_adversarial) for name in ADVERSARIAL}
+"""Of every method that compares no features (`Needs.features`)."""
 
 
 def make_extractor(
@@ -176,6 +203,12 @@ def make_generator(config: Config) -> Generator:
     return build_generator(networks.generator, image_size=size, nz=nz, upsampling=networks.upsampling)
 
 
+def make_networks(config: Config) -> Networks:
+    """What the configured method trains besides the generator, by name, initialised from torch's random state, on the
+    CPU; nothing for one that compares features."""
+    return {} if config.needs.features else RECIPES[config.method.method].networks(config)
+
+
 def pass_batch_size(config: Config) -> int:
     """Images at a time in the statistics pass, on whose result it has no influence with running statistics.
 
@@ -264,22 +297,29 @@ def _known_reference(
 def make_method(
     config: Config,
     generator: Generator,
-    extractor: Extractor,
-    reference: Any,
+    extractor: Extractor | None = None,
+    reference: Any = None,
     ranks: Ranks = ALONE,
+    *,
+    networks: Networks | None = None,
     **options: Any,
 ) -> Method:
     """The configured method; its networks are on their device.
 
     Args:
+        extractor, reference: of a method that compares features.
+        networks: of one that compares none, from `make_networks`.
         ranks: the processes that share every minibatch.
-        options: take the place of what the configuration says for the objective's arguments of these names.
+        options: take the place of what the configuration says for the objective's arguments of these names. Of a method
+            that compares no features: what it needs of the real images besides (`real_labels`).
     """
-    dtype, training, networks = amp_dtype(config), config.training, config.networks
+    if extractor is None:
+        return RECIPES[config.method.method].method(config, generator, networks or {}, ranks, **options)
+    dtype, training, settings = amp_dtype(config), config.training, config.networks
     objective = make_objective(config, extractor, reference, dtype, **{"ranks": ranks, **options})
     return Matching(
         generator,
-        make_prior(networks.prior, networks.nz),
+        make_prior(settings.prior, settings.nz),
         objective,
         batch_size=training.batch_size,
         lr=training.lr,
@@ -289,7 +329,7 @@ def make_method(
         clip_grad=config.updates.clip_grad,
         amp_dtype=dtype,
         recompute_generator=training.recompute_generator,
-        batch_statistics=networks.sample_bn == "batch",
+        batch_statistics=settings.sample_bn == "batch",
         ranks=ranks,
-        global_batches=networks.generator_bn == "global",
+        global_batches=settings.generator_bn == "global",
     )

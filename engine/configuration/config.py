@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.configuration.adversarial import CriticConfig, GameConfig, check_adversarial, is_capturable
 from engine.configuration.groups import (
     GROUPS,
     DataConfig,
@@ -23,7 +24,10 @@ from engine.configuration.groups import (
     owners,
 )
 from engine.configuration.methods import (
+    ADVERSARIAL,
+    COMPARING,
     METHODS,
+    NEEDS,
     DriftingConfig,
     FeaturesConfig,
     FrechetConfig,
@@ -31,11 +35,12 @@ from engine.configuration.methods import (
     GmmnConfig,
     MethodConfig,
     MmdConfig,
+    Needs,
     PopulationConfig,
     SinkhornConfig,
 )
 from engine.configuration.options import checked, require
-from engine.configuration.presets import PRESETS, preset_for, preset_values
+from engine.configuration.presets import PRESETS, preset_for, preset_method, preset_values
 from engine.configuration.updates import UpdatesConfig, all_of
 from engine.support.errors import InputError, one_line
 from engine.support.files import expanded, read_file, what_is
@@ -60,6 +65,8 @@ class Config:
     gmmn: GmmnConfig = field(default_factory=GmmnConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     population: PopulationConfig = field(default_factory=PopulationConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    game: GameConfig = field(default_factory=GameConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
@@ -82,6 +89,8 @@ class Config:
         smaller = self.population.population == "queue" and queue < batch
         require(not smaller, "population_images", f"is smaller than the minibatch: {queue} < {batch}")
         self._check_updates()
+        if self.method.method in ADVERSARIAL:
+            check_adversarial(self)
 
     def _check_updates(self) -> None:
         updates, training = self.updates, self.training
@@ -104,9 +113,13 @@ class Config:
         preset = preset_for(given) if preset is None else preset
         require(preset in PRESETS, "preset", f"{preset!r} is not one of {', '.join(PRESETS)}")
         given = _given(given)
-        method = given.get("method", "gfmn")
+        own = preset_method(preset)
+        method = given.get("method", own)
+        fits = own in ("gfmn", method)
+        require(fits, "method", f"the preset {preset} is one of --method {own}, and this is --method {method}")
         check_owners(given, method)
-        values = {**preset_values(preset, method), **given}
+        on_digits = given.get("data") is None and given.get("dataset", "digits") == "digits"
+        values = {**preset_values(preset, method, on_digits=on_digits), **_implied(given)}
         if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
             values["dataset"] = "images"
         return cls.of_flat(preset, values)
@@ -119,11 +132,16 @@ class Config:
         }
         return cls(preset=preset, **{name: group(**parts[name]) for name, group in GROUPS.items()})
 
+    def usual(self) -> Config:
+        """The preset's own configuration, of this method and for these images."""
+        given = {"method": self.method.method, "dataset": self.data.dataset}
+        return self.build(self.preset, {**given, **({} if self.data.data is None else {"data": self.data.data})})
+
     def replaced(self, given: Mapping[str, Any]) -> Config:
         """This configuration with `given` settings in place of its own."""
         given = _given(given)
         check_owners(given, given.get("method", self.method.method))
-        return self.of_flat(self.preset, {**self.flat(), **given})
+        return self.of_flat(self.preset, {**self.flat(), **_implied(given)})
 
     def resumed_with(self, given: Mapping[str, Any]) -> Config:
         """This configuration, of a run to be resumed, with `given` settings that a resumed run may change."""
@@ -159,6 +177,13 @@ class Config:
         return {
             name: group for name, group in found.items() if self.method.method in getattr(group, "methods", METHODS)
         }
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs besides a generator."""
+        needs = NEEDS[self.method.method]
+        by_host = self.method.method in ADVERSARIAL and not is_capturable(self)
+        return dataclasses.replace(needs, captured=False) if by_host else needs
 
     @property
     def summary(self) -> str:
@@ -215,7 +240,8 @@ def check_owners(given: Mapping[str, Any], method: str) -> None:
     """InputError if one of the `given` settings belongs to other methods than `method`."""
     for name in given:
         of = owners(name)
-        require(not of or method in of, name, f"belongs to --method {' or '.join(of)}, and this is --method {method}")
+        whose = "the methods that compare features" if of == COMPARING else f"--method {' or '.join(of)}"
+        require(not of or method in of, name, f"belongs to {whose}, and this is --method {method}")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,6 +259,12 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     if "weights" in result:
         result["weights"] = tuple(map(_absolute, result["weights"]))
     return result
+
+
+def _implied(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` settings, and with another penalty or kernel its own numbers, not those that there were for the one."""
+    numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
+    return {**{of: () for name, of in numbers.items() if name in given}, **given}
 
 
 def _absolute(entry: str) -> str:

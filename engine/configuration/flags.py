@@ -9,6 +9,7 @@ import typing
 from typing import Any
 
 from engine.configuration.groups import GROUPS
+from engine.configuration.methods import METHODS
 from engine.configuration.options import alternatives, type_hints
 
 log = logging.getLogger("gfmn")
@@ -24,7 +25,9 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         for entry in dataclasses.fields(group):
             flag = "--" + entry.name.replace("_", "-")
             default = "" if entry.default in (None, ()) else f"default: {_shown(entry.default)}"
-            details = "; ".join(filter(None, (default, str(entry.metadata["range"] or ""))))
+            comparing = set(entry.metadata["methods"] or METHODS) != set(METHODS)
+            whose = "only with methods that compare features" if comparing else ""
+            details = "; ".join(filter(None, (default, str(entry.metadata["range"] or ""), whose)))
             help_text = (entry.metadata["help"] + (f" ({details})" if details else "")).replace("%", "%%")
             kind = alternatives(type_hints(group)[entry.name])[0]
             if kind is bool:

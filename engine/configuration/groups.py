@@ -1,6 +1,7 @@
 """The settings of a training run, in groups.
 
-Every field is a flag of the same name (`batch_size` is `--batch-size`). A group with `methods` belongs to these alone.
+Every field is a flag of the same name (`batch_size` is `--batch-size`). A group, or a field, with `methods` belongs to
+these alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import math
 import re
 from dataclasses import dataclass
 
+from engine.configuration.adversarial import CriticConfig, GameConfig
 from engine.configuration.methods import (
+    COMPARING,
     DriftingConfig,
     FeaturesConfig,
     FrechetConfig,
@@ -77,18 +80,29 @@ class DataConfig(Settings):
 class NetworksConfig(Settings):
     """The extractor, frozen, and the generator, trained."""
 
-    extractor: str = option("vgg-small", "network whose features are matched; several joined by +", metavar="NAME")
+    extractor: str = option(
+        "vgg-small", "network whose features are matched; several joined by +", metavar="NAME", methods=COMPARING
+    )
     weights: tuple[str, ...] = option(
         ("pretrain",),
         "the extractor's weights: files, one for each network; 'imagenet'; 'random'; or 'pretrain' to train it on the "
         "data set first (torchvision:, timm: and efficientnet-lite0 keep their ImageNet weights)",
         metavar="FILE",
         resumable=True,
+        methods=COMPARING,
     )
-    extractor_bn: str = option("running", "statistics of the extractor's BatchNorm", choices=("running", "batch"))
-    layers: int | None = option(None, "match at most this many layers of each network", at_least=1, metavar="K")
-    layers_from: str = option("bottom", "count --layers from the images or from the top", choices=("bottom", "top"))
-    taps: str | None = option(None, "match only layers of these names (a glob, or several: a,b)", metavar="PATTERN")
+    extractor_bn: str = option(
+        "running", "statistics of the extractor's BatchNorm", choices=("running", "batch"), methods=COMPARING
+    )
+    layers: int | None = option(
+        None, "match at most this many layers of each network", at_least=1, metavar="K", methods=COMPARING
+    )
+    layers_from: str = option(
+        "bottom", "count --layers from the images or from the top", choices=("bottom", "top"), methods=COMPARING
+    )
+    taps: str | None = option(
+        None, "match only layers of these names (a glob, or several: a,b)", metavar="PATTERN", methods=COMPARING
+    )
     generator: str = option("dcgan", "network that is trained", choices=("dcgan", "resnet"))
     upsampling: str = option(
         "transposed",
@@ -127,6 +141,7 @@ class MatchingConfig(Settings):
         "what engine.precompute knows of the real images; computed and cached by default",
         metavar="FILE",
         resumable=True,
+        methods=COMPARING,
     )
     chunk_size: int | str | None = option(
         None,
@@ -135,6 +150,7 @@ class MatchingConfig(Settings):
         metavar="N|auto",
         parse=_chunk_size,
         resumable=True,
+        methods=COMPARING,
     )
     memory_budget: str | None = option(
         None,
@@ -149,6 +165,7 @@ class MatchingConfig(Settings):
         "stage by stage; less memory and more time, the same result",
         choices=("none", "stages"),
         resumable=True,
+        methods=COMPARING,
     )
     kernels: str = option(
         "auto", "backend of the fused kernels", choices=("auto", "reference", "compiled", "triton"), resumable=True
@@ -311,6 +328,8 @@ GROUPS: dict[str, type] = {
     "gmmn": GmmnConfig,
     "features": FeaturesConfig,
     "population": PopulationConfig,
+    "critic": CriticConfig,
+    "game": GameConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "updates": UpdatesConfig,
@@ -330,7 +349,9 @@ def group_of(name: str) -> type:
 
 def owners(name: str) -> tuple[str, ...]:
     """The methods that a field belongs to; () if it belongs to all."""
-    return getattr(group_of(name), "methods", ())
+    group = group_of(name)
+    (entry,) = (entry for entry in dataclasses.fields(group) if entry.name == name)
+    return entry.metadata["methods"] or getattr(group, "methods", ())
 
 
 def field_names(group: type) -> set[str]:

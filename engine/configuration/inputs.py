@@ -122,13 +122,8 @@ def check_graph(config: Config, device: torch.device) -> None:
         raise InputError("cuda_graph", f"needs a CUDA device, and this run is on the {device.type.upper()}")
     if config.matching.backend not in ("auto", "triton"):
         raise InputError("cuda_graph", f"needs the Triton kernels, not --kernels {config.matching.backend}")
-    if not can_be_captured(config):
-        raise InputError("cuda_graph", "--method frechet cannot be captured: its singular values need the host")
-
-
-def can_be_captured(config: Config) -> bool:
-    """Whether no step waits for the device, as one of "frechet" does: a library of the host's drives its SVD."""
-    return config.method.method != "frechet"
+    if not config.needs.captured:
+        raise InputError("cuda_graph", f"--method {config.method.method} cannot be captured: its steps need the host")
 
 
 def check_ranks(config: Config, ranks: Ranks, arguments: Mapping[str, object] | None = None) -> None:
@@ -142,7 +137,7 @@ def check_ranks(config: Config, ranks: Ranks, arguments: Mapping[str, object] | 
     batch = config.training.batch_size
     if batch < ranks.size:
         raise InputError("batch_size", f"a minibatch of {batch} is too small for {ranks.size} processes")
-    if config.networks.extractor_bn == "batch":
+    if config.needs.features and config.networks.extractor_bn == "batch":
         raise InputError("extractor_bn", f"batch statistics need the whole minibatch in one process, not {ranks.size}")
     check_same_settings({**config.flat(), **(arguments or {})}, ranks)
 

@@ -20,9 +20,49 @@ METHODS: dict[str, str] = {
     "sinkhorn": "their Sinkhorn divergence",
     "drifting": "their drifting field",
     "gmmn": "√MMD² of pixels, or of what --extractor gives",
+    "gan": "what a critic tells real from generated images by, in one of several games",
+    "mmd-gan": "the kernel MMD of a critic's outputs",
+    "began": "how well a critic draws real and generated images again",
+    "fisher-gan": "a critic's means, in units of its deviation",
+    "mcgan": "means or covariances of a critic's outputs",
+    "improved-gan": "the mean of a critic's hidden features",
 }
 """What each method compares."""
-_ON_FEATURES = tuple(name for name in METHODS if name != "gfmn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method needs besides a generator.
+
+    Attributes:
+        features: a frozen extractor, and what it finds in the real images (the target).
+        captured: whether a step may be captured in a CUDA graph. Not one that waits for the device, as "frechet" has:
+            a library of the host's drives its SVD.
+    """
+
+    features: bool = True
+    captured: bool = True
+
+
+NEEDS: dict[str, Needs] = {
+    "gfmn": Needs(),
+    "mmd": Needs(),
+    "frechet": Needs(captured=False),
+    "sinkhorn": Needs(),
+    "drifting": Needs(),
+    "gmmn": Needs(),
+    "gan": Needs(features=False),
+    "mmd-gan": Needs(features=False),
+    "began": Needs(features=False),
+    "fisher-gan": Needs(features=False),
+    "mcgan": Needs(features=False),
+    "improved-gan": Needs(features=False),
+}
+ADVERSARIAL = ("gan", "mmd-gan", "began", "fisher-gan", "mcgan", "improved-gan")
+"""The methods in which a generator and a critic learn from each other."""
+COMPARING = tuple(name for name, needs in NEEDS.items() if needs.features)
+"""The methods that compare features."""
+_ON_FEATURES = tuple(name for name in COMPARING if name != "gfmn")
 # Of the kernels that have bandwidths, in units of the median distance between real images (imq: of its square).
 # Wide rational quadratics alone leave strokes blurred on the digits; these read best of those that were tried.
 MMD_BANDWIDTHS = {

@@ -62,16 +62,24 @@ def option(
     parse: Callable[[str], Any] | None = None,
     resumable: bool = False,
     since: str | None = None,
+    methods: tuple[str, ...] = (),
 ) -> Any:
     """A field with the values that it may have (choices or a range; the type is its annotation), and what its flag
     needs: the help text, and how to read its text.
 
     A `resumable` one may change when a run is resumed: it says where and how a run computes, never what. One that is
-    new `since` a version is the default in the files of older ones.
+    new `since` a version is the default in the files of older ones. One with `methods` belongs to these alone, as all
+    of a group may.
     """
     bounds = Range(at_least=at_least, above=above, below=below, at_most=at_most)
-    metadata = {"help": help, "choices": choices, "range": bounds if str(bounds) else None, "metavar": metavar}
-    return field(default=default, metadata={**metadata, "parse": parse, "resumable": resumable, "since": since})
+    metadata: dict[str, Any] = {
+        "help": help,
+        "choices": choices,
+        "range": bounds if str(bounds) else None,
+        "metavar": metavar,
+    }
+    metadata |= {"parse": parse, "resumable": resumable, "since": since, "methods": methods}
+    return field(default=default, metadata=metadata)
 
 
 def require(condition: bool, name: str, message: str) -> None:

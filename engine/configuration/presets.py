@@ -7,6 +7,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from engine.configuration.groups import owners
+from engine.configuration.methods import COMPARING
+from engine.configuration.published import OF_DIGITS, ON_DIGITS, PUBLISHED, USUAL, published
 from engine.representation.zoo import has_perceptual
 from engine.support.errors import pip_line
 
@@ -62,6 +65,12 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "gmmn": {name: {"extractor": "pixels", "pool": "none"} for name in PRESETS},
 }
 _OF_METHODS["gmmn"]["digits"] |= {"batch_size": 256, "steps": 600}
+_OF_METHODS |= {
+    name: {preset: values | (ON_DIGITS | OF_DIGITS.get(name, {}) if preset == "digits" else {}) for preset in PRESETS}
+    for name, values in USUAL.items()
+}
+
+PRESETS |= PUBLISHED
 
 
 def preset_for(given: Mapping[str, Any]) -> str:
@@ -72,18 +81,30 @@ def preset_for(given: Mapping[str, Any]) -> str:
 
 def usual_steps(image_size: int) -> str:
     """How long the presets whose size is nearest to `image_size` train: what a picture takes, to be told beforehand."""
-    sizes = {name: values.get("image_size", 32) for name, values in PRESETS.items()}
+    sizes = {name: values.get("image_size", 32) for name, values in PRESETS.items() if name not in PUBLISHED}
     nearest = min(sizes.values(), key=lambda size: abs(size - image_size))
-    steps = (f"{values['steps']:,} ({name})" for name, values in PRESETS.items() if sizes[name] == nearest)
+    steps = (f"{PRESETS[name]['steps']:,} ({name})" for name, size in sizes.items() if size == nearest)
     return f"at {nearest}×{nearest} the presets take {', '.join(steps)} steps; the first grids are grey"
 
 
-def preset_values(name: str, method: str) -> Mapping[str, Any]:
-    """The values of the preset `name` for `method`.
+def preset_method(name: str) -> str:
+    """The method of the preset `name`, where no other is asked for."""
+    return str(PRESETS[name].get("method", "gfmn"))
+
+
+def preset_values(name: str, method: str, *, on_digits: bool) -> Mapping[str, Any]:
+    """The values of the preset `name` for `method`, but for those of an extractor where it has none.
 
     Where EfficientNet-Lite0 is not installed, a small network that is pretrained on the pictures takes its place.
+
+    Args:
+        on_digits: whether the images are the digits, on which published recipes are shorter.
     """
+    if name in PUBLISHED:
+        return published(name, on_digits=on_digits)
     values = {**PRESETS[name], **_OF_METHODS.get(method, {}).get(name, {})}
+    if method not in COMPARING:
+        values = {name: value for name, value in values.items() if owners(name) != COMPARING}
     if values.get("extractor") == "efficientnet-lite0" and not has_perceptual():
         values["extractor"] = "vgg-small"
         _say_small_once()

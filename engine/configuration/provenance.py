@@ -27,7 +27,7 @@ def was_trained_on(config: Config, name: str | None, weights: str | Path | None)
 
     Weights that a run pretrained for itself count as those of any file of the same architecture.
     """
-    if name is None:
+    if name is None or not config.needs.features:
         return False
     parts, sources = config.networks.extractor.split("+"), config.networks.weights
     for part, source in zip(parts, sources if len(sources) == len(parts) else sources[:1] * len(parts)):

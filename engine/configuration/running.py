@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.comparison.reference.statistics_pass import check_same_features, data_fingerprint
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.groups import ValidationConfig
-from engine.configuration.inputs import amp_dtype, can_be_captured, open_data
+from engine.configuration.inputs import amp_dtype, open_data
+from engine.configuration.targets import check_target
 from engine.configuration.updates import all_of
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Noise
 from engine.support.errors import InputError
+from engine.training.delivery import CudaImageLane, Delivery
 from engine.training.graphs import CudaGraphs
 from engine.training.ranks import ALONE, Ranks
 from engine.training.rates import RateSchedule
-from engine.training.trainer import Schedule
+from engine.training.schedule import Schedule
 from kernels import reference as reference_kernels
 from kernels import select
-from pipelines import read_pixels
+from pipelines import ImageDataset, ImageLoader, read_pixels
+from pipelines.dataset import ArrayDataset
 
 if TYPE_CHECKING:
     from engine.training.validation import Validation
@@ -65,11 +71,65 @@ def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"noise": Noise(training.seed, device), "kernels": reference_kernels, "graphs": None}
     backend = select(config.matching.backend, device, amp_dtype(config) or torch.float32)
-    captured = training.cuda_graph is not False and backend is not reference_kernels and can_be_captured(config)
+    captured = training.cuda_graph is not False and backend is not reference_kernels and config.needs.captured
     graphs = CudaGraphs(device) if captured else None
     if training.cuda_graph and graphs is None:
         raise InputError("cuda_graph", "needs the Triton kernels, which cannot run here")
     return {"noise": DrawnAhead(training.seed, CudaLane(device)), "kernels": backend, "graphs": graphs}
+
+
+def training_images(config: Config, dataset: ImageDataset, device: torch.device, ranks: Ranks = ALONE) -> ImageLoader:
+    """This rank's share of the minibatches of real images, in the order that the run's seed decides."""
+    backend = config.data.loader
+    if backend == "auto" and device.type == "cpu" and isinstance(dataset, ArrayDataset):
+        backend = "torch"  # the same images as DALI's, and sooner
+    return ImageLoader(
+        dataset,
+        config.training.batch_size,
+        device=device,
+        backend=backend,
+        shuffle=True,
+        seed=config.training.seed,
+        part=ranks.rank,
+        num_parts=ranks.size,
+        drop_last=True,
+    )
+
+
+def check_images(
+    config: Config,
+    dataset: ImageDataset,
+    device: torch.device,
+    was: Mapping[str, str] | None,
+    run: Path,
+    ranks: Ranks = ALONE,
+) -> dict[str, str]:
+    """The fingerprint of the real images, for a run that has no reference whose fingerprint would tell of them.
+
+    InputError if it is another one on another rank, or differs from that of the run in the folder `run`.
+
+    Args:
+        was: the fingerprint in that run's checkpoint; None for a new run.
+    """
+    images = training_images(config, dataset, device, ranks)
+    entries = ranks.first("images", lambda: data_fingerprint(images))  # others find the digests that rank 0 made
+    check_same_features(entries, ranks, "images")
+    check_target(config, entries, was or {}, run, device, resumed=True)
+    return entries
+
+
+def make_delivery(
+    config: Config, dataset: ImageDataset, device: torch.device, ranks: Ranks = ALONE, *, slots: bool = False
+) -> Delivery:
+    """The real minibatches of a method that reads images: the trainer's `images`.
+
+    InputError if there are fewer than a minibatch.
+
+    Args:
+        slots: see `Delivery`.
+    """
+    lane = CudaImageLane(device) if device.type == "cuda" else None
+    return Delivery(training_images(config, dataset, device, ranks), lane, slots=slots)
 
 
 def _check_different(asked: ValidationConfig) -> None:

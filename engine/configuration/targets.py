@@ -63,11 +63,13 @@ def _advice(
         loaders = {"pil": "torch", f"dali-{device.type}": "dali"}
         if (loader := loaders.get(found["data_decoder"])) is not None:
             flags.append(f"--loader {loader}")
-        elif resumed:
+        elif resumed and config.needs.features:
             place = "GPU" if found["data_decoder"] == "dali-cuda" else "CPU"
             others.append(
                 f"its folder has no target any more, and only DALI on a {place} makes the same: resume it there"
             )
+        elif resumed:
+            others.append("resume it where it was trained")
         else:
             others.append("make the target on the device that trains, or give both commands --loader torch")
     return [*([f"with {' '.join(flags)} they agree"] if flags and not others else []), *others]

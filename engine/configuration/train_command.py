@@ -21,8 +21,9 @@ def train_command(config: Config) -> str:
     """
     words = ["python", "-m", "engine.train", "--preset", config.preset]
     method, own = config.method.method, config.flat()
-    usual = Config.build(config.preset, {"method": method}).flat()
-    default = Config.build(config.preset, {}).method.method
+    preset = Config.build(config.preset, {})
+    default = preset.method.method
+    usual = {**config.usual().flat(), "dataset": preset.data.dataset, "data": preset.data.data}
     for name, value in own.items():
         # What belongs to other methods decides nothing, and would be refused.
         if (owners(name) and method not in owners(name)) or (name != "method" and usual[name] == value):

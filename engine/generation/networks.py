@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from engine.generation.batch_norm import BatchNorm2d
 from engine.generation.priors import check_nz
 from engine.support.errors import InputError
 
 _BASE_WIDTH = 64
 _MAX_WIDTH = 512
-_ALL_BUT_CHANNELS = (0, 2, 3)
 _FIRST_SIDE = 4
 GENERATOR_SIZES = (32, 64, 128)
 
@@ -66,37 +66,6 @@ class Generator(nn.Module):
             torch._foreach_add_([counter for counter in counters if counter is not None], 1)
 
 
-class Summing(Protocol):
-    """The processes that share a minibatch, as far as BatchNorm has to know them."""
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """In place, every tensor becomes its sum over all ranks."""
-        ...
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm of a generator, whose batches `Generator.count_batch` counts.
-
-    Attributes:
-        ranks: the processes whose images are one batch; None for this one alone.
-    """
-
-    ranks: Summing | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W], in training by the batch's statistics, which the running ones follow; otherwise by those."""
-        if not self.training:
-            return super().forward(x)
-        if self.ranks is not None:
-            return _RankBatchNorm.apply(
-                x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps, self.ranks
-            )
-        y, _, _ = torch.native_batch_norm(
-            x, self.weight, self.bias, self.running_mean, self.running_var, True, self.momentum or 0.0, self.eps
-        )
-        return y
-
-
 class FirstLayer(nn.Module):
     """z [N, nz] to [N, C, 4, 4]: the 4×4 transposed convolution of a 1×1 image, which is one matrix product.
 
@@ -136,58 +105,6 @@ class _Rows(torch.autograd.Function):
         rows = grad.as_strided((len(z), weight.shape[0]), (weight.shape[0], 1))
         of_z = torch.mm(rows, weight) if ctx.needs_input_grad[0] else None
         return of_z, torch.mm(rows.t(), z), rows.sum(dim=0) if ctx.has_bias else None, None
-
-
-class _RankBatchNorm(torch.autograd.Function):
-    """BatchNorm in training over the images of all ranks, as one process would compute it:
-
-        y = w · x̂ + b,  x̂ = (x − mean)/√(var + ε)
-        ∂L/∂x = w/√(var + ε) · (g − (Σ g + x̂ Σ g·x̂)/n)        with sums and n over N, H, W of all ranks
-
-    The gradients of w and b are this rank's share, which the step sums like those of all weights.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float,
-        eps: float, ranks: Summing,
-    ) -> Tensor:  # fmt: skip
-        wide = torch.promote_types(x.dtype, torch.float32)
-        values = x.to(wide)
-        count = torch.full((1,), values.numel() // values.shape[1], dtype=torch.float64, device=x.device)
-        sums = torch.cat((values.sum(dim=_ALL_BUT_CHANNELS).double(), count))
-        ranks.sum_([sums])
-        total = sums[-1]
-        mean = (sums[:-1] / total).to(wide)
-        centred = values - mean.view(1, -1, 1, 1)
-        m2 = centred.square().sum(dim=_ALL_BUT_CHANNELS)
-        ranks.sum_([m2])
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_((m2 / (total - 1)).to(wide), momentum)
-        scale = ((m2 / total).to(wide) + eps).rsqrt()
-        normalised = centred * scale.view(1, -1, 1, 1)
-        ctx.save_for_backward(normalised, scale, weight, total)
-        ctx.ranks = ranks
-        return (normalised * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)).to(x.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        normalised, scale, weight, total = ctx.saved_tensors
-        g = grad.to(normalised.dtype)
-        of_bias, of_weight = g.sum(dim=_ALL_BUT_CHANNELS), (g * normalised).sum(dim=_ALL_BUT_CHANNELS)
-        sums = torch.stack((of_bias, of_weight))
-        ctx.ranks.sum_([sums])
-        of_all, with_x = (sums / total).to(g.dtype).view(2, 1, -1, 1, 1)
-        of_x = (weight * scale).view(1, -1, 1, 1) * (g - of_all - normalised * with_x)
-        return of_x.to(grad.dtype), of_weight, of_bias, None, None, None, None, None
-
-
-def share_batches(generator: Generator, ranks: Summing) -> None:
-    """From now on BatchNorm's batches are those of all `ranks`. Copies of the generator are this process's alone."""
-    for module in generator.modules():
-        if isinstance(module, BatchNorm2d):
-            module.ranks = ranks
 
 
 def _transposed(channels: int, width: int, *, bias: bool) -> nn.Module:

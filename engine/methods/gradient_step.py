@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.methods.rmsprop import RMSprop
 from engine.training.ranks import ALONE, Ranks
 
-OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-"""Those whose fused kernels change nothing where they are told of a gradient that is not finite."""
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": RMSprop,
+}
+"""Those that change nothing where they are told, on the device, of a gradient that is not finite."""
 _WEIGHT_DECAY = {"adam": 0.0, "adamw": 0.01}
 _SCALER = "scaler."
 
 
 class GradientStep:
-    """One module's optimizer (torch's own, fused), and what its gradients go through before it sees them.
+    """One module's optimizer (Adam and AdamW are torch's own, fused), and what its gradients go through before.
 
     In this order: the sum over ranks, never the mean; with float16 the division by the loss's scale; the clipping of
     the norm of all gradients together, g ← g · min(1, clip / (‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it.
@@ -26,15 +32,16 @@ class GradientStep:
     Args:
         module: what is trained, on its device.
         lr: learning rate. On a GPU a float32 tensor of it is what the optimizer reads, so that it can change in place.
-        betas: Adam's.
-        optimizer: "adam", or "adamw", whose weight decay is decoupled from the gradient (Loshchilov and Hutter 2019).
-        weight_decay: of AdamW, torch's 0.01 by default; ValueError with "adam", whose gradients it would change.
+        betas: Adam's; RMSprop has torch's α, 0.99.
+        optimizer: "adam"; "adamw", whose weight decay is decoupled from the gradient (Loshchilov and Hutter 2019); or
+            "rmsprop".
+        weight_decay: of AdamW, torch's 0.01 by default; ValueError with the others, whose gradients it would change.
         clip: the largest norm; None for any.
         scaled: scale the loss, which float16 needs, where small gradients would be 0.
         ranks: the processes whose gradients are added.
 
     Attributes:
-        optimizer, scaler: torch's.
+        optimizer, scaler: torch's, or `RMSprop`.
     """
 
     def __init__(
@@ -54,9 +61,11 @@ class GradientStep:
         self.parameters, self.clip, self.ranks = list(module.parameters()), clip, ranks
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
-        decay = _WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
-        make = OPTIMIZERS[optimizer]
-        self.optimizer = make(self.parameters, lr, betas, weight_decay=decay, fused=True, capturable=on_gpu)
+        options: dict[str, Any] = {}
+        if optimizer in _WEIGHT_DECAY:
+            decay = _WEIGHT_DECAY[optimizer] if weight_decay is None else weight_decay
+            options = {"betas": betas, "weight_decay": decay, "fused": True, "capturable": on_gpu}
+        self.optimizer = OPTIMIZERS[optimizer](self.parameters, lr, **options)
         if on_gpu:
             # Where a captured step reads it; float32 is what the fused kernel takes.
             for group in self.optimizer.param_groups:

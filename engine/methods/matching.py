@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from engine.generation.batch_norm import share_batches
 from engine.generation.low_precision import LowPrecision
-from engine.generation.networks import Generator, run_generator, share_batches
+from engine.generation.networks import Generator, run_generator
 from engine.generation.priors import Noise, Prior
 from engine.generation.sampling import Sampler
 from engine.methods.gradient_step import GradientStep
 from engine.methods.protocols import SKIPPED
 from engine.representation.protocols import Objective
 from engine.training.ranks import ALONE, Ranks
+from pipelines import Batch
 
 
 class Matching:
@@ -38,6 +40,7 @@ class Matching:
     """
 
     reads: Literal["nothing", "images"] = "nothing"
+    capturable = True
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class Matching:
         )
         self.optimizers: dict[str, torch.optim.Optimizer] = {"generator": self.gradient_step.optimizer}
 
-    def step(self, batch: Any, noise: Noise) -> Mapping[str, Tensor]:
+    def step(self, batches: Iterator[Batch] | None, noise: Noise) -> Mapping[str, Tensor]:
         """See `Method.step`."""
         z = noise.draw(self.prior, self.batch_size)
         if self.ranks.size > 1:  # one stream, of which each rank has its rows

@@ -100,7 +100,7 @@ def _facts(sampler: SavedSampler, config: Config, real: RealImages, metrics: lis
     taken, planned = sampler.step, training.steps
     facts = [
         f"{networks.generator} generator",
-        f"matched to {extractor}",
+        f"matched to {extractor}" if config.needs.features else config.method.method,
         f"{config.data.dataset}, {images}{config.data.image_size}×{config.data.image_size}",
         f"step {number(taken)}" + (f" of {number(planned)}" if taken < planned else ""),
         f"minibatch {number(training.batch_size)}",

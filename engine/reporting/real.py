@@ -14,6 +14,7 @@ from engine.configuration.config import Config
 from engine.configuration.inputs import open_data
 from engine.reporting.charts import number
 from engine.reporting.neighbours import Features, channel_means
+from engine.representation.zoo import has_perceptual
 from engine.support.errors import InputError
 from engine.support.files import open_safetensors
 from engine.training.run_folder import RunFolder
@@ -57,7 +58,8 @@ class RealImages:
 
 
 def open_real(run: RunFolder, config: Config, device: torch.device, space: FeatureSpace | None = None) -> RealImages:
-    """Open the run's data set and extractor; `space` takes the extractor's place.
+    """Open the run's data set and extractor; `space` takes the extractor's place. Of a method without one that is
+    EfficientNet-Lite0's, or else the pixels.
 
     If one of them is no longer available, this warns, and the page is written without the comparison.
     """
@@ -67,6 +69,9 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
         dataset = open_data(config)
         if trained.get("data_count", str(len(dataset))) != str(len(dataset)):
             changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
+        if space is None and not config.needs.features:
+            perceptual = "efficientnet-lite0" if has_perceptual() else "pixels"
+            space = feature_space(perceptual, None, config.data.image_size, device)
         if space is None:
             # Batch statistics would let the features of an image depend on the others beside it.
             pretrained = pretrained_files(config, dataset, device, run.extractor)
@@ -87,7 +92,7 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
 
 
 def _trained_with(run: RunFolder) -> dict[str, str]:
-    """The target's fingerprint in the newest checkpoint; empty if there is none."""
+    """The fingerprint in the newest checkpoint; empty if there is none."""
     try:
         with open_safetensors(run.checkpoint_paths()[-1]) as file:
             return dict(json.loads(file.metadata()["fingerprint"]))

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from engine.configuration.config import Config
+from engine.configuration.groups import owners
 from engine.configuration.presets import PRESETS
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "gfmn-engine")
@@ -24,14 +25,16 @@ class ConfigurationLine:
 
 
 def configuration_lines(config: Config) -> dict[str, list[ConfigurationLine]]:
-    """All values of `config`, group by group."""
-    usual = Config.build(config.preset, {"method": config.method.method}) if config.preset in PRESETS else config
+    """All values of `config` that are not other methods' alone, group by group."""
+    method = config.method.method
+    usual = config.usual() if config.preset in PRESETS else config
     groups = {}
     for name, group in config.groups().items():
         defaults = dataclasses.asdict(getattr(usual, name))
         groups[name] = [
             ConfigurationLine(key, _as_text(value), _as_text(defaults[key]) if defaults[key] != value else None)
             for key, value in dataclasses.asdict(group).items()
+            if not owners(key) or method in owners(key)
         ]
     return groups
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from engine.representation.architectures import fitting_size
 from engine.representation.extractor import Extractor, Normalisation, Normalised
@@ -88,7 +88,7 @@ def build_extractor(
                 network.module.to("meta")
                 size = fitting_size(image_size, functools.partial(_fits, tap))
                 raise ValueError(f"{error}; " + (f"it takes {size}×{size}" if size else "give another one")) from None
-        digests.append(_load_weights(network, graph, source))
+        digests.append(load_weights(network, graph, source))
         if bn == "batch":
             _use_batch_statistics(graph)
         graph = freeze(graph, fold=bn == "running")
@@ -157,10 +157,10 @@ def _fits(tap: Callable[..., object], image_size: int) -> bool:
     return True
 
 
-def _load_weights(network: Network, graph: fx.GraphModule, source: str | Path | None) -> str:
-    """Load `source` into what the taps need, and return its digest."""
-    kept = {id(tensor) for tensor in graph.state_dict(keep_vars=True).values()}
-    needed = {key: tensor for key, tensor in network.state.items() if id(tensor) in kept}
+def load_weights(network: Network, kept: nn.Module, source: str | Path | None) -> str:
+    """Load `source` into those tensors of `network` that `kept`, a part of it, has; return their digest."""
+    own = {id(tensor) for tensor in kept.state_dict(keep_vars=True).values()}
+    needed = {key: tensor for key, tensor in network.state.items() if id(tensor) in own}
     if source == "imagenet":
         if network.imagenet is None:
             known = "vgg19, efficientnet-lite0, torchvision:NAME or timm:NAME"

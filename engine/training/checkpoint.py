@@ -24,8 +24,9 @@ class Checkpoint:
     Attributes:
         step: training steps taken.
         parts: state dicts by name: the method's modules ("generator", …), "optimizer.generator", …, "rates" of the
-            optimizers, "method", "random", "ema" (of several "ema.0.99", …), "skipped" steps, "validation".
-        fingerprint: of extractor, precision and dataset, as in the target.
+            optimizers, "method", "random", "images" (the place of the next minibatch), "ema" (of several
+            "ema.0.99", …), "skipped" steps, "validation".
+        fingerprint: of extractor, precision and dataset, as in the target, or of the dataset alone; and of settings.
     """
 
     step: int

@@ -53,7 +53,8 @@ class Footprint:
     """Bytes that training is modelled to need.
 
     Attributes:
-        weights: parameters and buffers of generator and extractor, as they were before anything else was made.
+        weights: parameters and buffers of generator and extractor, or of what else is trained, as they were before
+            anything else was made.
         between_steps: what else is there between two steps: the low-precision copy of the extractor, the
             target, the averager's and the optimizer's state, the moving average of the generator, the generator's
             gradients.

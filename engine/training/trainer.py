@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +18,20 @@ from torch import Tensor
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
-from engine.methods.protocols import SKIPPED, SQUARED, Method
+from engine.methods.protocols import SQUARED, Method
 from engine.support.errors import InputError, Interrupted, WriteError, differences, one_line
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
+from engine.training.delivery import NoImages, Source
+from engine.training.divergence import GENERATOR, Divergence
 from engine.training.graphs import EAGER_STEPS, GraphedStep, Graphs
 from engine.training.logbook import Logbook, NoLogbook
 from engine.training.precision import peak_memory, repeatable, reset_peak_memory
 from engine.training.profiling import StepProfiler
 from engine.training.ranks import ALONE, Ranks
-from engine.training.rates import CONSTANT, Rates, RateSchedule
+from engine.training.rates import Rates
 from engine.training.run_folder import COLUMNS, RunFolder, saved_step
-from engine.training.skipped import SkippedSteps
+from engine.training.schedule import Schedule
 from engine.training.stopping import StopRequest
 from engine.training.weight_average import WeightAverages
 from kernels import reference
@@ -42,42 +43,8 @@ log = logging.getLogger("gfmn")
 
 GRID = 64
 """Images of a sample grid."""
-_NEVER = torch.iinfo(torch.int64).max
 # Evaluations draw from seeds far apart from each other and from the run's own.
 _EVALUATION_SEEDS = 1_000_003
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a run is, and when what is written.
-
-    Attributes:
-        steps: training steps.
-        batch_size: images in a minibatch, for the log's images/s.
-        seed: of everything random.
-        generator_ema: decays of the moving averages of the generator's weights.
-        sample_ema: the one of these averages that is sampled from; the first by default.
-        rates: what a step's learning rate is of the run's.
-        max_skipped: so many steps in a row may be skipped for a gradient that is not finite.
-        log_every, sample_every, checkpoint_every: steps between two lines, grids, checkpoints.
-        evaluate_every: steps between two evaluations; None for none.
-        keep_checkpoints: how many.
-        profile: steps to trace with torch.profiler; None for none.
-    """
-
-    steps: int
-    batch_size: int
-    seed: int = 0
-    generator_ema: tuple[float, ...] = ()
-    sample_ema: float | None = None
-    rates: RateSchedule = CONSTANT
-    max_skipped: int = 20
-    log_every: int = 10
-    sample_every: int = 250
-    checkpoint_every: int = 500
-    evaluate_every: int | None = None
-    keep_checkpoints: int = 2
-    profile: int | None = None
 
 
 class Trainer:
@@ -92,10 +59,11 @@ class Trainer:
         run: the folder, already started.
         fingerprint: of extractor, precision and dataset; a checkpoint with another one is refused.
         validation: compares samples with the real images now and then; None for never.
+        images: the real minibatches of a method that reads images; None for one that reads nothing.
         noise: the run's random numbers; None for the seed's, drawn when a step asks for them.
-        kernels: the backend that watches the loss.
+        kernels: the backend that watches losses.
         graphs: captures the step after a few, and replays it; None for a step that always runs as it is written. The
-            result is the same.
+            result is the same. A method that is not `capturable` is never captured.
         ranks: the processes that take the steps together, and draw and judge samples. The first of them writes.
     """
 
@@ -107,13 +75,14 @@ class Trainer:
         fingerprint: Mapping[str, str],
         validation: Validation | None = None,
         *,
+        images: Source | None = None,
         noise: Noise | None = None,
         kernels: ModuleType = reference,
         graphs: Graphs | None = None,
         ranks: Ranks = ALONE,
     ):
-        if method.reads != "nothing":
-            raise ValueError(f"method: reads {method.reads}, which this trainer does not deliver")
+        if (method.reads == "images") == (images is None):
+            raise ValueError(f"images: {'none' if images is None else 'some'} for a method that reads {method.reads}")
         self.method, self.schedule, self.run, self.ranks = method, schedule, run, ranks
         self.writes = ranks.rank == 0
         self.validation = validation
@@ -122,15 +91,14 @@ class Trainer:
         self.device = next(generator.parameters()).device
         self.ema = WeightAverages(generator, schedule.generator_ema, schedule.sample_ema)
         self.noise = Noise(schedule.seed, self.device) if noise is None else noise
+        self.images: Source = NoImages() if images is None else images
         self.fixed_z = method.sampler().prior.draw(GRID, schedule.seed + 1).to(self.device)
         self.rates = Rates(method.optimizers, schedule.rates)
-        self.kernels = kernels
         self.step = 0
-        # The device's own count of steps, and what it found; both change in place.
-        self._steps_on_device = torch.tensor(0, device=self.device)
-        self.first_bad_step = torch.tensor(_NEVER, device=self.device)
-        self.skipped = SkippedSteps(self.device, schedule.max_skipped)
-        self.graphed = None if graphs is None else GraphedStep(self._step, graphs, self._drop_gradients, ranks)
+        self.divergence = Divergence(method.optimizers, self.device, schedule.max_skipped, kernels)
+        self.graphed: GraphedStep | None = None
+        if graphs is not None and method.capturable:
+            self.graphed = GraphedStep(self._step, graphs, self._drop_gradients, ranks)
 
     def train_step(self) -> Mapping[str, Tensor]:
         """One step; returns the method's scalars on the device, and never waits for it.
@@ -139,8 +107,10 @@ class Trainer:
         step.
         """
         self.noise.deliver()
+        self.images.deliver()
         self._give_rates()
         scalars = self._step() if self.graphed is None else self.graphed()
+        self.images.end()
         self.noise.draw_ahead()
         self.step += 1
         self.ema.count()
@@ -149,12 +119,10 @@ class Trainer:
     def _step(self) -> Mapping[str, Tensor]:
         """What the device does in a step: no Python number in it changes, and what is kept changes in place."""
         self.noise.begin()
-        scalars = dict(self.method.step(None, self.noise))
-        if (skipped := scalars.pop(SKIPPED, None)) is not None:
-            self.skipped.take_in(skipped)
+        self.images.begin()
+        scalars = dict(self.method.step(self.images.batches, self.noise))
         self.ema.take_in(self.method.sampler().generator)
-        with torch.no_grad():
-            self.kernels.watch(scalars["loss"], self._steps_on_device, self.first_bad_step)
+        self.divergence.take_in(scalars)
         return scalars
 
     def _drop_gradients(self) -> None:
@@ -266,14 +234,15 @@ class Trainer:
         for name, module in self.method.modules.items():
             for key, tensor in module.state_dict().items():
                 if not bool(tensor.isfinite().all()):
-                    raise self._diverged(self.step, f"the {name}'s {key}")
+                    raise self._diverged(name, f"the {name}'s {key}", self.step)
 
     def _checkpoint(self) -> Checkpoint:
         method = self.method
         parts: dict[str, dict[str, Tensor]] = {name: module.state_dict() for name, module in method.modules.items()}
         parts |= {f"optimizer.{name}": flatten_optimizer(optimizer) for name, optimizer in method.optimizers.items()}
-        parts |= {"rates": self.rates.state_dict(), "skipped": self.skipped.state_dict()}
+        parts |= {"rates": self.rates.state_dict(), "skipped": self.divergence.state_dict()}
         parts |= {"method": method.state_dict(), "random": self.noise.state_dict(), **self.ema.parts()}
+        parts["images"] = self.images.state_dict()
         if self.validation is not None:
             parts["validation"] = self.validation.state_dict()
         return Checkpoint(self.step, parts, self.fingerprint)
@@ -291,9 +260,9 @@ class Trainer:
             self.rates.load_state_dict(parts["rates"])
             self.method.load_state_dict(parts.get("method", {}))
             self.noise.load_state_dict(parts["random"])
+            self.images.load_state_dict(parts.get("images", {}))
             self.ema.load_parts(parts)
-            if "skipped" in parts:
-                self.skipped.load_state_dict(parts["skipped"])
+            self.divergence.load_state_dict(parts.get("skipped", {}), checkpoint.step)
             if self.validation is not None and "validation" in parts:
                 self.validation.load_state_dict(parts["validation"])
         except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -301,7 +270,6 @@ class Trainer:
                 "checkpoint", f"that of step {checkpoint.step} does not fit this run's networks ({one_line(error)})"
             ) from None
         self.step = checkpoint.step
-        self._steps_on_device.fill_(self.step)
         self._give_rates()
         if self.graphed is not None:
             self.graphed.reset()
@@ -312,17 +280,14 @@ class Trainer:
     def check_finite(self) -> None:
         """InputError that names the first step whose loss was NaN or infinite, or if too many steps in a row had such
         a gradient and were skipped. Waits for the device."""
-        step = int(self.first_bad_step)
-        if step != _NEVER:
-            raise self._diverged(step, "the loss")
-        if count := self.skipped.too_many():
-            raise self._diverged(self.step, f"the gradient, {count} times in a row,")
+        if (found := self.divergence.found(self.step)) is not None:
+            raise self._diverged(*found)
 
-    def _diverged(self, step: int, what: str) -> InputError:
+    def _diverged(self, network: str, what: str, step: int) -> InputError:
         paths = self.run.checkpoint_paths()
         kept = f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
         return InputError(
-            "lr",
+            "lr" if network == GENERATOR else f"{network}_lr",
             f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate, in another folder",
         )
 
@@ -377,8 +342,7 @@ class Trainer:
             entry["lr"] = self.lr
         if evaluation is not None and len(self.ema.averages) > 1:
             entry["sample_ema"] = self.ema.sampled
-        if skipped := int(self.skipped.total):
-            entry["skipped_steps"] = skipped
+        entry |= self.divergence.totals()
         logbook.write(entry, None if evaluation is None else evaluation.metrics)
 
     def _sample(self, logbook: Logbook | NoLogbook) -> None:

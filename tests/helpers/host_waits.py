@@ -13,12 +13,14 @@ import importlib
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers.small_steps import few_pictures
 from helpers.step_trace import FORBIDDEN, where
 from torch import Tensor
 from torch._guards import detect_fake_mode
@@ -31,16 +33,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from engine.comparison.reference.bank import FeatureBank
-from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
 from engine.configuration.objectives import blank_reference
 from engine.configuration.running import make_schedule
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
+from engine.training.delivery import CudaImageLane, Delivery
 from engine.training.planner import FakeMode, fake_copy
 from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
+from pipelines import ImageLoader
 
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
 _FUSED = (torch.ops.aten._fused_adam_.tensor_lr, torch.ops.aten._fused_adamw_.tensor_lr)
@@ -219,6 +223,7 @@ def fake_cuda() -> Iterator[None]:
         patch.setattr(torch.cuda, "stream", lambda given: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", _wait)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(Tensor, "record_stream", _nothing)
         yield
 
 
@@ -240,21 +245,44 @@ def fake_cuda_trainer(config: Config, ranks: Ranks = ALONE) -> Trainer:
     """A new trainer on fake CUDA tensors, with the Triton operators and z drawn ahead; for `host_waits`."""
     mode = detect_fake_mode()
     assert mode is not None
+    device = torch.device("cuda", 0)
     with unset_fake_temporarily():
-        generator, extractor = make_generator(config), bare_extractor(config)
-    with torch.device("cuda"):
-        generator, extractor = fake_copy(generator, mode), fake_copy(extractor, mode, amp_dtype(config))
+        generator, networks = make_generator(config), make_networks(config)
+    with device:
+        generator = fake_copy(generator, mode)
+        networks = {name: fake_copy(network, mode) for name, network in networks.items()}
     triton = importlib.import_module("kernels.triton")
-    options: dict[str, Any] = {"kernels": triton}
-    reference = blank_reference(config, extractor, torch.rand)
-    # Fake tensors have no numbers to make weights or scales of.
-    if isinstance(reference, FeatureBank):
-        options["scales"] = torch.ones(reference.features.shape[1])
-    elif config.gfmn.feature_scale != "none":
-        options["weights"] = torch.ones(extractor.num_features)
-    method = make_method(config, generator, extractor, reference, ranks, **options)
-    noise = DrawnAhead(config.training.seed, CudaLane(extractor.device))
+    if config.needs.features:
+        with unset_fake_temporarily():
+            extractor = bare_extractor(config)
+        with device:
+            extractor = fake_copy(extractor, mode, amp_dtype(config))
+        options: dict[str, Any] = {"kernels": triton}
+        reference = blank_reference(config, extractor, torch.rand)
+        # Fake tensors have no numbers to make weights or scales of.
+        if isinstance(reference, FeatureBank):
+            options["scales"] = torch.ones(reference.features.shape[1])
+        elif config.gfmn.feature_scale != "none":
+            options["weights"] = torch.ones(extractor.num_features)
+        method = make_method(config, generator, extractor, reference, ranks, **options)
+    else:
+        method = make_method(config, generator, ranks=ranks, networks=networks)
+    noise = DrawnAhead(config.training.seed, CudaLane(device))
+    images = None
+    if method.reads == "images":
+        batch, part = config.training.batch_size, {"part": ranks.rank, "num_parts": ranks.size}
+        loader = _OnFakeDevice(few_pictures(config), batch, backend="torch", drop_last=True, **part)
+        images = Delivery(loader, CudaImageLane(device), slots=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copying a generator
         schedule, run = make_schedule(config), RunFolder("nowhere")
-        return Trainer(method, schedule, run, {}, noise=noise, kernels=triton, ranks=ranks)
+        return Trainer(method, schedule, run, {}, images=images, noise=noise, kernels=triton, ranks=ranks)
+
+
+class _OnFakeDevice(ImageLoader):
+    """Images without contents on the device."""
+
+    def _read(self, batches: list[np.ndarray]) -> Generator[tuple[Tensor, np.ndarray], None, None]:
+        size = self.dataset.image_size
+        for indices in batches:
+            yield torch.empty(len(indices), 3, size, size, device="cuda"), indices

@@ -22,7 +22,8 @@ from engine.representation.extractor import Extractor
 from engine.training.job import job
 from engine.training.ranks import Ranks
 from engine.training.run_folder import RunFolder
-from engine.training.trainer import Schedule, Trainer
+from engine.training.schedule import Schedule
+from engine.training.trainer import Trainer
 from engine.training.validation import Validation
 from pipelines import open_dataset, read_pixels
 

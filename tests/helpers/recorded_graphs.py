@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from engine.training.delivery import ImageLane
+from pipelines import Batch
+
 Step = Callable[[], Mapping[str, Tensor]]
 # Changed by aten::native_batch_norm, whose schema does not say so.
 STATISTICS = ("running_mean", "running_var")
@@ -149,3 +152,14 @@ class RecordedLane:
 
     def is_capturing(self) -> bool:
         return self.capturing
+
+
+class RecordedImageLane(ImageLane):
+    """Real images on a CPU, beside `RecordedGraphs`."""
+
+    def read(self, share: Callable[[], Batch]) -> Batch:
+        assert not RecordedLane.capturing, "images are read before a captured step"
+        return super().read(share)
+
+    def is_capturing(self) -> bool:
+        return RecordedLane.capturing

@@ -13,7 +13,8 @@ from helpers import rank_worker
 
 from engine.training.ranks import Ranks
 from engine.training.run_folder import RunFolder
-from engine.training.trainer import Schedule, Trainer
+from engine.training.schedule import Schedule
+from engine.training.trainer import Trainer
 
 
 def train(folder: Path, stop: int, case: str, ranks: Ranks) -> None:

@@ -10,23 +10,29 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
-from helpers.recorded_graphs import RecordedLane
+from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
-from engine.configuration.build import bare_extractor, make_generator, make_method
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
 from engine.configuration.config import Config
+from engine.configuration.critics import real_labels
 from engine.configuration.groups import GROUPS, field_names
-from engine.configuration.methods import METHODS
+from engine.configuration.methods import COMPARING, NEEDS
 from engine.configuration.objectives import blank_reference
-from engine.configuration.presets import PRESETS
-from engine.configuration.running import make_schedule
+from engine.configuration.presets import PRESETS, preset_method
+from engine.configuration.published import PUBLISHED
+from engine.configuration.running import make_schedule, training_images
 from engine.generation.drawn_ahead import DrawnAhead
+from engine.training.delivery import Delivery
 from engine.training.graphs import Graphs
 from engine.training.ranks import ALONE, Ranks
 from engine.training.run_folder import RunFolder
 from engine.training.trainer import Trainer
 from kernels import reference
+from pipelines.dataset import ArrayDataset
+from pipelines.decoding.preprocessing import Preprocessing
 
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -90,6 +96,33 @@ _OF_ALL: dict[str, dict[str, Any]] = {
     **PRECISIONS,
 }
 
+_OF_CRITICS: dict[str, dict[str, dict[str, Any]]] = {
+    "gan": {
+        "minimax": {"game": "minimax", "critic_optimizer": "adam", "optimizer": "rmsprop"},
+        "several": {"penalty": ["r1", "consistency"], "critic_steps": 2, "recompute_generator": True},
+        "discrimination": {"minibatch_discrimination": True, "critic_optimizer": "adamw"},
+        "bf16": {"penalty": ["consistency"], "amp": True, "generator_ema": 0.9},
+        "bf16-generator": {"penalty": ["gradient"], "amp": True},
+        "fp16": {"amp": True, "amp_dtype": "fp16", "critic_optimizer": "rmsprop", "critic_norm": "batch"},
+        "warmup": {"critic_warmup": 2, "critic_many": 2},
+        "clipped": {"clip_grad": 0.1, "lr_schedule": "linear"},
+    },
+    "mmd-gan": {
+        "imq": {"kernel": "imq", "penalty": ["scaled"]},
+        "linear": {"kernel": "linear", "penalty": ["witness", "activations"]},
+        "distance": {"kernel": "distance", "penalty": ["none"], "amp": True},
+    },
+    "mcgan": {"sum": {"match_norm": "1"}, "largest": {"match_norm": "inf"}},
+    "improved-gan": {"classes": {"classes": 3}},
+}
+_FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
+
+
+def _of_published(name: str) -> dict[str, Any]:
+    """One critic step, and networks that take no time, where the game does not need others."""
+    own = {"critic": PUBLISHED[name]["critic"]} if name in ("began", "mmd-gan-rbf") else {}
+    return {**_FEW_STEPS, **own, "batch_size": 3}
+
 
 def _of_all(method: str) -> dict[str, dict[str, Any]]:
     """The other methods on features take mmd's steps, but for the distance."""
@@ -99,10 +132,21 @@ def _of_all(method: str) -> dict[str, dict[str, Any]]:
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"{preset}-{name}": (preset, given) for preset in PRESETS for name, given in PRECISIONS.items()},
+    **{
+        f"{preset}-{name}": (preset, given)
+        for preset in PRESETS
+        if preset not in PUBLISHED
+        for name, given in PRECISIONS.items()
+    },
+    **{f"published-{name}": (name, _of_published(name)) for name in PUBLISHED},
+    **{
+        f"{method}-{name}": ("digits", {"method": method, "batch_size": 3, "critic_steps": 1, **given})
+        for method, variants in _OF_CRITICS.items()
+        for name, given in variants.items()
+    },
     **{
         f"{method}-{name}": ("digits", {"method": method, **given})
-        for method in METHODS
+        for method in COMPARING
         for name, given in {**_of_all(method), **_OF_METHODS.get(method, {})}.items()
     },
 }
@@ -111,19 +155,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def configuration(preset: str, given: dict[str, Any]) -> Config:
     """The preset with `given` settings, small."""
-    small = {"weights": ("random",), "image_size": 32, "batch_size": 5, "layers": 4, "nz": 8}
-    images = f"{given.get('method', 'gfmn')}_images"  # real ones, where a method compares with them
+    method = given.get("method", preset_method(preset))
+    small: dict[str, Any] = {"image_size": 32, "batch_size": 5, "nz": 8}
+    if NEEDS[method].features:
+        small |= {"weights": ("random",), "layers": 4}
+    images = f"{method}_images"  # real ones, where a method compares with them
     bank = {images: 6} if any(images in field_names(group) for group in GROUPS.values()) else {}
     return Config.build(preset, {**small, **bank, **given})
+
+
+def few_pictures(config: Config) -> ArrayDataset:
+    """Random pictures, three times as many as a minibatch has."""
+    size = config.data.image_size
+    pictures = np.random.default_rng(0).integers(0, 256, (3 * config.training.batch_size, size, size, 3), np.uint8)
+    return ArrayDataset("few", Preprocessing(image_size=size), pictures, labels=np.arange(len(pictures)) % 3)
 
 
 def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = None) -> Trainer:
     """A new trainer on the CPU that steps as one on a GPU does, with the plain kernels."""
     torch.manual_seed(3)
-    extractor, generator = bare_extractor(config), make_generator(config)
-    known = blank_reference(config, extractor, torch.rand)
-    method = make_method(config, generator, extractor, known, ranks, kernels=reference)
+    generator = make_generator(config)
+    if config.needs.features:
+        extractor = bare_extractor(config)
+        known = blank_reference(config, extractor, torch.rand)
+        method = make_method(config, generator, extractor, known, ranks, kernels=reference)
+    else:
+        labels = real_labels(config, few_pictures(config))
+        more = {} if labels is None else {"labels": labels}
+        method = make_method(config, generator, ranks=ranks, networks=make_networks(config), **more)
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
+    if method.reads == "images":
+        images = training_images(config, few_pictures(config), torch.device("cpu"), ranks)
+        options["images"] = Delivery(images, RecordedImageLane(), slots=True)
     return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, graphs=graphs, ranks=ranks, **options)
 
 

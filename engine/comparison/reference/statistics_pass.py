@@ -57,6 +57,11 @@ def reference_loader(
     )
 
 
+def data_fingerprint(images: ImageLoader) -> dict[str, str]:
+    """What decides the images themselves: the data set's files, their preprocessing, and who decodes them."""
+    return {f"data_{name}": str(value) for name, value in images.fingerprint().items()}
+
+
 def fingerprint(
     kind: Kind[Any], extractor: Extractor, images: ImageLoader, amp_dtype: torch.dtype | None
 ) -> dict[str, str]:
@@ -64,7 +69,7 @@ def fingerprint(
 
     Batch statistics (`bn="batch"`) depend on the minibatches too, so there their size and seed count.
     """
-    entries = {f"data_{name}": str(value) for name, value in images.fingerprint().items()}
+    entries = data_fingerprint(images)
     if extractor.batch_statistics:
         entries["minibatches"] = f"{images.batch_size} shuffled with seed {images.seed}"
     return {**feature_fingerprint(extractor, amp_dtype), **entries, **kind.entries}
@@ -164,12 +169,12 @@ def compute_reference(
     return result
 
 
-def check_same_features(entries: dict[str, str], ranks: Ranks) -> None:
+def check_same_features(entries: dict[str, str], ranks: Ranks, what: str = "features") -> None:
     """Wait for all ranks; InputError unless what decides their features has the same `entries` as on rank 0."""
-    first, *others = ranks.meet("features", entries)
+    first, *others = ranks.meet(what, entries)
     for rank, theirs in enumerate(others, start=1):
         if different := differences(first, theirs):
-            raise InputError("", f"process {rank} has other features than process 0: {different}")
+            raise InputError("", f"process {rank} has other {what} than process 0: {different}")
 
 
 def _continued(images: ImageLoader, position: int) -> Iterator[Batch]:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.generation.batch_norm import share_batches
 from engine.representation.architectures import find_architecture
 from engine.representation.pretraining.images import Augmentation, TrainingImages, open_images
 from engine.representation.pretraining.recipe import Recipe, one_cycle
 from engine.representation.pretraining.result import PretrainResult
-from engine.representation.pretraining.shares import Rows, share_batches
+from engine.representation.pretraining.shares import Rows
 from engine.representation.pretraining.tasks import Task, make_task
 from engine.support.errors import InputError, Interrupted, differences, one_line
 from engine.support.files import read_safetensors, save_safetensors

@@ -39,7 +39,7 @@ Trainer.train_step = acting
 FAULTS = {
     "a full disk": (0, 8, "os.symlink('/dev/full', self.run.checkpoint_path(8))", "the disk is full"),
     "an error": (1, 6, "raise RuntimeError('no such thing')", "RuntimeError: no such thing"),
-    "a NaN": (1, 6, "self.first_bad_step.fill_(6)", "NaN or infinite at step 6"),
+    "a NaN": (1, 6, "self.divergence.first_bad['generator'].fill_(6)", "NaN or infinite at step 6"),
     "no memory": (1, 6, "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')", "2.00 GiB"),
 }
 FIRST = ("a full disk", "an error")

@@ -15,7 +15,7 @@ from engine import precompute, pretrain, train
 from engine.configuration import running
 from engine.configuration.config import Config
 from engine.configuration.inputs import check_graph, check_precision, choose_device
-from engine.configuration.planning import is_captured
+from engine.configuration.modelling import is_captured
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Gaussian, Noise
 from engine.methods.matching import Matching

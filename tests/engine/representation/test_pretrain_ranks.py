@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engine import pretrain
+from engine.generation.batch_norm import share_batches
 from engine.representation.pretraining import training
-from engine.representation.pretraining.shares import Rows, share_batches
+from engine.representation.pretraining.shares import Rows
 from engine.representation.pretraining.tasks import Rotate
 from engine.support.errors import InputError, Interrupted
 from engine.training.ranks import ALONE, Ranks

@@ -14,8 +14,14 @@ from helpers.small_steps import VARIANTS, configuration, device_step, small_trai
 from helpers.step_trace import StepTrace, capture_faults, differences
 from torch import Tensor
 
+from engine.comparison.games.penalties import PENALTIES
 from engine.configuration.groups import GROUPS
 from engine.configuration.presets import PRESETS
+
+
+# Other numbers of critic steps; labels that the host picks, and eigenvectors that it finds; half precision that a CPU
+# takes long for.
+NOT_CAPTURED = ("gan-warmup", "improved-gan-classes", "published-mcgan-covariance", "gan-fp16")
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +30,20 @@ def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in NOT_CAPTURED])
 def test_steps_can_be_captured(name: str) -> None:
     assert capture_faults(device_step(small_trainer(configuration(*VARIANTS[name])))) == []
 
 
 def test_every_choice_that_a_step_depends_on_is_among_the_variants() -> None:
     """What is chosen from a list that grows belongs into `VARIANTS` too."""
-    groups = ("method", "networks", "gfmn", "mmd", "matching", "training", "updates")
+    groups = ("method", "networks", "gfmn", "mmd", "critic", "game", "matching", "training", "updates")
     elsewhere = {"kernels", "device", "float32", "layers_from", "dataset", "loader"}
     fields = [entry for name in groups for entry in dataclasses.fields(GROUPS[name]) if entry.name not in elsewhere]
     choices = {entry.name: set(entry.metadata["choices"]) for entry in fields if entry.metadata["choices"]}
     flat = [configuration(*variant).flat() for variant in VARIANTS.values()]
-    assert {name: {settings[name] for settings in flat} for name in choices} == choices
+    assert {name: {settings[name] for settings in flat} - {None} for name in choices} == choices
+    assert {name for settings in flat for name in settings["penalty"]} == set(PENALTIES)
     assert {preset for preset, _ in VARIANTS.values()} == set(PRESETS)
 
 

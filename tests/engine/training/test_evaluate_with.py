@@ -18,7 +18,7 @@ from torch import Tensor
 from engine import train
 from engine.configuration.build import make_generator
 from engine.configuration.config import Config
-from engine.configuration.planning import _outside_steps
+from engine.configuration.modelling import _outside_steps
 from engine.evaluation.judges import EvaluationNetwork
 from engine.generation.saved import load_sampler
 from engine.support.errors import InputError

@@ -20,8 +20,7 @@ WARMUP = 3
 THIS = "tests/engine/training/test_host_sync.py"
 
 
-# frechet's singular values are found by the host: its steps are not captured.
-@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("frechet")])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if configuration(*VARIANTS[name]).needs.captured])
 def test_no_step_waits_and_all_are_the_same(name: str) -> None:
     """What `test_capture.py` shows on a CPU, with what is on the GPU alone: z's copies, rates in tensors."""
     config, changes = configuration(*VARIANTS[name]), []

@@ -19,7 +19,7 @@ from engine.comparison import moment_matching
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import tap_groups
 from engine.configuration.build import bare_extractor
-from engine.generation.networks import BatchNorm2d
+from engine.generation.batch_norm import BatchNorm2d
 from engine.training import arriving
 from engine.training.graphs import EAGER_STEPS, GraphedStep
 from engine.training.ranks import ALONE

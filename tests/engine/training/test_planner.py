@@ -20,7 +20,8 @@ from engine.configuration.build import make_method
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
-from engine.configuration.planning import Planner, choose_chunk, predict
+from engine.configuration.modelling import predict
+from engine.configuration.planning import Planner, choose_chunk
 from engine.configuration.running import make_schedule
 from engine.generation.networks import build_generator
 from engine.support.errors import InputError

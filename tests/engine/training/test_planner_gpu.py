@@ -15,9 +15,10 @@ from helpers.runs import command, same_run
 from torch import nn
 
 from engine import train
-from engine.configuration import planning
+from engine.configuration import modelling, planning
 from engine.configuration.config import Config
-from engine.configuration.planning import TIME_MODEL, Plan, Planner, choose_chunk, predict
+from engine.configuration.modelling import predict
+from engine.configuration.planning import TIME_MODEL, Plan, Planner, choose_chunk
 from engine.evaluation.judges import EvaluationNetwork
 from engine.support.errors import InputError
 from engine.training import planner
@@ -81,16 +82,16 @@ def test_a_gpu_needs_what_a_cpu_needs_and_what_is_beside_it() -> None:
     assert on_gpu.weights == num_bytes(plans.generator, plans.extractor, block=gpu_block) > on_cpu.weights
     assert on_gpu.total == on_gpu.weights + on_gpu.peak + on_gpu.beside
     # Without a graph, samples take of the memory that a step has left.
-    assert LIBRARIES <= on_gpu.beside <= LIBRARIES + planning._outside_steps(config, plans.generator)
+    assert LIBRARIES <= on_gpu.beside <= LIBRARIES + modelling._outside_steps(config, plans.generator)
 
 
 def test_beside_a_graphs_pool_samples_and_evaluations_count_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration()
     plans = Planner(config)
-    monkeypatch.setattr(planning, "_outside_steps", lambda *_: 10**12)
+    monkeypatch.setattr(modelling, "_outside_steps", lambda *_: 10**12)
     found = {}
     for captured in (True, False):
-        monkeypatch.setattr(planning, "is_captured", lambda config, captured=captured: captured)
+        monkeypatch.setattr(modelling, "is_captured", lambda config, captured=captured: captured)
         found[captured] = predict(config, plans.generator, plans.extractor, CUDA)
     assert found[True].beside == 10**12 + LIBRARIES
     assert found[False].beside == 10**12 + LIBRARIES - (found[False].peak - found[False].between_steps)
@@ -110,27 +111,28 @@ def test_drawing_takes_a_copy_of_the_generator_and_its_activations() -> None:
             return z.new_empty(len(z), 3, 32, 32)
 
     expected = gpu_block(4000) + gpu_block(256 * config.networks.nz * 4) + gpu_block(256 * 3 * 32 * 32 * 4)
-    assert planning._outside_steps(config, Flat()) == expected
+    assert modelling._outside_steps(config, Flat()) == expected
 
 
 def test_the_network_that_evaluates_counts() -> None:
     config = configuration(evaluate_every=10, evaluate_extractor="vgg19")
     generator = Planner(config).generator
-    small = planning._outside_steps(config, generator)
-    alone = planning._outside_steps(configuration(), generator)
+    small = modelling._outside_steps(config, generator)
+    alone = modelling._outside_steps(configuration(), generator)
     assert alone < small
     # What cannot judge these images is refused by name, or later by whoever makes the evaluation.
     assert (
-        planning._outside_steps(config.replaced({"evaluate_extractor": "torchvision:inception_v3"}), generator) == alone
+        modelling._outside_steps(config.replaced({"evaluate_extractor": "torchvision:inception_v3"}), generator)
+        == alone
     )
     with pytest.raises(InputError) as error:
-        planning._outside_steps(config.replaced({"evaluate_extractor": "nothing"}), generator)
+        modelling._outside_steps(config.replaced({"evaluate_extractor": "nothing"}), generator)
     assert error.value.argument == "evaluate_extractor"
-    inception = planning._outside_steps(configuration(evaluate_every=10), generator)
+    inception = modelling._outside_steps(configuration(evaluate_every=10), generator)
     # Its 21.8 million weights or more, and the images of 299 pixels with the first layers' maps of 64 × 147 × 147.
     least = 4 * (21_800_000 + 128 * (3 * 299**2 + 2 * 64 * 147**2))
     assert small < least < inception < 3 * 2**30
-    assert inspect.signature(EvaluationNetwork.features).parameters["batch_size"].default == planning._JUDGED_AT_ONCE
+    assert inspect.signature(EvaluationNetwork.features).parameters["batch_size"].default == modelling._JUDGED_AT_ONCE
 
 
 @pytest.mark.parametrize(

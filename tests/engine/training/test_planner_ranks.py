@@ -13,7 +13,8 @@ from helpers.jobs import ends, start_job
 
 from engine.configuration import planning
 from engine.configuration.config import Config
-from engine.configuration.planning import Planner, choose_chunk, predict
+from engine.configuration.modelling import predict
+from engine.configuration.planning import Planner, choose_chunk
 from engine.support.errors import InputError
 from engine.training.planner import RANKS_LIBRARY, Footprint
 from engine.training.ranks import Ranks

@@ -93,13 +93,13 @@ def flipped_and_shifted(images: Tensor, uniform: Tensor) -> Tensor:
     rows and right by ⌊u_2 (2s+1)⌋ − s columns, s = ⌊H/8⌋ and ⌊W/8⌋. So all shifts from −s to s are equally likely.
     Differentiable in the images.
     """
-    count, channels, height, width = images.shape
+    _, channels, height, width = images.shape
     rows = _shifted(height, uniform[:, 1])
     columns = _shifted(width, uniform[:, 2])
     columns = torch.where((uniform[:, 0] < 0.5)[:, None], width - 1 - columns, columns)
-    image = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return images[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    # Not by indices, whose shape PyTorch says may depend on them.
+    found = images.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width))
+    return found.gather(3, columns[:, None, None, :].expand(-1, channels, height, -1))
 
 
 def _shifted(size: int, uniform: Tensor) -> Tensor:
