@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.rows import Row, print_rows, write_json
+from bench.rows import Row, write_json
 from bench.toy import dirac, distances, figures, learners, witness
 from bench.toy.planes import PLANES
 from engine.configuration.command import Parser, run_command
@@ -65,15 +65,9 @@ def of_dirac(workshop: Workshop) -> Sequence[Row]:
 
 def of_distances(workshop: Workshop) -> Sequence[Row]:
     """Distances of point masses and of Gaussians."""
-    points, gaussians, curves = workshop.results(
-        _call, [(distances.point_rows,), (distances.gaussian_rows,), (distances.point_curves,)]
-    )
-    figures.save(workshop.figures / "distances.png", figures.distances(points, curves))
-    return [*points, *gaussians]
-
-
-def _call(function: Callable[[], Any]) -> Any:
-    return function()
+    points = distances.point_rows()
+    figures.save(workshop.figures / "distances.png", figures.distances(points, distances.point_curves()))
+    return [*points, *distances.gaussian_rows()]
 
 
 def of_witness(workshop: Workshop) -> Sequence[Row]:
@@ -120,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         workshop = Workshop(arguments.figures, arguments.steps, pool)
         for name in arguments.only:
             rows = PARTS[name](workshop)
-            write_json(arguments.results / f"toys_{name}_{time.strftime('%Y-%m-%d')}.json", rows)
-            print_rows([row for row in rows if type(row) is type(rows[0])])
+            file = arguments.results / f"toys_{name}_{time.strftime('%Y-%m-%d')}.json"
+            write_json(file, rows)
+            print(f"{name}: {len(rows)} rows in {file}", flush=True)
 
 
 if __name__ == "__main__":

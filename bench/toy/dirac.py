@@ -301,7 +301,7 @@ def measure(game: str, addition: str, update: str, steps: int = STEPS) -> tuple[
         psi=float(path[-1, 1]),
         verdict=verdict,
         decay=decay,
-        known_decay=None if real is None else -real,
+        known_decay=None if real is None else abs(real),
         known=known,
     )
     return row, path

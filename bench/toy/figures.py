@@ -19,7 +19,7 @@ from bench.toy.planes import Plane
 from bench.toy.witness import SIDE, Picture
 from engine.support.files import write_atomically
 
-_DPI, _COLOURS = 80, 24
+_DPI, _COLOURS = 80, 48
 _VERDICTS = {
     "converges": "tab:green",
     "chatters": "yellowgreen",
@@ -36,7 +36,7 @@ def save(path: Path, figure: Figure) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(drawn, format="png", dpi=_DPI)
     picture = Image.open(drawn).convert("RGB")
-    picture.quantize(_COLOURS, dither=Image.Dither.NONE).save(kept, format="png", optimize=True)
+    picture.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(kept, format="png", optimize=True)
     write_atomically(path, kept.getvalue())
 
 
@@ -60,11 +60,8 @@ def dirac(found: Sequence[tuple[DiracRow, np.ndarray]]) -> Figure:
         axes.set_title(name, fontsize=8)
     for axes, game in zip(panels[:, 0], games):
         axes.text(-0.1, 0.5, game, fontsize=8, ha="right", va="center", transform=axes.transAxes)
-    handles = [
+    for index, (verdict, colour) in enumerate(_VERDICTS.items()):
         figure.text(0.2 + 0.13 * index, 0.012, verdict, color=colour, fontsize=8)
-        for index, (verdict, colour) in enumerate(_VERDICTS.items())
-    ]
-    assert handles
     figure.subplots_adjust(left=0.14, right=0.99, top=0.965, bottom=0.035, wspace=0.06, hspace=0.06)
     return figure
 

@@ -144,7 +144,7 @@ DISTANCES: dict[str, tuple[Loss, str]] = {
 """Compared on points as they are, each with a fresh minibatch."""
 FEATURES = ("GFMN, random", "GFMN, trained", "Fréchet, trained")
 """Compared by features of a frozen network."""
-_DISTANCE_STEPS, _DISTANCE_RATE = 2000, 2e-3
+_DISTANCE_STEPS, _DISTANCE_RATE, _CLASSIFIER_STEPS = 2000, 2e-3, 500
 LEARNERS = (*PLAYERS, *DISTANCES, *FEATURES)
 
 
@@ -241,8 +241,8 @@ def measure(law: str, name: str, steps: int | None = None, seed: int = 0) -> tup
         settings, count = player.settings, steps or player.steps
         _play(player, generator, plane, random, count)
     else:
-        loss, settings = _loss(name, plane, random)
         count = steps or _DISTANCE_STEPS
+        loss, settings = _loss(name, plane, random, min(count, _CLASSIFIER_STEPS))
         _descend(loss, generator, plane, random, count)
     with torch.no_grad():
         points = generator(Gaussian(NZ).draw(SAMPLES, seed + 2))
@@ -312,13 +312,13 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float, done: float) -> Non
         group["lr"] = rate * min(1.0, 2 * (1 - done))
 
 
-def _loss(name: str, plane: Plane, random: torch.Generator) -> tuple[Loss, str]:
-    """What a generator without a critic minimises, and the settings in words."""
+def _loss(name: str, plane: Plane, random: torch.Generator, steps: int) -> tuple[Loss, str]:
+    """What a generator without a critic minimises, and the settings in words; a classifier takes `steps` steps."""
     if name in DISTANCES:
         return DISTANCES[name]
     features, trained = Frozen(), name.endswith("trained")
     if trained:
-        _classify(features, plane, random)
+        _classify(features, plane, random, steps)
     features.requires_grad_(False)
     settings = f"{2 * WIDTH} features of a {'classifier of the parts' if trained else 'random network'}"
     if name.startswith("GFMN"):
@@ -326,7 +326,7 @@ def _loss(name: str, plane: Plane, random: torch.Generator) -> tuple[Loss, str]:
     return lambda x, y: frechet(features(x), features(y)), settings
 
 
-def _classify(features: Frozen, plane: Plane, random: torch.Generator, steps: int = 500) -> None:
+def _classify(features: Frozen, plane: Plane, random: torch.Generator, steps: int) -> None:
     """Train the features to tell the law's parts apart."""
     head = nn.Linear(2 * WIDTH, PARTS)
     optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], lr=3e-3)

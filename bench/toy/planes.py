@@ -14,7 +14,7 @@ from torch import Tensor
 PARTS = 8
 """Modes of a law: Gaussians, or pieces of the spiral that are equally long."""
 _CURVE_POINTS = 4000
-_TRANSPORTED = 2000
+_TRANSPORTED = 1000
 _FAIR_SHARE = 0.2
 
 
