@@ -93,7 +93,7 @@ def test_without_a_penalty_eigenvalues_are_imaginary() -> None:
 
 @pytest.mark.parametrize("game", ["minimax", "nonsaturating"])
 def test_r1_converges(game: str) -> None:
-    found = np.linalg.norm(trajectory(game, "r1", 0.2, 400, weight=1.0), axis=1)
+    found = np.linalg.norm(trajectory(game, "r1", 0.2, 250, weight=1.0), axis=1)
     assert found[-1] < 1e-6
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.kernel_pairs import PAIRS
 from helpers.plays import Stream, TwoLayers, WithDecoder, images, play_of
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from engine.comparison.distances.kernels import KERNELS
@@ -222,7 +225,40 @@ def test_ranks_add_up_to_one(name: str, shares: tuple[int, ...]) -> None:
         penalty.terms(play_of(critic, real, fake, slice(start, start + share)))
         for start, share in zip(starts, shares, strict=True)
     ]
-    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-12, atol=1e-12)
+    joined = torch.cat(parts)
+    torch.testing.assert_close(joined, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(COUNT, dtype=torch.float64)
+    of_ranks, of_one = (torch.autograd.grad(terms, critic.w1, upstream) for terms in (joined, expected))
+    torch.testing.assert_close(of_ranks, of_one, rtol=1e-10, atol=1e-12)
+
+
+class _Gathered(torch.autograd.Function):
+    """As rows of other ranks come: with a gradient that can't be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_outputs_of_ranks_are_differentiated_once(name: str) -> None:
+    critic = critic_for(name, 2)
+    play = play_of(critic, images(COUNT, 2, 1), images(COUNT, 2, 2))
+    gathered = replace(
+        play,
+        phi_real=_Gathered.apply(play.phi_real),
+        phi_fake=_Gathered.apply(play.phi_fake),
+        uniform=Stream(COUNT),
+    )
+    found, expected = (
+        torch.autograd.grad(made(name).terms(one).sum(), critic.w1, retain_graph=True)[0] for one in (gathered, play)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in PENALTIES if name not in {"scaled", *WITHOUT_TERMS}])
