@@ -41,7 +41,7 @@ from engine.configuration.build import bare_extractor, make_generator, make_meth
 from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import COMPARING_PRESETS
 from engine.configuration.running import make_schedule
 from engine.training.planner import FakeMode, fake_copy
 from engine.training.run_folder import RunFolder
@@ -203,7 +203,7 @@ def parser() -> Parser:
         prog="python -m bench.dispatches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = arguments.add_argument
-    add("--preset", choices=tuple(PRESETS), default="cifar10", help="default: %(default)s")
+    add("--preset", choices=COMPARING_PRESETS, default="cifar10", help="default: %(default)s")
     add("--extractor", metavar="NAME", help="in place of the preset's")
     add("--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--amp-dtype", choices=("bf16", "fp16", "none"), default="bf16", help="default: %(default)s")

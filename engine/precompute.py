@@ -55,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError("method", f"{config.method.method} compares with no target, so there is none to compute")
         if config.matching.target is not None:
             raise InputError("target", "is what this command writes; name the file with --out")
-        if not config.needs.features:
-            raise InputError("method", f"{config.method.method} compares no features of a frozen network: no target")
         with job_at(out, ranks):
             _precompute(config, out, ranks)
 

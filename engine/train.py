@@ -186,7 +186,8 @@ def build(
         len(dataset) if reference is None else reference.count,
         config.training.batch_size,
     )
-    log.info("%d steps; %s", config.training.steps, usual_steps(config.data.image_size))
+    hint = f"; {usual_steps(config.data.image_size)}" if config.needs.features else ""
+    log.info("%d steps%s", config.training.steps, hint)
     return trainer
 
 

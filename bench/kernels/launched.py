@@ -29,7 +29,7 @@ from engine.comparison.reference.target import MomentsKind, fake_target
 from engine.configuration.build import bare_extractor, make_generator, make_method
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
-from engine.configuration.presets import PRESETS
+from engine.configuration.presets import COMPARING_PRESETS
 from engine.configuration.running import make_schedule
 from engine.methods.matching import Matching
 from engine.representation.build import build_extractor
@@ -117,7 +117,7 @@ def launched() -> Iterator[Call]:
 
 def configurations() -> Iterator[Config]:
     # Presets of the same networks and sizes launch the same.
-    presets = [Config.build(name, {}) for name in PRESETS]
+    presets = [Config.build(name, {}) for name in COMPARING_PRESETS]
     distinct = {(preset.networks.extractor, preset.data.image_size): preset.preset for preset in reversed(presets)}
     in_presets = {name for extractor, _ in distinct for name in extractor.split("+")}
     others = [name for name in (*network_names(), *_TORCHVISION) if name not in in_presets]

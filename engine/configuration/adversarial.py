@@ -79,9 +79,7 @@ class CriticConfig(Settings):
     critic_every: int | None = option(
         None, "and every N-th step as well (WGAN: 500)", at_least=1, metavar="N", since="0.2"
     )
-    critic_many: int = option(
-        100, "how many steps these are", at_least=1, at_most=100_000, metavar="K", since="0.2"
-    )
+    critic_many: int = option(100, "how many steps these are", at_least=1, at_most=100_000, metavar="K", since="0.2")
     critic_optimizer: str | None = option(
         None, "its optimizer (default: the generator's)", choices=tuple(OPTIMIZERS), since="0.2"
     )
@@ -225,8 +223,9 @@ def critic_outputs(config: Config) -> int:
     """How many outputs the critic has."""
     if _is(config, "improved-gan") and config.game.classes is not None:
         return config.game.classes
-    free = config.method.method in ("mmd-gan", "mcgan")
-    return config.critic.critic_outputs or (_FEATURES if free else 1)
+    if config.method.method in ("mmd-gan", "mcgan"):
+        return config.critic.critic_outputs or _FEATURES
+    return 1
 
 
 def check_adversarial(config: Config) -> None:
@@ -234,11 +233,10 @@ def check_adversarial(config: Config) -> None:
     _check_penalties(config)
     critic, game, method = config.critic, config.game, config.method.method
     outputs, needed = critic.critic_outputs, critic_outputs(config)
-    if method not in ("mmd-gan", "mcgan"):
-        fits = outputs in (None, needed)
-        require(fits, "critic_outputs", f"this game of --method {method} needs {needed}, not {outputs}")
-    if method == "began":
-        require(critic.critic == "autoencoder", "critic", f"--method began needs the autoencoder, not {critic.critic}")
+    fits = outputs in (None, needed)
+    require(fits, "critic_outputs", f"this game of --method {method} needs {needed}, not {outputs}")
+    own = (critic.critic == "autoencoder") == (method == "began")
+    require(own, "critic", f"autoencoder is that of --method began, and this is {critic.critic} with {method}")
     if method == "mcgan" and game.match == "covariance":
         more = f"{game.match_directions} are more than the critic's {needed} outputs"
         require(game.match_directions <= needed, "match_directions", more)

@@ -23,6 +23,7 @@ from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset
 
+
 def make_kernel(config: Config) -> kernels.Kernel:
     """The kernel of the critic's outputs."""
     factory, bandwidths = kernels.KERNELS[KERNELS[config.game.kernel]], config.game.bandwidths

@@ -70,6 +70,8 @@ _OF_METHODS |= {
     for name, values in USUAL.items()
 }
 
+COMPARING_PRESETS = tuple(PRESETS)
+"""Those of methods that compare features."""
 PRESETS |= PUBLISHED
 
 
@@ -81,7 +83,7 @@ def preset_for(given: Mapping[str, Any]) -> str:
 
 def usual_steps(image_size: int) -> str:
     """How long the presets whose size is nearest to `image_size` train: what a picture takes, to be told beforehand."""
-    sizes = {name: values.get("image_size", 32) for name, values in PRESETS.items() if name not in PUBLISHED}
+    sizes = {name: PRESETS[name].get("image_size", 32) for name in COMPARING_PRESETS}
     nearest = min(sizes.values(), key=lambda size: abs(size - image_size))
     steps = (f"{PRESETS[name]['steps']:,} ({name})" for name, size in sizes.items() if size == nearest)
     return f"at {nearest}×{nearest} the presets take {', '.join(steps)} steps; the first grids are grey"

@@ -176,7 +176,9 @@ for _values in PUBLISHED.values():
 
 USUAL: dict[str, dict[str, Any]] = {
     "gan": {"lr": 2e-4},
-    "mmd-gan": {name: value for name, value in PUBLISHED["mmd-gan-rq"].items() if name != "steps" and name not in _OFTEN},
+    "mmd-gan": {
+        name: value for name, value in PUBLISHED["mmd-gan-rq"].items() if name != "steps" and name not in _OFTEN
+    },
     "began": {"critic": "autoencoder", "lr": 1e-4},
     "fisher-gan": {"lr": 2e-4, "critic_steps": 2},
     "mcgan": {name: value for name, value in _WGAN.items() if name not in ("critic_warmup", "critic_every")},

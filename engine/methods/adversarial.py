@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class CriticSteps:
         return self.warmup > 0 or self.every is not None
 
 
+ONE_EACH = CriticSteps()
+
+
 class _InPrecision:
     """A critic whose layers compute in a low precision (None for their own), and whose results are in its weights'."""
 
@@ -61,8 +64,9 @@ class _InPrecision:
         self.critic, self.low = critic, low
         weight = next(critic.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        if hasattr(critic, "decode"):
-            self.decode = partial(self._run, critic.decode)
+        decode = getattr(critic, "decode", None)
+        if decode is not None:
+            self.decode = partial(self._run, decode)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Outputs [n, F]."""
@@ -125,7 +129,7 @@ class Adversarial:
         penalties: Sequence[Penalty] = (),
         *,
         batch_size: int,
-        critic_steps: CriticSteps = CriticSteps(),  # noqa: B008: it is frozen
+        critic_steps: CriticSteps = ONE_EACH,
         lr: float,
         betas: tuple[float, float] = (0.5, 0.999),
         optimizer: str = "adam",

@@ -14,7 +14,6 @@ from engine.configuration.config import Config
 from engine.configuration.inputs import open_data
 from engine.reporting.charts import number
 from engine.reporting.neighbours import Features, channel_means
-from engine.representation.zoo import has_perceptual
 from engine.support.errors import InputError
 from engine.support.files import open_safetensors
 from engine.training.run_folder import RunFolder
@@ -59,7 +58,7 @@ class RealImages:
 
 def open_real(run: RunFolder, config: Config, device: torch.device, space: FeatureSpace | None = None) -> RealImages:
     """Open the run's data set and extractor; `space` takes the extractor's place. Of a method without one that is
-    EfficientNet-Lite0's, or else the pixels.
+    EfficientNet-Lite0's.
 
     If one of them is no longer available, this warns, and the page is written without the comparison.
     """
@@ -70,8 +69,7 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
         if trained.get("data_count", str(len(dataset))) != str(len(dataset)):
             changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
         if space is None and not config.needs.features:
-            perceptual = "efficientnet-lite0" if has_perceptual() else "pixels"
-            space = feature_space(perceptual, None, config.data.image_size, device)
+            space = feature_space("efficientnet-lite0", None, config.data.image_size, device)
         if space is None:
             # Batch statistics would let the features of an image depend on the others beside it.
             pretrained = pretrained_files(config, dataset, device, run.extractor)

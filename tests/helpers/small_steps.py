@@ -6,11 +6,12 @@ minibatches are small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
@@ -19,7 +20,7 @@ from engine.configuration.build import bare_extractor, make_generator, make_meth
 from engine.configuration.config import Config
 from engine.configuration.critics import real_labels
 from engine.configuration.groups import GROUPS, field_names
-from engine.configuration.methods import COMPARING, NEEDS
+from engine.configuration.methods import ADVERSARIAL, COMPARING, NEEDS
 from engine.configuration.objectives import blank_reference
 from engine.configuration.presets import PRESETS, preset_method
 from engine.configuration.published import PUBLISHED
@@ -151,6 +152,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
 }
 """Name → preset and settings, of every way to train whose operators or arguments are its own."""
+_ALWAYS = ("gan-minimax", "gan-bf16", "published-wgan-gp", "published-sngan", "published-fisher-gan")
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    """For `parametrize`: variants, of which most that have a critic are slow tests: they are many, and much alike."""
+
+    def is_slow(name: str) -> bool:
+        preset, given = VARIANTS[name]
+        return given.get("method", preset_method(preset)) in ADVERSARIAL and name not in _ALWAYS
+
+    return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in names]
 
 
 def configuration(preset: str, given: dict[str, Any]) -> Config:

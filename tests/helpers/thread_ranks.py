@@ -48,9 +48,7 @@ class ThreadRank(Ranks):
         counts = self._exchange("counts", own)
         return lambda: counts
 
-    def gather(
-        self, features: Tensor, counts: Callable[[], list[int]] | None = None
-    ) -> tuple[Tensor, slice]:
+    def gather(self, features: Tensor, counts: Callable[[], list[int]] | None = None) -> tuple[Tensor, slice]:
         parts = self._exchange("gather", features.detach().clone())
         start = sum(map(len, parts[: self.rank]))
         return torch.cat(parts), slice(start, start + len(features))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engine.configuration import build, methods
 from engine.configuration.config import Config
+from engine.generation.batch_norm import share_batches
 from engine.generation.networks import Generator
 from engine.generation.priors import Noise, make_prior
 from engine.generation.sampling import Sampler
@@ -41,6 +42,8 @@ class TinyCritic:
         self.generator, self.prior = generator, make_prior(config.networks.prior, config.networks.nz)
         self.ranks, self.batch_size, self.critic_steps = ranks, training.batch_size, CRITIC_STEPS
         self.critic = networks["critic"]
+        if ranks.size > 1:
+            share_batches(generator, ranks)
         self.modules = nn.ModuleDict({"generator": generator, **networks})
         self.steps = {name: GradientStep(module, lr=training.lr, ranks=ranks) for name, module in self.modules.items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {name: step.optimizer for name, step in self.steps.items()}
@@ -55,7 +58,9 @@ class TinyCritic:
             self.steps["critic"].take(critic_loss / self.batch_size)
         loss = F.softplus(-self.critic(self._draw(noise))).sum() / self.batch_size
         skipped = self.steps["generator"].take(loss)
-        return {"loss": loss.detach(), "loss_critic": critic_loss.detach() / self.batch_size, SKIPPED: skipped}
+        losses = [loss.detach().clone(), critic_loss.detach() / self.batch_size]
+        self.ranks.sum_(losses)
+        return {"loss": losses[0], "loss_critic": losses[1], SKIPPED: skipped}
 
     def _draw(self, noise: Noise) -> Tensor:
         z = noise.draw(self.prior, self.batch_size)

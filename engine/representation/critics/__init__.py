@@ -87,6 +87,4 @@ def _check(spec: CriticSpec, weights: str | Path | None) -> None:
         if spec.norm != "none":
             raise InputError("critic_norm", f"must be none for {name}, not {spec.norm}")
         if spec.minibatch_discrimination:
-            raise InputError(
-                "minibatch_discrimination", f"leave it out for {name}: no layer of it would see it"
-            )
+            raise InputError("minibatch_discrimination", f"leave it out for {name}: no layer of it would see it")

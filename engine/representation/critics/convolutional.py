@@ -8,6 +8,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.representation.critics.activation import Rectified, rectified
 from engine.representation.critics.critic import CriticSpec, LinearCritic
 
 CRITIC_SIZES = (32, 64, 128)
@@ -37,7 +38,7 @@ class DCGANCritic(LinearCritic):
             layers.append(nn.Conv2d(channels, width, 4, 2, padding=1, bias=not normalised))
             if normalised:
                 layers.append(nn.BatchNorm2d(width))
-            layers.append(nn.LeakyReLU(_SLOPE))
+            layers.append(Rectified(_SLOPE))
         self.layers = nn.Sequential(*layers)
         self.apply(initialise_normal)
 
@@ -47,18 +48,20 @@ class DCGANCritic(LinearCritic):
 
 
 class PooledConv2d(nn.Conv2d):
-    """A 3×3 convolution and 2×2 average pooling after it, as one 4×4 convolution of stride 2.
+    """A convolution (3×3 or 1×1, zeros around the images) and 2×2 average pooling after it, as one of stride 2.
 
-    The mean of four neighbours of Σ_k w_k x_{i+k} is one sum over 4×4 inputs, whose weights are the means of four
-    neighbours of w, zeros around it. The same numbers at 16/36 of the work, and no map at the full size.
+    The mean of four neighbours of Σ_k w_k x_{i+k} is one sum over 4×4 (2×2) inputs, whose weights are the means of four
+    neighbours of w, zeros around it. The same numbers as of a 3×3 convolution at 16/36 of the work, and no map at the
+    full size. Pooling of its own would also send zeros back where a penalty is differentiated twice, see `rectified`.
     """
 
-    def __init__(self, channels: int, width: int):
-        super().__init__(channels, width, 3, padding=1)
+    def __init__(self, channels: int, width: int, side: int):
+        super().__init__(channels, width, side, padding=side // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] to [N, width, H/2, W/2]."""
-        return F.conv2d(x, F.avg_pool2d(self.weight, 2, stride=1, padding=1), self.bias, stride=2, padding=1)
+        weight = F.avg_pool2d(self.weight, 2, stride=1, padding=1)
+        return F.conv2d(x, weight, self.bias, stride=2, padding=self.padding)
 
 
 class DownsamplingBlock(nn.Module):
@@ -74,20 +77,22 @@ class DownsamplingBlock(nn.Module):
 
     def __init__(self, channels: int, width: int, *, halves: bool, first: bool, batch_norm: bool):
         super().__init__()
-        self.halves, self.first = halves, first
+        self.first = first
         inner = width if first else channels
         self.bn1 = nn.BatchNorm2d(channels) if batch_norm and not first else nn.Identity()
         self.conv1 = nn.Conv2d(channels, inner, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(inner) if batch_norm else nn.Identity()
-        self.conv2 = PooledConv2d(inner, width) if halves else nn.Conv2d(inner, width, 3, padding=1)
-        self.shortcut = nn.Conv2d(channels, width, 1) if halves or channels != width else nn.Identity()
+        self.conv2 = PooledConv2d(inner, width, 3) if halves else nn.Conv2d(inner, width, 3, padding=1)
+        self.shortcut: nn.Module = nn.Identity()
+        if halves:
+            self.shortcut = PooledConv2d(channels, width, 1)
+        elif channels != width:
+            self.shortcut = nn.Conv2d(channels, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] to [N, width, H/2, W/2], or [N, width, H, W] if it doesn't halve."""
-        out = self.conv1(x if self.first else F.relu(self.bn1(x)))
-        out = self.conv2(F.relu(self.bn2(out)))
-        # Pooling before the 1×1 convolution: the same numbers at a quarter of the work.
-        return out + self.shortcut(F.avg_pool2d(x, 2) if self.halves else x)
+        out = self.conv1(x if self.first else rectified(self.bn1(x)))
+        return self.conv2(rectified(self.bn2(out))) + self.shortcut(x)
 
 
 _RESNET_WIDTHS = {
@@ -118,7 +123,7 @@ class ResNetCritic(LinearCritic):
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to [N, C], summed over positions."""
-        return F.relu(self.blocks(images)).sum(dim=(2, 3))
+        return rectified(self.blocks(images)).sum(dim=(2, 3))
 
 
 def initialise_normal(module: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from helpers.adversaries import (
     CLASSES,
-    DoubleGaussian,
     NZ,
     SIZE,
+    DoubleGaussian,
     TinyCritic,
     TinyGenerator,
     real_batches,
@@ -29,9 +27,7 @@ from engine.comparison.games import GAMES, Game
 from engine.comparison.games.penalties import PENALTIES, Penalty
 from engine.generation.priors import Noise
 from engine.methods.adversarial import Adversarial, CriticSteps
-from engine.support.errors import InputError
 from engine.training.ranks import Ranks
-from pipelines import Batch
 
 N, SEED = 5, 21
 RATES: dict[str, Any] = {"lr": 1e-2, "betas": (0.4, 0.9)}
@@ -216,7 +212,14 @@ def method(
     generator, critic = tiny_networks(outputs, **(networks or {}))
     rates = {**RATES, "critic_lr": CRITIC_RATES["lr"], "critic_betas": CRITIC_RATES["betas"]}
     return Adversarial(
-        generator, critic, DoubleGaussian(NZ), game, penalties, batch_size=N, labels=real_labels(), **{**rates, **options}
+        generator,
+        critic,
+        DoubleGaussian(NZ),
+        game,
+        penalties,
+        batch_size=N,
+        labels=real_labels(),
+        **{**rates, **options},
     )
 
 

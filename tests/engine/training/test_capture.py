@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_steps import VARIANTS, configuration, device_step, small_trainer
+from helpers.small_steps import VARIANTS, configuration, device_step, marked, small_trainer
 from helpers.step_trace import StepTrace, capture_faults, differences
 from torch import Tensor
 
 from engine.comparison.games.penalties import PENALTIES
 from engine.configuration.groups import GROUPS
 from engine.configuration.presets import PRESETS
-
 
 # Other numbers of critic steps; labels that the host picks, and eigenvectors that it finds; half precision that a CPU
 # takes long for.
@@ -30,7 +29,7 @@ def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in NOT_CAPTURED])
+@pytest.mark.parametrize("name", marked([name for name in VARIANTS if name not in NOT_CAPTURED]))
 def test_steps_can_be_captured(name: str) -> None:
     assert capture_faults(device_step(small_trainer(configuration(*VARIANTS[name])))) == []
 

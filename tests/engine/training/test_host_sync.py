@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.host_waits import fake_cuda, fake_cuda_trainer, host_waits, run_backward
-from helpers.small_steps import VARIANTS, configuration, device_step, small_trainer
+from helpers.small_steps import VARIANTS, configuration, device_step, marked, small_trainer
 from helpers.step_trace import capture_faults
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -20,7 +20,7 @@ WARMUP = 3
 THIS = "tests/engine/training/test_host_sync.py"
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if configuration(*VARIANTS[name]).needs.captured])
+@pytest.mark.parametrize("name", marked([name for name in VARIANTS if configuration(*VARIANTS[name]).needs.captured]))
 def test_no_step_waits_and_all_are_the_same(name: str) -> None:
     """What `test_capture.py` shows on a CPU, with what is on the GPU alone: z's copies, rates in tensors."""
     config, changes = configuration(*VARIANTS[name]), []

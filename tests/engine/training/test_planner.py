@@ -15,7 +15,7 @@ import torch
 from bench.rows import peak_memory
 from engine import train
 from engine.comparison.distances.moments import Moments
-from engine.configuration import planning
+from engine.configuration import modelling, planning
 from engine.configuration.build import make_method
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
@@ -114,7 +114,7 @@ def test_no_chunk_is_left_out_that_would_need_more(monkeypatch: pytest.MonkeyPat
     config = configuration(chunk_size=2)
     plans = Planner(config)
     some = predicted(config, plans)
-    monkeypatch.setattr(planning, "_MODELLED_CHUNKS", 100)
+    monkeypatch.setattr(modelling, "_MODELLED_CHUNKS", 100)
     assert predicted(config, plans) == some
 
 

@@ -173,7 +173,7 @@ def test_free_memory_of_a_gpu_decides(monkeypatch: pytest.MonkeyPatch, caplog: p
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**12))
     per_image, asked = 10, []
 
-    def predicted(config: Config, generator: object, extractor: object, device: torch.device, size: int) -> Footprint:
+    def predicted(config: Config, generator: object, extractor: object, device: torch.device, *_: object) -> Footprint:
         asked.append(device)
         return Footprint(50, 0, per_image * (config.matching.chunk_size or config.training.batch_size), 200)
 

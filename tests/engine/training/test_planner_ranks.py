@@ -84,7 +84,7 @@ def test_ranks_take_the_smallest_chunk_of_all(
     budget: int, theirs: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def footprint(config: Config, *rest: Any) -> Footprint:
-        assert rest[-1] == 2, "predicted for two ranks"
+        assert rest[3] == 2, "predicted for two ranks"
         return Footprint(0, 0, 100 + 10 * (config.matching.chunk_size or 8))
 
     monkeypatch.setattr(planning, "predict", footprint)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from helpers.host_waits import fake_cuda_trainer, host_waits
 from helpers.jobs import ends, start_ranks
 from helpers.recorded_graphs import RecordedGraphs, RecordedLane
-from helpers.runs import command, metrics
+from helpers.runs import command, metrics, start
 from helpers.small_steps import configuration, device_step, small_trainer
 from helpers.step_trace import capture_faults
 from helpers.tiny_critic import NAME, TinyCritic, register
@@ -34,6 +36,8 @@ from kernels import reference
 from pipelines import ImageStream
 
 STEPS = 8
+REGISTERED = "import pytest\nfrom helpers.tiny_critic import register\nregister(pytest.MonkeyPatch())"
+"""What a command in a process of its own has to do first."""
 NAMES = ("step", "loss", "loss_critic")
 
 
@@ -85,11 +89,10 @@ def same(one: Path, other: Path) -> bool:
     return files[0].read_bytes() == files[1].read_bytes() and metrics(one, NAMES) == metrics(other, NAMES)
 
 
-@pytest.mark.parametrize("stop", [3, 6])
-def test_resumed_equals_uninterrupted(whole: tuple[str, Path], stop: int, photos: Path, tmp_path: Path) -> None:
-    """A step takes two minibatches of an epoch's seven, so an epoch ends in the middle of one."""
-    run = tmp_path / "run"
-    train.main([*flags_of(photos, whole[0]), "--steps", str(stop), "--out", str(run)])
+def test_resumed_equals_uninterrupted(whole: tuple[str, Path], photos: Path, tmp_path: Path) -> None:
+    """A step takes two minibatches of an epoch's seven, so an epoch ends in the middle of the fourth."""
+    run, stop = tmp_path / "run", {"torch": "3", "dali": "6"}[whole[0]]
+    train.main([*flags_of(photos, whole[0]), "--steps", stop, "--out", str(run)])
     train.main(["--resume", "--steps", str(STEPS), "--out", str(run)])
     assert same(run, whole[1])
     assert not list(run.glob("target*"))
@@ -253,11 +256,14 @@ def test_a_plan_and_a_budget(flags: list[str], capsys) -> None:
     assert found.between_steps > 3 * num_bytes(planner.generator), "Adam's two, and gradients"
 
 
-def test_what_comes_after_training(whole: tuple[str, Path], tmp_path: Path, capsys) -> None:
-    name, run = whole
-    if name == "dali":
-        pytest.skip("one loader's run is enough")
+@pytest.mark.slow
+def test_what_comes_after_training(flags: list[str], tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
+    pytest.importorskip("torch_fidelity")
+    run = tmp_path / "run"
+    judged = ["--evaluate-every", "4", "--evaluate-samples", "8", "--evaluate-extractor", "efficientnet-lite0"]
+    train.main([*flags, *judged, "--out", str(run)])
+    assert (run / "generator_best.safetensors").exists()
     sample.main(["--run", str(run), "--count", "3", "--out", str(tmp_path / "samples.npy")])
     assert np.load(tmp_path / "samples.npy").shape == (3, 32, 32, 3)
     report.main(["--run", str(run), "--out", str(tmp_path / "report.html")])
@@ -268,23 +274,51 @@ def test_what_comes_after_training(whole: tuple[str, Path], tmp_path: Path, caps
 
 
 @pytest.mark.slow
-def test_evaluated_in_training(flags: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("torch_fidelity")
-    judged = ["--evaluate-every", "4", "--evaluate-samples", "8", "--evaluate-extractor", "efficientnet-lite0"]
-    train.main([*flags, *judged, "--out", str(tmp_path / "run")])
-    assert (tmp_path / "run" / "generator_best.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_two_then_one_then_three_ranks(flags: list[str], tmp_path: Path) -> None:
+def test_two_then_one_then_three_ranks(flags: list[str], pictures: Path, tmp_path: Path) -> None:
     run, alone = tmp_path / "run", tmp_path / "alone"
-    clean = [*flags, "--lr", "1e-6", "--batch-size", "6"]
+    clean = [*flags, "--data", str(pictures), "--lr", "1e-6", "--batch-size", "6"]
     train.main([*clean, "--out", str(alone)])
-    code = "import pytest, sys\nfrom helpers.tiny_critic import register\nregister(pytest.MonkeyPatch())\n"
-    code += "from engine import train\nfrom engine.configuration.command import run_command\nrun_command(train.main)"
+    code = f"{REGISTERED}\nfrom engine import train\nfrom engine.configuration.command import run_command\n"
+    code += "run_command(train.main)"
     for ranks, steps in ((2, 3), (1, 5), (3, STEPS)):
         argv = [*clean, "--steps", str(steps)] if steps == 3 else ["--resume", "--steps", str(steps)]
         for status, errors in ends(start_ranks([["-c", code, *argv, "--out", str(run)]] * ranks)):
             assert status == 0, errors
     for ours, theirs in zip(metrics(run, NAMES), metrics(alone, NAMES), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_killed_anywhere(flags: list[str], tmp_path: Path) -> None:
+    """kill -9, of a run that reads on while it is killed."""
+    draw, whole, run = random.Random(0), tmp_path / "whole", tmp_path / "run"
+    train.main([*flags, "--out", str(whole)])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    for kill in (True, True, True, False):
+        argv = ["--resume", "--out", str(run)] if (run / "config.json").exists() else [*flags, "--out", str(run)]
+        process = start(argv, f"{REGISTERED}\n{SLOWLY}", PYTHONPATH=path)
+        steps, deadline = len(lines(run)) + draw.randint(1, 2), time.monotonic() + 60
+        while kill and len(lines(run)) < steps and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if kill:
+            time.sleep(draw.uniform(0, 0.2))
+            process.kill()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if kill else 0), errors
+    assert same(run, whole)
+
+
+SLOWLY = """
+import time
+from pipelines import ImageStream
+read = ImageStream.__next__
+def read_slowly(stream):
+    time.sleep(0.05)
+    return read(stream)
+ImageStream.__next__ = read_slowly
+"""
+
+
+def lines(run: Path) -> list[str]:
+    log = run / "metrics.jsonl"
+    return log.read_text().splitlines() if log.exists() else []

@@ -1,0 +1,229 @@
+"""Adversarial runs from outside: resumed bit for bit, divergence by name, one line for what makes no sense."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.jobs import ends, start_job
+from helpers.runs import command, metrics
+from helpers.small_steps import configuration, small_trainer
+from torch import Tensor
+
+from engine import precompute, train
+from engine.comparison.games.adversarial import Scalar
+from engine.configuration.config import Config
+from engine.configuration.train_command import train_command
+from engine.support.errors import InputError
+from engine.training.divergence import Divergence
+from engine.training.trainer import Trainer
+from kernels import reference
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+SMALL: dict[str, Any] = {"batch_size": 3, "critic_steps": 1}
+RESUMED: dict[str, dict[str, Any]] = {
+    "all at once": {
+        "method": "fisher-gan",
+        "fisher_rho": 0.1,
+        "critic_norm": "spectral",
+        "penalty": ["gradient"],
+        "critic_warmup": 3,
+        "critic_many": 2,
+        "critic_optimizer": "rmsprop",
+    },
+    "began": {"method": "began", "began_rate": 0.1, "amp": True},
+    "mmd": {"method": "mmd-gan", "critic_steps": 2},
+    "half precision": {"method": "gan", "amp": True, "amp_dtype": "fp16", "critic_norm": "batch"},
+    "labels": {"method": "improved-gan", "classes": 3, "minibatch_discrimination": True},
+}
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    parts = trainer._checkpoint().parts
+    return {f"{part}.{name}": tensor.clone() for part, state in parts.items() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "all at once" else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
+def test_resumed_equals_uninterrupted(name: str) -> None:
+    """Bit for bit: weights, spectral vectors, Λ or k, both optimizers, the place among images and random numbers."""
+    config = configuration("digits", {**SMALL, **RESUMED[name]})
+    whole, first, second = (small_trainer(config) for _ in range(3))
+    for _ in range(5):
+        whole.train_step()
+    for _ in range(2):
+        first.train_step()
+    second.restore(first._checkpoint())
+    before = everything(second)
+    for _ in range(3):
+        second.train_step()
+    found, expected = everything(second), everything(whole)
+    assert found.keys() == expected.keys()
+    different = [key for key in expected if not torch.equal(found[key], expected[key])]
+    assert different == []
+    parts = {key.split(".")[0] for key in before if not torch.equal(before[key], found[key])}
+    assert parts >= {"generator", "critic", "optimizer", "images", "random", "ema"}
+    if name == "all at once":
+        changed = {key for key in before if not torch.equal(before[key], found[key])}
+        assert {"method.game.multiplier", "method.steps"} <= changed
+        assert any(key.endswith(".0.u") for key in changed), "spectral vectors"
+
+
+@pytest.mark.slow
+def test_a_run_trains_and_resumes(pictures: Path, tmp_path: Path) -> None:
+    text = f"""--preset r1 --data {pictures} --batch-size 4 --nz 8 --generator dcgan --critic dcgan --loader torch
+        --log-every 1 --checkpoint-every 2 --threads 1 --generator-ema .5"""
+    flags, names = text.split(), ("step", "loss", "critic_loss", "penalty")
+    train.main([*flags, "--steps", "3", "--out", str(tmp_path / "whole")])
+    train.main([*flags, "--steps", "1", "--out", str(tmp_path / "run")])
+    train.main(["--resume", "--steps", "3", "--out", str(tmp_path / "run")])
+    assert metrics(tmp_path / "run", names) == metrics(tmp_path / "whole", names)
+    whole, resumed = (tmp_path / run / "generator.safetensors" for run in ("whole", "run"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    config = Config.load(tmp_path / "run" / "config.json")
+    assert (config.updates.optimizer, config.training.lr, config.critic.penalty_weight) == ("rmsprop", 1e-4, (10.0,))
+
+
+def test_a_critic_that_diverges_is_named(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = itertools.count(1), Scalar.critic_loss
+    spoilt = lambda *given: loss(*given) * (math.nan if next(calls) == 2 else 1)  # noqa: E731
+    monkeypatch.setattr(Scalar, "critic_loss", spoilt)
+    text = f"""--method gan --game hinge --data {pictures} --batch-size 4 --nz 8 --steps 4
+        --loader torch --checkpoint-every 1 --threads 1 --out {tmp_path / "run"}"""
+    code, errors = command(train.main, text.split(), capsys)
+    assert code == 2
+    line = errors.splitlines()[-1]
+    assert line.startswith("error: --critic-lr: the critic's loss became NaN or infinite at step 2; the last good ")
+    assert "step_00000001.safetensors" in line
+
+
+def test_what_diverged_first_is_found() -> None:
+    """The critic takes its step first; one skipped step too many counts for the network that skipped."""
+    bad, good = torch.tensor(math.nan), torch.tensor(1.0)
+
+    def seen(*steps: dict[str, Tensor]) -> Divergence:
+        divergence = Divergence(("generator", "critic"), torch.device("cpu"), 1, reference)
+        for step in steps:
+            divergence.take_in({"loss": good, "critic_loss": good, **step})
+        return divergence
+
+    assert seen({}, {}).found(2) is None
+    assert seen({}, {"loss": bad}).found(2) == ("generator", "the generator's loss", 2)
+    assert seen({}, {"loss": bad, "critic_loss": bad}).found(2) == ("critic", "the critic's loss", 2)
+    assert seen({"loss": bad}, {"critic_loss": bad}).found(2) == ("generator", "the generator's loss", 1)
+    skipping = {"critic_skipped": torch.tensor(1.0), "skipped": torch.tensor(0.0)}
+    twice = seen(skipping, skipping)
+    assert twice.found(2) == ("critic", "the critic's gradient, 2 times in a row,", 2)
+    assert twice.totals() == {"critic_skipped_steps": 2}
+    again = seen()
+    again.load_state_dict(twice.state_dict(), 7)
+    assert again.found(7) == ("critic", "the critic's gradient, 2 times in a row,", 7)
+
+
+GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ([*GAN, "--penalty", "gradient", "--critic-norm", "batch"], "--critic-norm: --penalty gradient needs each"),
+        (["--preset", "dcgan", "--penalty", "r1"], "--critic-norm: --penalty r1 needs each image's own derivative"),
+        ([*MMD, "--scaled", "--critic-norm", "batch"], "--critic-norm: --penalty scaled needs each image's own"),
+        ([*GAN, "--penalty", "r1", "--minibatch-discrimination"], "--minibatch-discrimination: --penalty r1 needs"),
+        ([*GAN, "--penalty", "clip", "--critic-norm", "spectral"], "--penalty: clip bounds weights that"),
+        ([*GAN, "--penalty", "witness"], "--penalty: witness is of kernels: it belongs to --method mmd-gan"),
+        ([*GAN, "--penalty", "autoencode"], "--penalty: autoencode needs a critic that draws images again"),
+        ([*GAN, "--penalty", "r2"], "--penalty: 'r2' is not one of none, scaled, clip"),
+        ([*GAN, "--penalty", "r1", "--penalty-weight", "1", "2"], "--penalty-weight: 2 given for 1 penalty"),
+        ([*GAN, "--critic-outputs", "16"], "--critic-outputs: this game of --method gan needs 1, not 16"),
+        (["--method", "improved-gan", "--classes", "3", "--critic-outputs", "1"], "--critic-outputs: this game of"),
+        (["--method", "improved-gan", "--classes", "3"], "--classes: images has no labels; leave it out"),
+        (["--method", "began", "--critic", "dcgan"], "--critic: autoencoder is that of --method began"),
+        ([*GAN, "--critic", "autoencoder"], "--critic: autoencoder is that of --method began"),
+        ([*MMD, "--kernel", "distance", "--scaled"], "--kernel: distance has a kink"),
+        (["--method", "mcgan", "--match", "covariance", "--match-directions", "99"], "--match-directions: 99 are more"),
+        ([*GAN, "--kernel", "rbf"], "--kernel: belongs to --method mmd-gan, and this is --method gan"),
+        (["--preset", "sngan", "--method", "mmd"], "--method: the preset sngan is one of --method gan"),
+        ([*GAN, "--extractor", "vgg19"], "--extractor: belongs to the methods that compare features"),
+        (["--critic-steps", "5"], "--critic-steps: belongs to --method gan or mmd-gan"),
+        ([*GAN, "--batch-size", "64"], "--batch-size: 64 is more than the"),
+        ([*GAN, "--critic", "resnet9"], "--critic: 'resnet9' is not known"),
+        ([*GAN, "--optimizer", "rmsprop", "--weight-decay", "1"], "--weight-decay: --optimizer rmsprop has none"),
+    ],
+)
+def test_bad_input_is_one_line(
+    given: list[str], line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"--data {pictures} --batch-size 4 --nz 8 --loader torch --threads 1 --steps 1"
+    code, errors = command(train.main, [*text.split(), *given, "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert line in errors.splitlines()[-1]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--preset", "sngan", "--data", str(pictures), "--out", str(tmp_path / "target.safetensors")]
+    code, errors = command(precompute.main, flags, capsys)
+    assert (code, "--method: gan compares with no target" in errors.splitlines()[-1]) == (2, True)
+
+
+def test_recipes_are_short_on_the_digits_alone() -> None:
+    digits, own = Config.build("sngan", {}), Config.build("sngan", {"data": "photos/"})
+    assert (digits.data.dataset, digits.training.steps < 1000, digits.updates.lr_schedule) == (
+        "digits",
+        True,
+        "constant",
+    )
+    assert (own.data.dataset, own.training.steps, own.updates.lr_schedule) == ("images", 100_000, "linear")
+    assert (own.training.beta1, own.critic.critic_steps, own.critic.critic_norm) == (0.0, 5, "spectral")
+    assert Config.build("sngan", {"dataset": "cifar10"}).training.steps == 100_000
+
+
+def test_another_penalty_has_its_own_weight() -> None:
+    assert Config.build("wgan", {"penalty": ["consistency"]}).critic.penalty_weight == ()
+    assert Config.build("wgan", {}).critic.penalty_weight == (0.01,)
+    assert Config.build("wgan", {}).replaced(
+        {"penalty": ["consistency"], "penalty_weight": [3]}
+    ).critic.penalty_weight == (3.0,)
+    with pytest.raises(InputError, match="2 given for 1 penalty"):
+        Config.build("mmd-gan-rq", {"penalty": ["witness"], "penalty_weight": [1, 1]})
+
+
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [
+        ("sngan", {"data": "photos", "steps": 250}),
+        ("sngan", {"steps": 300, "critic_lr": 3e-4}),
+        ("digits", {"method": "mmd-gan", "scaled": True, "kernel": "rq*"}),
+        ("wgan", {"dataset": "cifar10"}),
+    ],
+)
+def test_the_command_line_repeats_the_run(preset: str, given: dict[str, Any]) -> None:
+    """With the same data the preset's values are others than on the digits."""
+    config = Config.build(preset, given)
+    words = shlex.split(train_command(config))
+    arguments = train.parser().parse_args(words[words.index("engine.train") + 1 :])
+    assert train.configure(arguments) == config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["wgan-gp", "mmd-gan-rq", "fisher-gan"])
+def test_two_processes_train_the_run_of_one(preset: str, pictures: Path, tmp_path: Path) -> None:
+    """In float32; test_adversarial.py has the same in float64."""
+    text = f"""--preset {preset} --data {pictures} --batch-size 5 --nz 8 --generator dcgan --critic dcgan --loader torch
+        --critic-steps 2 --steps 3 --log-every 1 --threads 1 --device cpu --lr 1e-5"""
+    names = ("step", "loss", "critic_loss")
+    train.main([*text.split(), "--out", str(tmp_path / "one")])
+    for status, errors in ends(start_job(2, ["-m", "engine.train", *text.split(), "--out", str(tmp_path / "two")])):
+        assert status == 0, errors
+    for ours, theirs in zip(metrics(tmp_path / "two", names), metrics(tmp_path / "one", names), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
