@@ -52,8 +52,13 @@ def rates(results: Results) -> str:
 def updates(results: Results) -> str:
     """Other ways to take steps."""
     lines = [
-        [f"`{row['game']}`", row["addition"], row["update"], f"({_number(row['theta'])}, {_number(row['psi'])})"]
-        + [row["verdict"]]
+        [
+            f"`{row['game']}`",
+            row["addition"],
+            row["update"],
+            f"({_number(row['theta'])}, {_number(row['psi'])})",
+            row["verdict"],
+        ]
         for row in results.rows
         if row["update"] != "in turns"
     ]

@@ -36,7 +36,8 @@ def save(path: Path, figure: Figure) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(drawn, format="png", dpi=_DPI)
     picture = Image.open(drawn).convert("RGB")
-    picture.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(kept, format="png", optimize=True)
+    picture = picture.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture.save(kept, format="png", optimize=True)
     write_atomically(path, kept.getvalue())
 
 
