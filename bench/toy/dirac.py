@@ -156,7 +156,7 @@ class Duel:
         if not self.addition.consensus:
             return own(theta, psi).item()
         slopes = self.critic_slope(theta, psi, graph=True), self.generator_slope(theta, psi, graph=True)
-        half = sum(slope.square() for slope in slopes) / 2
+        half = (slopes[0].square() + slopes[1].square()) / 2
         towards = _slope(half, psi if of_critic else theta, False)
         return (slopes[0 if of_critic else 1] + self.addition.consensus * towards).item()
 

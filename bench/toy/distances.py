@@ -125,7 +125,7 @@ def point_rows() -> list[DistanceRow]:
     return [_point_row(*case) for case in _of_points()]
 
 
-def point_curves(count: int = 61) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def point_curves(count: int = 41) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Name → `count` θ from −3 to 3, and the distance of δ_0 and δ_θ there."""
     thetas = np.linspace(-3, 3, count)
     return {
