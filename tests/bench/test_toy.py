@@ -148,7 +148,8 @@ def test_learners_learn(name: str) -> None:
 def test_every_learner_takes_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And parts are drawn, without the processes that the command has."""
     monkeypatch.setattr(learners, "SAMPLES", 60)
-    monkeypatch.setattr(dirac, "GAMES", {name: dirac.GAMES[name] for name in ("hinge", "began", "mmd")})
+    played = [(*pair, "in turns", 9) for pair in (("hinge", "r1"), ("began", "nothing"), ("mmd", "scaled"))]
+    monkeypatch.setattr(dirac, "cases", lambda: played)
     workshop = Workshop(tmp_path, 6)
     rows = {part: PARTS[part](workshop) for part in ("dirac", "witness", "spiral")}
     assert [row.name for row in rows["spiral"]] == ["real", *learners.LEARNERS]
