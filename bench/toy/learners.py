@@ -15,9 +15,9 @@ from bench.rows import Row
 from bench.toy.planes import PARTS, PLANES, Drawing, Plane, judge
 from engine.comparison.averagers import AMA, BatchMoments, TargetMoments
 from engine.comparison.distances import (
+    Frechet,
     drifting,
     energy_distance,
-    frechet,
     kernels,
     mmd,
     sinkhorn,
@@ -136,15 +136,16 @@ DISTANCES: dict[str, tuple[Loss, str]] = {
     "MMD": (partial(mmd, kernel=_WIDTHS), "Gaussians, σ = 0.1, 0.3, 1"),
     "GMMN": (_root_mmd, "√MMD², the same"),
     "energy": (energy_distance, ""),
-    "Sinkhorn": (partial(sinkhorn, epsilon=0.02, iterations=50, tolerance=None), "ε = 0.02"),
+    "Sinkhorn": (partial(sinkhorn, epsilon=0.02, iterations=20, tolerance=None), "ε = 0.02, 20 iterations"),
     "sliced W": (lambda x, y: sliced_wasserstein(x, y, 32), "32 directions"),
     "drifting": (drifting, ""),
-    "Fréchet": (frechet, "points as they are"),
 }
 """Compared on points as they are, each with a fresh minibatch."""
-FEATURES = ("GFMN, random", "GFMN, trained", "Fréchet, trained")
-"""Compared by features of a frozen network."""
+FEATURES = ("GFMN, random", "GFMN, trained", "Fréchet, points", "Fréchet, trained")
+"""Compared by moments of many real points, of features of a frozen network or of the points themselves."""
 _DISTANCE_STEPS, _DISTANCE_RATE, _CLASSIFIER_STEPS = 2000, 2e-3, 500
+_FEWER_STEPS = {"Sinkhorn": 500, "drifting": 1000, "Fréchet, trained": 800}  # they take longer
+_TARGETS = 20_000
 LEARNERS = (*PLAYERS, *DISTANCES, *FEATURES)
 
 
@@ -219,7 +220,7 @@ class MomentLoss:
     def __init__(self, features: nn.Module, plane: Plane, random: torch.Generator):
         self.features = features
         with torch.no_grad():
-            variance, mean = torch.var_mean(features(plane.draw(20_000, random)), dim=0)
+            variance, mean = torch.var_mean(features(plane.draw(_TARGETS, random)), dim=0)
         self.target, self.averager = TargetMoments(mean, variance), AMA(1e-2)
         self.averager.reset(len(mean))
 
@@ -241,7 +242,7 @@ def measure(law: str, name: str, steps: int | None = None, seed: int = 0) -> tup
         settings, count = player.settings, steps or player.steps
         _play(player, generator, plane, random, count)
     else:
-        count = steps or _DISTANCE_STEPS
+        count = steps or _FEWER_STEPS.get(name, _DISTANCE_STEPS)
         loss, settings = _loss(name, plane, random, min(count, _CLASSIFIER_STEPS))
         _descend(loss, generator, plane, random, count)
     with torch.no_grad():
@@ -316,6 +317,9 @@ def _loss(name: str, plane: Plane, random: torch.Generator, steps: int) -> tuple
     """What a generator without a critic minimises, and the settings in words; a classifier takes `steps` steps."""
     if name in DISTANCES:
         return DISTANCES[name]
+    if name == "Fréchet, points":
+        of_points = Frechet.of(plane.draw(_TARGETS, random))
+        return lambda x, y: of_points(x), ""
     features, trained = Frozen(), name.endswith("trained")
     if trained:
         _classify(features, plane, random, steps)
@@ -323,7 +327,9 @@ def _loss(name: str, plane: Plane, random: torch.Generator, steps: int) -> tuple
     settings = f"{2 * WIDTH} features of a {'classifier of the parts' if trained else 'random network'}"
     if name.startswith("GFMN"):
         return MomentLoss(features, plane, random), settings
-    return lambda x, y: frechet(features(x), features(y)), settings
+    with torch.no_grad():
+        distance = Frechet.of(features(plane.draw(_TARGETS, random)))
+    return lambda x, y: distance(features(x)), settings
 
 
 def _classify(features: Frozen, plane: Plane, random: torch.Generator, steps: int) -> None:
