@@ -17,15 +17,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.pages import kernels, methods, performance, photographs, ranks
+from bench.pages import kernels, methods, performance, photographs, ranks, toys
 from bench.pages.regions import fill, read_results
 from engine.configuration.command import Parser, run_command
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("performance.md", "kernels.md", "methods.md", "photographs.md")
-TABLES = {**performance.TABLES, **kernels.TABLES, **methods.TABLES, **photographs.TABLES, **ranks.TABLES}
+PAGES = ("performance.md", "kernels.md", "methods.md", "photographs.md", "toys.md")
+TABLES = {
+    **performance.TABLES,
+    **kernels.TABLES,
+    **methods.TABLES,
+    **photographs.TABLES,
+    **ranks.TABLES,
+    **toys.TABLES,
+}
 
 
 def write(name: str, results: Path) -> str:
