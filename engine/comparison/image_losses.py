@@ -34,9 +34,9 @@ def pixel_errors(drawn: Tensor, real: Tensor) -> Tensor:
 
 
 def laplacian_pyramid(images: Tensor, levels: int | None = None) -> list[Tensor]:
-    """The Laplacian pyramid of images [n, C, H, W]: `levels` bands, from fine to coarse, and what is left of them.
+    """The Laplacian pyramid of images [n, C, H, W]: `levels` bands L_l, from fine to coarse, and the G_l that is left.
 
-        G_0 = x    G_l+1 = every second pixel of (w ∗ G_l)    L_l = G_l − 4 w ∗ (G_l+1 with zeros between)    L_last = G_last
+        G_0 = x        G_l+1 = every second pixel of w ∗ G_l        L_l = G_l − 4 w ∗ (G_l+1 with zeros between)
 
     w is the binomial filter (1, 4, 6, 4, 1) / 16 along columns and rows, and images are mirrored at their border pixels
     (Burt & Adelson 1983, with its a = 3/8). Linear in the images. A side s becomes ⌈s/2⌉.
