@@ -167,7 +167,8 @@ def test_codes_are_matched_by_a_network_while_the_others_stay() -> None:
         assert loss == pytest.approx(expected.item(), rel=1e-9)
     assert difference(own.mapping, mapping) < 1e-7
     changed = {name for name, value in own.state_dict().items() if not torch.equal(value, frozen[name])}
-    assert changed and all(name.startswith("mapping.") for name in changed)
+    assert changed
+    assert all(name.startswith("mapping.") for name in changed)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -176,7 +177,7 @@ def test_ranks_take_the_steps_of_one_process(divergence: str, size: int) -> None
     """With uneven shares, BatchNorm and what the method keeps."""
 
     def work(ranks: Ranks) -> dict[str, Tensor]:
-        own, autoencoding = method(divergence, ranks=ranks)
+        _, autoencoding = method(divergence, ranks=ranks)
         batches, noise = real_batches(N, ranks), Noise(SEED)
         found = [autoencoding.step(batches, noise) for _ in range(3)]
         scalars = {f"{step}.{name}": value for step, each in enumerate(found) for name, value in each.items()}
