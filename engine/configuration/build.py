@@ -19,11 +19,12 @@ from torch import nn
 from engine.comparison.reference.cache import cached_reference, exclusive, handed_out
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import check_same_features, fingerprint, reference_loader
+from engine.configuration.autoencoders import make_autoencoders, make_autoencoding
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
 from engine.configuration.critics import make_adversarial, make_critics
 from engine.configuration.inputs import amp_dtype
-from engine.configuration.methods import ADVERSARIAL
+from engine.configuration.methods import ADVERSARIAL, AUTOENCODING
 from engine.configuration.objectives import check_features, make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -53,7 +54,7 @@ class Recipe:
     """How a method that compares no features is made.
 
     Attributes:
-        networks: what it trains besides the generator, by name, on the CPU and initialised from torch's random state
+        networks: what it needs besides the generator, by name, on the CPU and initialised from torch's random state
             (the seed's, and the same on every rank). Nothing else of the method may have weights: whoever models
             a step puts networks without memory in their place.
         method: from the settings, the generator, these networks, all on their device, the ranks, and by name what it
@@ -64,7 +65,10 @@ class Recipe:
     method: Callable[..., Method]
 
 
-RECIPES: dict[str, Recipe] = {name: Recipe(make_critics, make_adversarial) for name in ADVERSARIAL}
+RECIPES: dict[str, Recipe] = {
+    **{name: Recipe(make_critics, make_adversarial) for name in ADVERSARIAL},
+    **{name: Recipe(make_autoencoders, make_autoencoding) for name in AUTOENCODING},
+}
 """Of every method that compares no features (`Needs.features`)."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.configuration.adversarial import CriticConfig, GameConfig, check_adversarial, is_capturable
+from engine.configuration.autoencoding import AutoencoderConfig, check_autoencoding
 from engine.configuration.groups import (
     GROUPS,
     DataConfig,
@@ -26,6 +27,7 @@ from engine.configuration.groups import (
 from engine.configuration.idle import check_used
 from engine.configuration.methods import (
     ADVERSARIAL,
+    AUTOENCODING,
     COMPARING,
     METHODS,
     NEEDS,
@@ -69,6 +71,7 @@ class Config:
     population: PopulationConfig = field(default_factory=PopulationConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     game: GameConfig = field(default_factory=GameConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
@@ -100,6 +103,8 @@ class Config:
         self._check_updates()
         if self.method.method in ADVERSARIAL:
             check_adversarial(self)
+        if self.method.method in AUTOENCODING:
+            check_autoencoding(self)
 
     def _check_updates(self) -> None:
         updates, training = self.updates, self.training

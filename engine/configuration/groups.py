@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from engine.configuration.adversarial import CriticConfig, GameConfig
+from engine.configuration.autoencoding import AutoencoderConfig
 from engine.configuration.methods import (
     COMPARING,
     DriftingConfig,
@@ -330,6 +331,7 @@ GROUPS: dict[str, type] = {
     "population": PopulationConfig,
     "critic": CriticConfig,
     "game": GameConfig,
+    "autoencoder": AutoencoderConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "updates": UpdatesConfig,

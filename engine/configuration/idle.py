@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from engine.configuration.autoencoding import idle_codes
 from engine.configuration.options import require
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def idle(config: Config) -> dict[str, str]:
         }
     if config.features.normalise_losses and "+" not in config.networks.extractor:
         found["normalise_losses"] = f"needs several networks, and --extractor {config.networks.extractor} is one"
-    return found
+    return found | idle_codes(config)
 
 
 def check_used(given: Iterable[str], config: Config) -> None:

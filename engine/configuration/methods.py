@@ -26,6 +26,10 @@ METHODS: dict[str, str] = {
     "fisher-gan": "a critic's means, in units of its deviation",
     "mcgan": "means or covariances of a critic's outputs",
     "improved-gan": "the mean of a critic's hidden features",
+    "ae": "real images and what an autoencoder makes of them",
+    "vae": "the same, with Gaussians of codes near the prior",
+    "wae": "the same, with all codes together near the prior",
+    "gmmn-ae": "√MMD² of an autoencoder's codes",
 }
 """What each method compares."""
 
@@ -57,9 +61,15 @@ NEEDS: dict[str, Needs] = {
     "fisher-gan": Needs(features=False),
     "mcgan": Needs(features=False),
     "improved-gan": Needs(features=False),
+    "ae": Needs(features=False),
+    "vae": Needs(features=False),
+    "wae": Needs(features=False),
+    "gmmn-ae": Needs(features=False, captured=False),
 }
 ADVERSARIAL = ("gan", "mmd-gan", "began", "fisher-gan", "mcgan", "improved-gan")
 """The methods in which a generator and a critic learn from each other."""
+AUTOENCODING = ("ae", "vae", "wae", "gmmn-ae")
+"""The methods in which an encoder and a decoder, the generator, reproduce real images."""
 COMPARING = tuple(name for name, needs in NEEDS.items() if needs.features)
 """The methods that compare features."""
 _ON_FEATURES = tuple(name for name in COMPARING if name != "gfmn")

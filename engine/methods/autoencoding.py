@@ -215,13 +215,15 @@ class Autoencoding:
         self.recent.copy_(state["recent"])
         self.seen.copy_(state["seen"])
         for network, update in self.updates.items():
-            own = {name.removeprefix(f"{network}."): kept for name, kept in state.items() if name.startswith(network)}
+            own = {
+                name.removeprefix(f"{network}."): kept for name, kept in state.items() if name.startswith(f"{network}.")
+            }
             update.load_state_dict(own)
 
 
 class CodeMatching:
-    """GMMN with an autoencoder (Li et al. 2015, section 4): first the autoencoder alone, then, with both of its networks
-    as they are, a network that maps noise to codes like those of real images, by √MMD² (`root_mmd_of_codes`).
+    """GMMN with an autoencoder (Li et al. 2015, section 4): first the autoencoder alone; then its networks stay as they
+    are, and one learns that maps noise to codes like those of real images, by √MMD² (`root_mmd_of_codes`).
 
     Args:
         autoencoding: with the divergence "none". Its options are those of both phases.

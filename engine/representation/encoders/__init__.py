@@ -1,4 +1,4 @@
-"""Encoders e(x; ψ): images [N, 3, H, W] to codes [N, nz], or to Gaussians of them; a critic's network in another role."""
+"""Encoders e(x): images [N, 3, H, W] to codes [N, nz], or to Gaussians of codes: critics' networks, in another role."""
 
 from __future__ import annotations
 
