@@ -115,6 +115,15 @@ _OF_CRITICS: dict[str, dict[str, dict[str, Any]]] = {
     "mcgan": {"sum": {"match_norm": "1"}, "largest": {"match_norm": "inf"}},
     "improved-gan": {"classes": {"classes": 3}},
 }
+_OF_AUTOENCODERS: dict[str, dict[str, dict[str, Any]]] = {
+    "ae": {
+        "pyramid": {"reconstruction": "pyramid", "recompute_generator": True},
+        "perceptual": {"reconstruction": "perceptual", "perceptual": "pixels", "amp": True},
+    },
+    "vae": {"float32": {}, "bf16": {"amp": True, "encoder": "resnet", "generator": "resnet"}},
+    "wae": {"mmd": {"prior": "uniform"}, "gan": {"divergence": "gan", "clip_grad": 0.1}},
+    "gmmn-ae": {"float32": {}},
+}
 _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
 
 
@@ -146,11 +155,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{
         f"{method}-{name}": ("digits", {"method": method, **given})
+        for method, variants in _OF_AUTOENCODERS.items()
+        for name, given in variants.items()
+    },
+    **{
+        f"{method}-{name}": ("digits", {"method": method, **given})
         for method in COMPARING
         for name, given in {**_of_all(method), **_OF_METHODS.get(method, {})}.items()
     },
 }
 """Name → preset and settings, of every way to train whose operators or arguments are its own."""
+_SLOW = ("ae-perceptual", "vae-bf16", "gmmn-ae-float32")
 _ALWAYS = ("gan-minimax", "gan-bf16", "published-wgan-gp", "published-sngan", "published-fisher-gan")
 
 
@@ -159,7 +174,8 @@ def marked(names: Iterable[str]) -> list[Any]:
 
     def is_slow(name: str) -> bool:
         preset, given = VARIANTS[name]
-        return given.get("method", preset_method(preset)) in ADVERSARIAL and name not in _ALWAYS
+        adversarial = given.get("method", preset_method(preset)) in ADVERSARIAL
+        return name in _SLOW or (adversarial and name not in _ALWAYS)
 
     return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in names]
 
