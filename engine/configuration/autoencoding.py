@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from engine.configuration.methods import AUTOENCODING
+from engine.configuration.methods import AUTOENCODING, LATENT
 from engine.configuration.options import Settings, option, require
 from engine.methods.autoencoding import BANDWIDTHS
 from engine.representation.encoders import ENCODERS
@@ -20,10 +20,14 @@ RECONSTRUCTIONS = ("pixels", "pyramid", "perceptual")
 class AutoencoderConfig(Settings):
     """The encoder of real images, whose codes the generator turns into images again."""
 
-    methods: ClassVar[tuple[str, ...]] = AUTOENCODING
+    methods: ClassVar[tuple[str, ...]] = (*AUTOENCODING, *LATENT)
 
     encoder: str | None = option(
-        None, f"its network: {', '.join(ENCODERS)} (default: that of --generator)", metavar="NAME", since="0.2"
+        None,
+        f"its network: {', '.join(ENCODERS)} (default: that of --generator)",
+        metavar="NAME",
+        methods=AUTOENCODING,
+        since="0.2",
     )
     reconstruction: str = option(
         "pixels",
@@ -80,7 +84,7 @@ class AutoencoderConfig(Settings):
         at_least=1,
         at_most=2**16,
         metavar="K",
-        methods=("gmmn-ae",),
+        methods=("gmmn-ae", "glann"),
         since="0.2",
     )
     code_width: int = option(
@@ -89,7 +93,7 @@ class AutoencoderConfig(Settings):
         at_least=1,
         at_most=2**16,
         metavar="N",
-        methods=("gmmn-ae",),
+        methods=("gmmn-ae", "glann"),
         since="0.2",
     )
     code_bandwidths: tuple[float, ...] = option(
@@ -108,7 +112,7 @@ class AutoencoderConfig(Settings):
         above=0,
         at_most=1e30,
         metavar="X",
-        methods=("gmmn-ae",),
+        methods=("gmmn-ae", "glann"),
         since="0.2",
     )
 
@@ -123,12 +127,12 @@ def idle_codes(config: Config) -> dict[str, str]:
     """Fields of autoencoding methods that decide nothing in `config`, each with the reason."""
     own, method = config.autoencoder, config.method.method
     found: dict[str, str] = {}
-    if method not in AUTOENCODING:
+    if method not in (*AUTOENCODING, *LATENT):
         return found
     if own.reconstruction != "perceptual":
         for name in ("perceptual", "perceptual_weights"):
             found[name] = f"needs --reconstruction perceptual, and this is {own.reconstruction}"
-    if own.divergence != "gan":
+    if method == "wae" and own.divergence != "gan":
         found["code_critic_lr"] = f"needs --divergence gan, and this is {own.divergence}"
     if method == "ae":
         found["prior"] = "--method ae draws images from a Gaussian that it fits to its codes"

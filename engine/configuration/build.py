@@ -22,9 +22,10 @@ from engine.comparison.reference.statistics_pass import check_same_features, fin
 from engine.configuration.autoencoders import make_autoencoders, make_autoencoding
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
-from engine.configuration.critics import make_adversarial, make_critics
+from engine.configuration.critics import make_adversarial, make_critics, real_labels
 from engine.configuration.inputs import amp_dtype
-from engine.configuration.methods import ADVERSARIAL, AUTOENCODING
+from engine.configuration.latents import make_latent, make_latents
+from engine.configuration.methods import ADVERSARIAL, AUTOENCODING, LATENT
 from engine.configuration.objectives import check_features, make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -68,6 +69,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(make_critics, make_adversarial) for name in ADVERSARIAL},
     **{name: Recipe(make_autoencoders, make_autoencoding) for name in AUTOENCODING},
+    **{name: Recipe(make_latents, make_latent) for name in LATENT},
 }
 """Of every method that compares no features (`Needs.features`)."""
 
@@ -229,6 +231,14 @@ def make_networks(config: Config) -> Networks:
     return {} if config.needs.features else RECIPES[config.method.method].networks(config)
 
 
+def of_images(config: Config, dataset: ImageDataset) -> dict[str, Any]:
+    """What the configured method takes of the data set besides its images, as options of `make_method`."""
+    if config.method.method in LATENT:
+        return {} if config.method.method == "imle" else {"images": len(dataset)}
+    labels = real_labels(config, dataset)
+    return {} if labels is None else {"labels": labels}
+
+
 def pass_batch_size(config: Config) -> int:
     """Images at a time in the statistics pass, on whose result it has no influence with running statistics.
 
@@ -337,7 +347,7 @@ def make_method(
         networks: of one that compares none, from `make_networks`.
         ranks: the processes that share every minibatch.
         options: take the place of what the configuration says for the objective's arguments of these names. Of a method
-            that compares no features: what it needs of the real images besides (`real_labels`).
+            that compares no features: what it needs of the real images besides (`of_images`).
     """
     if extractor is None:
         return RECIPES[config.method.method].method(config, generator, networks or {}, ranks, **options)

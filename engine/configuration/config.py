@@ -25,10 +25,12 @@ from engine.configuration.groups import (
     owners,
 )
 from engine.configuration.idle import check_used
+from engine.configuration.latent import LatentConfig, check_latent
 from engine.configuration.methods import (
     ADVERSARIAL,
     AUTOENCODING,
     COMPARING,
+    LATENT,
     METHODS,
     NEEDS,
     DriftingConfig,
@@ -72,6 +74,7 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig)
     game: GameConfig = field(default_factory=GameConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
@@ -105,6 +108,8 @@ class Config:
             check_adversarial(self)
         if self.method.method in AUTOENCODING:
             check_autoencoding(self)
+        if self.method.method in LATENT:
+            check_latent(self)
 
     def _check_updates(self) -> None:
         updates, training = self.updates, self.training

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from engine.configuration.adversarial import CriticConfig, GameConfig
 from engine.configuration.autoencoding import AutoencoderConfig
+from engine.configuration.latent import LatentConfig
 from engine.configuration.methods import (
     COMPARING,
     DriftingConfig,
@@ -332,6 +333,7 @@ GROUPS: dict[str, type] = {
     "critic": CriticConfig,
     "game": GameConfig,
     "autoencoder": AutoencoderConfig,
+    "latent": LatentConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "updates": UpdatesConfig,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from engine.configuration.autoencoding import idle_codes
+from engine.configuration.latent import idle_latent
 from engine.configuration.options import require
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def idle(config: Config) -> dict[str, str]:
         }
     if config.features.normalise_losses and "+" not in config.networks.extractor:
         found["normalise_losses"] = f"needs several networks, and --extractor {config.networks.extractor} is one"
-    return found | idle_codes(config)
+    return found | idle_codes(config) | idle_latent(config)
 
 
 def check_used(given: Iterable[str], config: Config) -> None:

@@ -30,6 +30,9 @@ METHODS: dict[str, str] = {
     "vae": "the same, with Gaussians of codes near the prior",
     "wae": "the same, with all codes together near the prior",
     "gmmn-ae": "√MMD² of an autoencoder's codes",
+    "glo": "each real image and what the generator makes of its code, which is learnt",
+    "imle": "each real image and the nearest of many samples",
+    "glann": "glo's codes and the nearest of mapped noise",
 }
 """What each method compares."""
 
@@ -65,11 +68,16 @@ NEEDS: dict[str, Needs] = {
     "vae": Needs(features=False),
     "wae": Needs(features=False),
     "gmmn-ae": Needs(features=False, captured=False),
+    "glo": Needs(features=False, captured=False),
+    "imle": Needs(features=False, captured=False),
+    "glann": Needs(features=False, captured=False),
 }
 ADVERSARIAL = ("gan", "mmd-gan", "began", "fisher-gan", "mcgan", "improved-gan")
 """The methods in which a generator and a critic learn from each other."""
 AUTOENCODING = ("ae", "vae", "wae", "gmmn-ae")
 """The methods in which an encoder and a decoder, the generator, reproduce real images."""
+LATENT = ("glo", "imle", "glann")
+"""The methods that draw real images again without an encoder: by codes that are learnt, or samples that are found."""
 COMPARING = tuple(name for name, needs in NEEDS.items() if needs.features)
 """The methods that compare features."""
 _ON_FEATURES = tuple(name for name in COMPARING if name != "gfmn")

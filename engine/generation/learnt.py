@@ -161,7 +161,7 @@ def read_prior(name: str, nz: int, state: Mapping[str, Tensor], noise: str = "")
         raise ValueError(f"the prior {name} has numbers that are not finite")
     if name == "ball" and state.keys() == {"radius"} and state["radius"].numel() == 1:
         prior: Prior = Ball(nz, state["radius"].item())
-    elif name in PRIORS:
+    elif name in PRIORS and name != "ball":
         prior = make_prior(name, nz)
     elif name == FITTED and state.keys() == {"mean", "factor"}:
         prior = FittedGaussian(state["mean"], state["factor"])

@@ -16,9 +16,8 @@ import torch
 from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
-from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks, of_images
 from engine.configuration.config import Config
-from engine.configuration.critics import real_labels
 from engine.configuration.groups import GROUPS, field_names
 from engine.configuration.methods import ADVERSARIAL, COMPARING, NEEDS
 from engine.configuration.objectives import blank_reference
@@ -122,7 +121,7 @@ _OF_AUTOENCODERS: dict[str, dict[str, dict[str, Any]]] = {
         "perceptual": {"reconstruction": "perceptual", "perceptual": "pixels", "amp": True},
     },
     "vae": {"float32": {}, "bf16": {"amp": True, "encoder": "resnet", "generator": "resnet"}},
-    "wae": {"mmd": {"prior": "uniform"}, "gan": {"divergence": "gan", "clip_grad": 0.1}},
+    "wae": {"mmd": {"prior": "uniform"}, "gan": {"divergence": "gan", "clip_grad": 0.1, "prior": "ball"}},
     "gmmn-ae": {"float32": {}},
 }
 _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
@@ -208,8 +207,7 @@ def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = 
         known = blank_reference(config, extractor, torch.rand)
         method = make_method(config, generator, extractor, known, ranks, kernels=reference)
     else:
-        labels = real_labels(config, few_pictures(config))
-        more = {} if labels is None else {"labels": labels}
+        more = of_images(config, few_pictures(config))
         method = make_method(config, generator, ranks=ranks, networks=make_networks(config), **more)
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
     if method.reads == "images":
