@@ -122,6 +122,11 @@ class AutoencoderConfig(Settings):
         require(known, "encoder", f"{self.encoder!r} is not known; choose one of {', '.join(ENCODERS)}")
         require(len(self.code_bandwidths) > 0, "code_bandwidths", "is an empty list")
 
+    @property
+    def summary(self) -> str:
+        found = {"pyramid": "Laplacian pyramids", "perceptual": f"features of {self.perceptual}"}
+        return f"images compared by {found.get(self.reconstruction, self.reconstruction)}"
+
 
 def idle_codes(config: Config) -> dict[str, str]:
     """Fields of autoencoding methods that decide nothing in `config`, each with the reason."""

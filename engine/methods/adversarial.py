@@ -229,7 +229,7 @@ class Adversarial:
     def _generator_step(self, batches: Iterator[Batch], noise: Noise) -> tuple[Tensor, Tensor]:
         """The loss, and whether the step was skipped."""
         score = self.scored.features if self.game.on_features else self.scored
-        with _as_it_is(self.critic):
+        with as_it_is(self.critic):
             fake = everywhere(score(self._draw(noise)), self.ranks)
             real = fake.detach()
             if self.game.reads_real:
@@ -308,7 +308,7 @@ def _check_critic(critic: Critic, penalties: Sequence[Penalty], ranks: Ranks) ->
 
 
 @contextlib.contextmanager
-def _as_it_is(module: nn.Module) -> Iterator[None]:
+def as_it_is(module: nn.Module) -> Iterator[None]:
     """Inside, no gradient of the module's weights is computed."""
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     for weight in trained:

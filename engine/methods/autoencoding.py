@@ -20,6 +20,7 @@ from engine.generation.low_precision import LowPrecision
 from engine.generation.networks import Generator, run_generator
 from engine.generation.priors import Gaussian, Noise, Prior
 from engine.generation.sampling import Sampler
+from engine.methods.adversarial import as_it_is
 from engine.methods.everywhere import everywhere
 from engine.methods.gradient_step import GradientStep
 from engine.methods.protocols import SKIPPED
@@ -181,7 +182,8 @@ class Autoencoding:
         loss = self.game.critic_loss(self.code_critic(z), self.code_critic(codes.detach()))
         found[f"code_critic_{SKIPPED}"] = self.updates["code_critic"].take(loss / self.ranks.size)
         found["code_critic_loss"] = loss.detach()
-        score = self.code_critic(codes)  # whose own gradients the critic's next step forgets
+        with as_it_is(self.code_critic):
+            score = self.code_critic(codes)
         return self.game.generator_loss(score, score)
 
     @torch.no_grad()

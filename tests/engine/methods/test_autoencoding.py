@@ -182,6 +182,9 @@ def test_ranks_take_the_steps_of_one_process(divergence: str, size: int) -> None
         found = [autoencoding.step(batches, noise) for _ in range(3)]
         scalars = {f"{step}.{name}": value for step, each in enumerate(found) for name, value in each.items()}
         state = {f"state.{name}": value.clone() for name, value in autoencoding.state_dict().items()}
+        weights = autoencoding.modules.named_parameters()
+        # Adam hides a factor of them.
+        state |= {f"gradient.{name}": weight.grad.clone() for name, weight in weights if weight.grad is not None}
         return scalars | state | {name: value.clone() for name, value in autoencoding.modules.state_dict().items()}
 
     (expected,) = on_ranks(1, work)
