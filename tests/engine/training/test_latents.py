@@ -67,7 +67,7 @@ def test_resumed_equals_uninterrupted(name: str) -> None:
 
 def test_gradients_of_codes_are_without_the_loss_scale() -> None:
     """float16 scales the loss by thousands, and the moments of the codes' Adam know nothing of it."""
-    small = {"method": "glo", "batch_size": 3, "reconstruction": "pixels"}
+    small = {"method": "glo", "batch_size": 3}  # the pyramid's loss, which does not overflow
     moments = []
     for amp in ({}, {"amp": True, "amp_dtype": "fp16"}):
         trainer = small_trainer(configuration("digits", {**small, **amp}))
@@ -100,13 +100,13 @@ def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path
 
 def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A picture less: its codes, and all after it, would be another's."""
-    data, run = shutil.copytree(pictures, tmp_path / "data"), tmp_path / "run"
+    data, run = shutil.copy(pictures, tmp_path / "digits.npy"), tmp_path / "run"
     train.main(["--method", "glo", "--data", str(data), *FLAGS.split(), "--steps", "2", "--out", str(run)])
     codes = load_file(sorted((run / "checkpoints").iterdir())[-1])["codes/codes"]
-    assert len(codes) == len(list(data.iterdir()))
-    sorted(data.iterdir())[0].unlink()
+    assert codes.shape == (len(np.load(data)), 8)
+    np.save(data, np.load(data)[1:])
     code, errors = command(train.main, ["--resume", "--steps", "3", "--out", str(run)], capsys)
-    assert (code, len(errors.splitlines()[-1:])) == (2, 1)
+    assert code == 2
     assert "data" in errors.splitlines()[-1]
 
 
@@ -115,7 +115,7 @@ def test_a_table_of_another_size_is_refused() -> None:
     config = configuration("digits", {"method": "glo", "batch_size": 3})
     checkpoint = small_trainer(config)._checkpoint()
     parts = {**checkpoint.parts, "codes": {"codes": checkpoint.parts["codes"]["codes"][1:]}}
-    with pytest.raises(InputError, match="codes"):
+    with pytest.raises(InputError, match="8 codes of 8 dimensions, and there are 9 images"):
         small_trainer(config).restore(dataclasses.replace(checkpoint, parts=parts))
 
 
