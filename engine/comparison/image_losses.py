@@ -92,7 +92,7 @@ class PerceptualErrors:
 
     def __call__(self, drawn: Tensor, real: Tensor) -> Tensor:
         """See the class."""
-        found = _OfFeatures.apply(drawn, real, self.feature_pass)
+        found: Tensor = _OfFeatures.apply(drawn, real, self.feature_pass)
         if not self.pixels:
             return found
         return found + self.pixels * (_wide(drawn) - _wide(real)).abs().mean(dim=(1, 2, 3))

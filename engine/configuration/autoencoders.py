@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from engine.comparison.image_losses import ImageErrors, PerceptualErrors, pixel_errors, pyramid_errors
@@ -28,11 +29,12 @@ PERCEPTUAL = "perceptual"
 
 
 def make_perceptual(config: Config, name: str, weights: str | None) -> Extractor:
-    """The frozen network `name` whose features compare images, on the CPU."""
+    """The frozen network `name` whose features compare images, in the dtype of its arithmetic, on the CPU."""
     if weights is None and not brings_weights(name):
         raise InputError("perceptual_weights", f"{name} brings none; give a file from python -m engine.pretrain")
     with arguments_as(name="perceptual", weights="perceptual_weights", image_size="perceptual"):
-        return build_extractor(name, image_size=config.data.image_size, weights=weights or "imagenet")
+        extractor = build_extractor(name, image_size=config.data.image_size, weights=weights or "imagenet")
+    return extractor.to(amp_dtype(config) or torch.float32)
 
 
 def make_errors(config: Config, kind: str, networks: Mapping[str, nn.Module]) -> ImageErrors:

@@ -125,7 +125,8 @@ class AutoencoderConfig(Settings):
 
 def idle_codes(config: Config) -> dict[str, str]:
     """Fields of autoencoding methods that decide nothing in `config`, each with the reason."""
-    own, method, found = config.autoencoder, config.method.method, {}
+    own, method = config.autoencoder, config.method.method
+    found: dict[str, str] = {}
     if method not in (*AUTOENCODING, *LATENT):
         return found
     if own.reconstruction != "perceptual":

@@ -6,7 +6,7 @@ The decoder is the generator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -113,16 +113,13 @@ class Autoencoding:
         self.device, self.dtype = weights.device, weights.dtype
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
         scaled = amp_dtype is torch.float16
-        options = {"betas": betas, "optimizer": optimizer, "ranks": ranks}
-        self.updates = {
-            "generator": GradientStep(both, lr=lr, weight_decay=weight_decay, clip=clip_grad, scaled=scaled, **options)
-        }
-        self.modules = both
+        options: dict[str, Any] = {"betas": betas, "optimizer": optimizer, "ranks": ranks}
+        of_both = GradientStep(both, lr=lr, weight_decay=weight_decay, clip=clip_grad, scaled=scaled, **options)
+        self.updates, self.modules = {"generator": of_both}, both
         if code_critic is not None:
             self.modules = nn.ModuleDict({**both, "code_critic": code_critic})
-            self.updates["code_critic"] = GradientStep(
-                code_critic, lr=lr / 2 if critic_lr is None else critic_lr, **options
-            )
+            critic_lr = lr / 2 if critic_lr is None else critic_lr
+            self.updates["code_critic"] = GradientStep(code_critic, lr=critic_lr, **options)
         self.optimizers = {name: update.optimizer for name, update in self.updates.items()}
         self.game = GAMES["nonsaturating"]()
         self.epsilon = Gaussian(encoder.nz)  # one object: `DrawnAhead` knows it by that

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from engine.generation.networks import Generator
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
@@ -86,7 +87,9 @@ class Trainer:
         self.writes = ranks.rank == 0
         self.validation = validation
         self.fingerprint = {**fingerprint, **(validation.fingerprint if validation is not None else {})}
-        self.generator = method.sampler().generator
+        generator = method.modules["generator"]
+        assert isinstance(generator, Generator)
+        self.generator = generator
         self.device = next(self.generator.parameters()).device
         self.ema = WeightAverages(self.generator, schedule.generator_ema, schedule.sample_ema)
         self.noise = Noise(schedule.seed, self.device) if noise is None else noise

@@ -121,7 +121,7 @@ _OF_AUTOENCODERS: dict[str, dict[str, dict[str, Any]]] = {
         "perceptual": {"reconstruction": "perceptual", "perceptual": "pixels", "amp": True},
     },
     "vae": {"float32": {}, "bf16": {"amp": True, "encoder": "resnet", "generator": "resnet"}},
-    "wae": {"mmd": {"prior": "uniform"}, "gan": {"divergence": "gan", "clip_grad": 0.1}},
+    "wae": {"mmd": {"prior": "uniform"}, "gan": {"divergence": "gan", "clip_grad": 0.1, "prior": "ball"}},
     "gmmn-ae": {"float32": {}},
 }
 _OF_LATENT: dict[str, dict[str, dict[str, Any]]] = {

@@ -1,14 +1,16 @@
-"""Encoders e(x): images [N, 3, H, W] to codes [N, nz], or to Gaussians of codes: critics' networks, in another role."""
+"""Encoders e(x): images [N, 3, H, W] to codes [N, nz], or to Gaussians of codes."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from engine.representation.architectures import ARCHITECTURES, find_architecture
 from engine.representation.critics import build_critic
-from engine.representation.critics.architectural import ARCHITECTURE_CRITICS
 from engine.support.errors import InputError
 
-ENCODERS = ("dcgan", "resnet", *ARCHITECTURE_CRITICS)
+_RESNET, _DCGAN = "resnet", "dcgan-encoder"
+ENCODERS = ("dcgan", _RESNET, *(name for name in ARCHITECTURES if name != _DCGAN))
 
 
 class Encoder(nn.Module):
@@ -63,8 +65,9 @@ class Autoencoder(nn.Module):
 def build_encoder(name: str, *, image_size: int, nz: int, gaussian: bool = False, bounded: bool = False) -> Encoder:
     """An encoder of image_size × image_size images, in channels_last, initialised from torch's default random state.
 
-    It has the layers and widths of the generator of the same name in the other direction, and BatchNorm as that has;
-    or the architecture of an extractor.
+    "dcgan" and "resnet" have the layers and widths of the generators of these names in the other direction, and
+    BatchNorm as those have: the encoder that extractors are pretrained with, and the residual critic. The others are
+    extractors' architectures.
 
     Args:
         name: one of `ENCODERS`.
@@ -75,10 +78,15 @@ def build_encoder(name: str, *, image_size: int, nz: int, gaussian: bool = False
     """
     if name not in ENCODERS:
         raise InputError("encoder", f"{name!r} is not known; choose one of {', '.join(ENCODERS)}")
+    outputs = 2 * nz if gaussian else nz
     try:
-        network = build_critic(name, image_size=image_size, outputs=2 * nz if gaussian else nz, norm="batch")
+        if name == _RESNET:
+            network: nn.Module = build_critic(name, image_size=image_size, outputs=outputs, norm="batch")
+        else:
+            network = find_architecture(_DCGAN if name == "dcgan" else name, image_size).make(outputs, image_size)
     except InputError as error:
         raise InputError("encoder", error.message) from None
+    network = network.to(memory_format=torch.channels_last)
     return Encoder(network, nz, gaussian=gaussian, bounded=bounded)
 
 
