@@ -25,7 +25,7 @@ from engine.configuration.config import Config
 from engine.configuration.critics import make_adversarial, make_critics, real_labels
 from engine.configuration.inputs import amp_dtype
 from engine.configuration.latents import make_latent, make_latents
-from engine.configuration.methods import ADVERSARIAL, AUTOENCODING, LATENT
+from engine.configuration.methods import ADVERSARIAL, AUTOENCODING, LATENT, WITH_TABLE
 from engine.configuration.objectives import check_features, make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -233,8 +233,8 @@ def make_networks(config: Config) -> Networks:
 
 def of_images(config: Config, dataset: ImageDataset) -> dict[str, Any]:
     """What the configured method takes of the data set besides its images, as options of `make_method`."""
-    if config.method.method in LATENT:
-        return {} if config.method.method == "imle" else {"images": len(dataset)}
+    if config.method.method in WITH_TABLE:
+        return {"images": len(dataset)}
     labels = real_labels(config, dataset)
     return {} if labels is None else {"labels": labels}
 

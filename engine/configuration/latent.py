@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from engine.configuration.methods import LATENT
+from engine.configuration.methods import LATENT, WITH_TABLE
 from engine.configuration.options import MOST_IMAGES, Settings, option, require
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class LatentConfig(Settings):
         above=0,
         at_most=1e30,
         metavar="X",
-        methods=("glo", "glann"),
+        methods=WITH_TABLE,
         since="0.2",
     )
     code_radius: float = option(
@@ -35,7 +35,7 @@ class LatentConfig(Settings):
         above=0,
         at_most=1e6,
         metavar="R",
-        methods=("glo", "glann"),
+        methods=WITH_TABLE,
         since="0.2",
     )
     pool_size: int = option(

@@ -72,9 +72,8 @@ def make_latent(
         )
     device = next(generator.parameters()).device
     with arguments_as(radius="code_radius"):
-        table = CodeTable(images or training.batch_size, settings.nz, radius=own.code_radius, seed=training.seed).to(
-            device
-        )
+        count = images or training.batch_size
+        table = CodeTable(count, settings.nz, radius=own.code_radius, seed=training.seed, device=device)
     glo = Glo(generator, table, images=images, code_lr=own.code_lr, **options)
     if method == "glo":
         return glo

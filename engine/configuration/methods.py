@@ -78,6 +78,8 @@ AUTOENCODING = ("ae", "vae", "wae", "gmmn-ae")
 """The methods in which an encoder and a decoder, the generator, reproduce real images."""
 LATENT = ("glo", "imle", "glann")
 """The methods that draw real images again without an encoder: by codes that are learnt, or samples that are found."""
+WITH_TABLE = ("glo", "glann")
+"""Those of them that have a code for each real image."""
 COMPARING = tuple(name for name, needs in NEEDS.items() if needs.features)
 """The methods that compare features."""
 _ON_FEATURES = tuple(name for name in COMPARING if name != "gfmn")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -39,11 +38,18 @@ class CodeTable(nn.Module):
         InputError: "radius" isn't positive.
     """
 
-    def __init__(self, count: int, nz: int, *, radius: float = 1.0, seed: int = 0):
+    def __init__(self, count: int, nz: int, *, radius: float = 1.0, seed: int = 0, device: torch.device | str = "cpu"):
         super().__init__()
         check_radius(radius)
         self.radius = radius
-        self.codes = nn.Parameter(Ball(nz, radius).draw(count, seed))
+        self.codes = nn.Parameter(Ball(nz, radius).draw(count, seed).to(device))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As every module's; ValueError if the codes are those of other images, or of another length."""
+        count, nz = state_dict["codes"].shape
+        if (count, nz) != self.codes.shape:
+            raise ValueError(f"{count} codes of {nz} dimensions, and there are {len(self.codes)} images here")
+        return super().load_state_dict(state_dict, strict, assign)
 
     @torch.no_grad()
     def project_(self, rows: Tensor) -> None:
@@ -242,7 +248,6 @@ class Imle:
         self.pool = Pool(
             generator,
             prior,
-            drawer=copy.deepcopy(generator),
             size=pool,
             every=pool_every,
             rows=rows,
@@ -320,7 +325,6 @@ class Glann:
         self.pool = Pool(
             mapping,
             noise,
-            drawer=copy.deepcopy(mapping),
             size=pool,
             every=pool_every,
             rows=nn.Flatten(),

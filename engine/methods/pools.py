@@ -59,34 +59,35 @@ class Pool:
         rows: Rows,
         batch: int,
         at_least: int,
-        drawer: nn.Module,
         ranks: Ranks,
     ):
         if size < at_least:
             raise InputError("pool", f"{size} samples are fewer than the minibatch, {at_least}; give at least so many")
-        self.network, self.drawer, self.prior, self.ranks = network, drawer.requires_grad_(False), prior, ranks
+        self.network, self.prior, self.ranks = network, prior, ranks
         self.size, self.every, self.rows, self.batch = size, every, rows, batch
         self.share = ranks.share(size)
         self.steps = 0
         self.noise: Tensor | None = None
+        self.weights: dict[str, Tensor] = {}
         self.own: Tensor | None = None
 
     def begin(self, noise: Noise) -> None:
         """One more step, before which there is a new pool if it is time."""
         if self.steps % self.every == 0:
             self.noise = noise.draw(self.prior, self.size).clone()  # which lies where the next one will be
-            self.drawer.load_state_dict(self.network.state_dict())
+            self.weights = {name: kept.detach().clone() for name, kept in self.network.state_dict().items()}
             self._draw()
         self.steps += 1
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """The rows of this rank's samples, from `noise` and `drawer`."""
+        """The rows of this rank's samples, from `noise` and `weights`."""
         assert self.noise is not None
-        self.drawer.eval()
-        weight = next(self.drawer.parameters())
-        own = self.noise[self.share].to(weight.dtype)
-        self.own = torch.cat([self.rows(self.drawer(part)) for part in own.split(self.batch)])
+        own = self.noise[self.share].to(next(self.network.parameters()).dtype)
+        self.network.eval()
+        drawn = (torch.func.functional_call(self.network, self.weights, part) for part in torch.split(own, self.batch))
+        self.own = torch.cat([self.rows(samples) for samples in drawn])
+        self.network.train()
 
     @torch.no_grad()
     def nearest(self, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,11 +104,10 @@ class Pool:
         return self.noise[index], squares
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The noise, the network that drew it, and the number of steps; samples are drawn again."""
+        """The noise, the weights that drew samples of it, and the number of steps; samples are drawn again."""
         state = {"steps": torch.tensor(self.steps)}
         if self.noise is not None:
-            drawer = {_NETWORK + name: kept for name, kept in self.drawer.state_dict().items()}
-            state |= {"noise": self.noise, **drawer}
+            state |= {"noise": self.noise, **{_NETWORK + name: kept for name, kept in self.weights.items()}}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -117,9 +117,7 @@ class Pool:
             return
         if len(state["noise"]) != self.size:
             raise ValueError(f"a pool of {len(state['noise'])} samples, and this one has {self.size}")
-        weight = next(self.network.parameters())
-        self.noise = state["noise"].to(weight.device)
-        self.drawer.load_state_dict(
-            {name[len(_NETWORK) :]: kept for name, kept in state.items() if name.startswith(_NETWORK)}
-        )
+        self.noise = state["noise"].to(next(self.network.parameters()).device)
+        own = self.network.state_dict()
+        self.weights = {name: state[_NETWORK + name].to(kept.device) for name, kept in own.items()}
         self._draw()

@@ -124,6 +124,14 @@ _OF_AUTOENCODERS: dict[str, dict[str, dict[str, Any]]] = {
     "wae": {"mmd": {"prior": "uniform"}, "gan": {"divergence": "gan", "clip_grad": 0.1, "prior": "ball"}},
     "gmmn-ae": {"float32": {}},
 }
+_OF_LATENT: dict[str, dict[str, dict[str, Any]]] = {
+    "glo": {"pixels": {"reconstruction": "pixels", "amp": True}},
+    "imle": {
+        "pyramid": {"pool_size": 7, "pool_every": 2},
+        "pixels": {"pool_size": 7, "search": "pixels", "recompute_generator": True},
+    },
+    "glann": {"float32": {"pool_size": 9, "glo_steps": 1}},
+}
 _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
 
 
@@ -155,7 +163,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{
         f"{method}-{name}": ("digits", {"method": method, **given})
-        for method, variants in _OF_AUTOENCODERS.items()
+        for method, variants in {**_OF_AUTOENCODERS, **_OF_LATENT}.items()
         for name, given in variants.items()
     },
     **{

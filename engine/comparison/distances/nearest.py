@@ -20,9 +20,9 @@ def nearest_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     block = max(min(_ROWS, _NUMBERS // max(x.shape[1], 1)), 1)
     index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     smallest: list[Tensor] = []
-    for rows, found in zip(x.split(block), index.split(block), strict=True):
+    for rows, found in zip(torch.split(x, block), torch.split(index, block), strict=True):
         best: Tensor | None = None
-        for number, part in enumerate(y.split(block)):
+        for number, part in enumerate(torch.split(y, block)):
             where, squares = nearest(rows, part)
             closer = torch.ones_like(where, dtype=torch.bool) if best is None else squares < best
             found.copy_(torch.where(closer, where + number * block, found))

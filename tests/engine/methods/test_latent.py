@@ -315,7 +315,6 @@ def test_pool_is_compared_whole_by_several_ranks() -> None:
             rows=pixel_rows,
             batch=4,
             at_least=1,
-            drawer=generator(),
             ranks=ranks,
         )
         pool.begin(Noise(SEED))
