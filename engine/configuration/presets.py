@@ -78,7 +78,7 @@ _OF_CODES: dict[str, dict[str, Any]] = {
     "wae": {"nz": 8, "code_weight": 200.0},
     "gmmn-ae": {"nz": 16},
 }
-_SHORT: dict[str, Any] = {"steps": 900, "autoencoder_steps": 600}
+_SHORT: dict[str, Any] = {"steps": 1200, "autoencoder_steps": 800, "batch_size": 64, "upsampling": "transposed"}
 _OF_METHODS |= {
     name: {
         preset: {
