@@ -27,11 +27,11 @@ from engine.configuration.build import (
     make_method,
     make_networks,
     make_reference,
+    of_images,
     pretrained_files,
 )
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
-from engine.configuration.critics import real_labels
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.inputs import (
     amp_dtype,
@@ -151,9 +151,9 @@ def build(
         entries = reference.fingerprint or {}
     else:
         entries = check_images(config, dataset, device, was, run.path, ranks)
-    labels = real_labels(config, dataset)
-    more = {} if labels is None else {"labels": labels}
-    method = make_method(config, generator, extractor, reference, ranks, networks=networks, **more)
+    method = make_method(
+        config, generator, extractor, reference, ranks, networks=networks, **of_images(config, dataset)
+    )
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**entries, **config.fixed()}
     validation = make_validation(config, device, ranks)

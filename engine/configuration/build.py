@@ -19,11 +19,13 @@ from torch import nn
 from engine.comparison.reference.cache import cached_reference, exclusive, handed_out
 from engine.comparison.reference.protocols import Kind, Reference
 from engine.comparison.reference.statistics_pass import check_same_features, fingerprint, reference_loader
+from engine.configuration.autoencoders import make_autoencoders, make_autoencoding
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
-from engine.configuration.critics import make_adversarial, make_critics
+from engine.configuration.critics import make_adversarial, make_critics, real_labels
 from engine.configuration.inputs import amp_dtype
-from engine.configuration.methods import ADVERSARIAL
+from engine.configuration.latents import make_latent, make_latents
+from engine.configuration.methods import ADVERSARIAL, AUTOENCODING, LATENT, WITH_TABLE
 from engine.configuration.objectives import check_features, make_objective, reference_kind
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
@@ -53,7 +55,7 @@ class Recipe:
     """How a method that compares no features is made.
 
     Attributes:
-        networks: what it trains besides the generator, by name, on the CPU and initialised from torch's random state
+        networks: what it needs besides the generator, by name, on the CPU and initialised from torch's random state
             (the seed's, and the same on every rank). Nothing else of the method may have weights: whoever models
             a step puts networks without memory in their place.
         method: from the settings, the generator, these networks, all on their device, the ranks, and by name what it
@@ -64,7 +66,11 @@ class Recipe:
     method: Callable[..., Method]
 
 
-RECIPES: dict[str, Recipe] = {name: Recipe(make_critics, make_adversarial) for name in ADVERSARIAL}
+RECIPES: dict[str, Recipe] = {
+    **{name: Recipe(make_critics, make_adversarial) for name in ADVERSARIAL},
+    **{name: Recipe(make_autoencoders, make_autoencoding) for name in AUTOENCODING},
+    **{name: Recipe(make_latents, make_latent) for name in LATENT},
+}
 """Of every method that compares no features (`Needs.features`)."""
 
 
@@ -221,6 +227,14 @@ def make_networks(config: Config) -> Networks:
     return {} if config.needs.features else RECIPES[config.method.method].networks(config)
 
 
+def of_images(config: Config, dataset: ImageDataset) -> dict[str, Any]:
+    """What the configured method takes of the data set besides its images, as options of `make_method`."""
+    if config.method.method in WITH_TABLE:
+        return {"images": len(dataset)}
+    labels = real_labels(config, dataset)
+    return {} if labels is None else {"labels": labels}
+
+
 def pass_batch_size(config: Config) -> int:
     """Images at a time in the statistics pass, on whose result it has no influence with running statistics.
 
@@ -329,7 +343,7 @@ def make_method(
         networks: of one that compares none, from `make_networks`.
         ranks: the processes that share every minibatch.
         options: take the place of what the configuration says for the objective's arguments of these names. Of a method
-            that compares no features: what it needs of the real images besides (`real_labels`).
+            that compares no features: what it needs of the real images besides (`of_images`).
     """
     if extractor is None:
         return RECIPES[config.method.method].method(config, generator, networks or {}, ranks, **options)

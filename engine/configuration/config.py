@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.configuration.adversarial import CriticConfig, GameConfig, check_adversarial, is_capturable
+from engine.configuration.autoencoding import AutoencoderConfig, check_autoencoding
 from engine.configuration.groups import (
     GROUPS,
     DataConfig,
@@ -24,9 +25,12 @@ from engine.configuration.groups import (
     owners,
 )
 from engine.configuration.idle import check_used
+from engine.configuration.latent import LatentConfig, check_latent
 from engine.configuration.methods import (
     ADVERSARIAL,
+    AUTOENCODING,
     COMPARING,
+    LATENT,
     METHODS,
     NEEDS,
     DriftingConfig,
@@ -73,6 +77,8 @@ class Config:
     game: GameConfig = field(default_factory=GameConfig)
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     moments: MomentsConfig = field(default_factory=MomentsConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     updates: UpdatesConfig = field(default_factory=UpdatesConfig)
@@ -107,6 +113,10 @@ class Config:
         self._check_updates()
         if method in ADVERSARIAL:
             check_adversarial(self)
+        if self.method.method in AUTOENCODING:
+            check_autoencoding(self)
+        if self.method.method in LATENT:
+            check_latent(self)
 
     def _check_updates(self) -> None:
         updates, training = self.updates, self.training

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 
 from engine.configuration.adversarial import CriticConfig, GameConfig
+from engine.configuration.autoencoding import AutoencoderConfig
+from engine.configuration.latent import LatentConfig
 from engine.configuration.methods import (
     COMPARING,
     DriftingConfig,
@@ -333,6 +335,8 @@ GROUPS: dict[str, type] = {
     "game": GameConfig,
     "denoising": DenoisingConfig,
     "moments": MomentsConfig,
+    "autoencoder": AutoencoderConfig,
+    "latent": LatentConfig,
     "matching": MatchingConfig,
     "training": TrainingConfig,
     "updates": UpdatesConfig,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from engine.configuration.autoencoding import idle_codes
+from engine.configuration.latent import idle_latent
 from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.options import require
 
@@ -31,7 +33,7 @@ def idle(config: Config) -> dict[str, str]:
         }
     if config.features.normalise_losses and "+" not in config.networks.extractor:
         found["normalise_losses"] = f"needs several networks, and --extractor {config.networks.extractor} is one"
-    return {**found, **_idle_betas(config), **_idle_games(config)}
+    return {**found, **_idle_betas(config), **_idle_games(config), **idle_codes(config), **idle_latent(config)}
 
 
 def _idle_betas(config: Config) -> dict[str, str]:

@@ -29,6 +29,13 @@ METHODS: dict[str, str] = {
     "improved-gan": "the mean of a critic's hidden features",
     "dfm": "a critic's outputs and hidden features, these with what a denoiser makes of them",
     "molm": "means of a network's activations and weight gradients, which is trained now and then",
+    "ae": "real images and what an autoencoder makes of them",
+    "vae": "the same, with Gaussians of codes near the prior",
+    "wae": "the same, with all codes together near the prior",
+    "gmmn-ae": "√MMD² of an autoencoder's codes",
+    "glo": "each real image and what the generator makes of its code, which is learnt",
+    "imle": "each real image and the nearest of many samples",
+    "glann": "glo's codes and the nearest of mapped noise",
 }
 """What each method compares."""
 
@@ -62,11 +69,24 @@ NEEDS: dict[str, Needs] = {
     "improved-gan": Needs(features=False),
     "dfm": Needs(features=False),
     "molm": Needs(features=False, captured=False),
+    "ae": Needs(features=False),
+    "vae": Needs(features=False),
+    "wae": Needs(features=False),
+    "gmmn-ae": Needs(features=False, captured=False),
+    "glo": Needs(features=False, captured=False),
+    "imle": Needs(features=False, captured=False),
+    "glann": Needs(features=False, captured=False),
 }
 PLAYING = ("gan", "mmd-gan", "began", "fisher-gan", "mcgan", "improved-gan", "dfm")
 """The methods in whose every step a generator and a critic learn from each other."""
 ADVERSARIAL = (*PLAYING, "molm")
 """The methods that train a critic."""
+AUTOENCODING = ("ae", "vae", "wae", "gmmn-ae")
+"""The methods in which an encoder and a decoder, the generator, reproduce real images."""
+LATENT = ("glo", "imle", "glann")
+"""The methods that draw real images again without an encoder: by codes that are learnt, or samples that are found."""
+WITH_TABLE = ("glo", "glann")
+"""Those of them that have a code for each real image."""
 COMPARING = tuple(name for name, needs in NEEDS.items() if needs.features)
 """The methods that compare features."""
 _ON_FEATURES = tuple(name for name in COMPARING if name != "gfmn")

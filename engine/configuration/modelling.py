@@ -16,6 +16,7 @@ from engine.configuration.build import Networks, make_method
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
+from engine.configuration.methods import WITH_TABLE
 from engine.configuration.objectives import blank_reference
 from engine.configuration.updates import all_of
 from engine.generation.networks import Generator
@@ -116,7 +117,8 @@ def _modelled_method(
     if config.method.method == "molm":  # whose steps are alike, and so are minibatches whose moments are added
         config = config.replaced({"moment_steps": 1, "moment_images": 2 * config.training.batch_size})
     if extractor is None:
-        return make_method(config, generator, ranks=ranks, networks=networks)
+        counted: dict[str, Any] = {"images": images} if config.method.method in WITH_TABLE else {}
+        return make_method(config, generator, ranks=ranks, networks=networks, **counted)
     backend = _plain_kernels() if config.matching.backend == "reference" else reference
     options: dict[str, Any] = {"kernels": backend, "max_chunks": _MODELLED_CHUNKS}
     # Fake tensors have no numbers to make weights or scales of.

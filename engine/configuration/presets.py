@@ -73,6 +73,56 @@ _OF_METHODS |= {
     for name, values in USUAL.items()
 }
 
+# As published, but for rates: a Gaussian with σ .7 around every pixel (the weight 1) leaves strokes blurred.
+_AUTOENCODER: dict[str, Any] = {"lr": 1e-3, "batch_size": 128, "upsampling": "nearest"}
+_OF_CODES: dict[str, dict[str, Any]] = {
+    "ae": {"nz": 16},
+    "vae": {"nz": 20, "code_weight": 4.0},
+    "wae": {"nz": 8, "code_weight": 200.0},
+    "gmmn-ae": {"nz": 16},
+}
+_SHORT: dict[str, Any] = {"steps": 1200, "autoencoder_steps": 800, "batch_size": 64, "upsampling": "transposed"}
+_OF_METHODS |= {
+    name: {
+        preset: {
+            **_AUTOENCODER,
+            **values,
+            **({"autoencoder_steps": PRESETS[preset]["steps"] // 2}),
+            **(_SHORT if preset == "digits" else {"nz": 128}),
+        }
+        for preset in PRESETS
+    }
+    for name, values in _OF_CODES.items()
+}
+
+# Hoshen et al. 2019: Adam at 1e-3, codes of 64 dimensions at 1e-2, minibatch 128, T 32 → 128 → 128 → 64; Li & Malik
+# 2018: ten times as many samples as a minibatch has images.
+_LATENT: dict[str, Any] = {
+    "lr": 1e-3,
+    "batch_size": 128,
+    "nz": 64,
+    "upsampling": "nearest",
+    "reconstruction": "pyramid",
+}
+_OF_LATENT: dict[str, dict[str, Any]] = {
+    "glo": {},
+    "imle": {"pool_size": 1280},
+    "glann": {"pool_size": 4096, "pool_every": 14, "code_noise": 32, "code_width": 128},
+}
+_LATENT_ON_DIGITS: dict[str, Any] = {"batch_size": 64, "steps": 1500, "glo_steps": 1000}
+_OF_METHODS |= {
+    name: {
+        preset: {
+            **_LATENT,
+            **values,
+            "glo_steps": PRESETS[preset]["steps"] // 2,
+            **(_LATENT_ON_DIGITS if preset == "digits" else {}),
+        }
+        for preset in PRESETS
+    }
+    for name, values in _OF_LATENT.items()
+}
+
 COMPARING_PRESETS = tuple(PRESETS)
 """Those of methods that compare features."""
 PRESETS |= PUBLISHED

@@ -1,4 +1,7 @@
-"""Priors: the laws that z is drawn from, and the stream of them that a training run consumes."""
+"""Priors: the laws that z is drawn from, and the stream of them that a training run consumes.
+
+Some have numbers of their own, which a method learns: `engine.generation.learnt`.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ class Prior(Protocol):
     """A law of z.
 
     Attributes:
-        name: as in `PRIORS`, and in the file of a saved generator.
+        name: as in `PRIORS` or `engine.generation.learnt`, and in the file of a saved generator.
         nz: length of z.
     """
 
     @property
     def name(self) -> str:
-        """As in `PRIORS`."""
+        """As in `PRIORS`, or as in `engine.generation.learnt`."""
         ...
 
     @property
@@ -41,9 +44,44 @@ class Prior(Protocol):
         """z [count, nz] on the CPU, whatever the device of the run; `seed` decides it."""
         ...
 
+    def draw_ends(self, count: int, seed: int) -> Tensor:
+        """What `between` leads from and to, [count, K] on the CPU; `seed` decides it."""
+        ...
+
+    def between(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        """z on the way from each row of `start` to that of `end` [R, K], as [R · steps, nz]; all are likely ones."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The numbers that the law has besides its name and nz: saved with the generator."""
+        ...
+
+
+class _Plain:
+    """A law without numbers of its own, and z itself for the ends of a path; a path is an arc."""
+
+    def sample(self, count: int, random: torch.Generator) -> Tensor:
+        """The next z of `random`."""
+        raise NotImplementedError
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """z [count, nz]; `seed` decides it."""
+        return self.sample(count, torch.Generator().manual_seed(seed))
+
+    def draw_ends(self, count: int, seed: int) -> Tensor:
+        """z, as `draw` has it."""
+        return self.draw(count, seed)
+
+    def between(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        """See `interpolate`."""
+        return interpolate(start, end, steps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(_Plain):
     """z ~ N(0, I), the paper's."""
 
     nz: int
@@ -53,12 +91,9 @@ class Gaussian:
         """The next z of `random`."""
         return torch.randn(count, self.nz, generator=random)
 
-    def draw(self, count: int, seed: int) -> Tensor:
-        return self.sample(count, torch.Generator().manual_seed(seed))
-
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(_Plain):
     """z uniform in [-1, 1], as in generative moment matching networks (Li et al. 2015)."""
 
     nz: int
@@ -68,8 +103,57 @@ class Uniform:
         """The next z of `random`."""
         return torch.rand(count, self.nz, generator=random) * 2 - 1
 
-    def draw(self, count: int, seed: int) -> Tensor:
-        return self.sample(count, torch.Generator().manual_seed(seed))
+
+@dataclass(frozen=True)
+class Ball(_Plain):
+    """z uniform in the ball of `radius` around 0 (Bojanowski et al. 2018, section 2, have codes in the unit ball).
+
+    The first nz coordinates of a point that is uniform on the sphere in nz + 2 dimensions, which Gaussian numbers
+    divided by their norm are (Barthe et al. 2005, corollary 4). A path between two z is straight.
+
+    Raises:
+        InputError: "radius" is not a positive number.
+    """
+
+    nz: int
+    radius: float = 1.0
+    name: str = "ball"
+
+    def __post_init__(self) -> None:
+        check_radius(self.radius)
+
+    def sample(self, count: int, random: torch.Generator) -> Tensor:
+        """The next z of `random`."""
+        x = torch.randn(count, self.nz + 2, generator=random)
+        return self.radius * x[:, : self.nz] / x.norm(dim=1, keepdim=True)
+
+    def between(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        """Straight lines: a ball is convex."""
+        t = torch.linspace(0, 1, steps, device=start.device).view(1, -1, 1)
+        return ((1 - t) * start.unsqueeze(1) + t * end.unsqueeze(1)).flatten(0, 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The `radius`, float64 []."""
+        return {"radius": torch.tensor(self.radius, dtype=torch.float64)}
+
+
+def check_radius(radius: float) -> None:
+    """InputError unless a ball may have this radius."""
+    if not 0 < radius < float("inf"):
+        raise InputError("radius", f"must be positive and finite, got {radius:g}")
+
+
+def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Great-circle paths between rows of `start` and `end` [R, nz], as [R · steps, nz] (White 2016, section 2.1).
+
+    A straight line between two Gaussian vectors passes through short vectors that a generator never sees; the arc
+    sin((1−t)ω)/sin ω · start + sin(tω)/sin ω · end, with ω the angle between them, does not.
+    """
+    cosine = torch.nn.functional.cosine_similarity(start, end, dim=1).clamp(-1, 1)
+    angle = cosine.arccos().view(-1, 1, 1).clamp(min=1e-6)
+    t = torch.linspace(0, 1, steps, device=start.device).view(1, -1, 1)
+    path = ((1 - t) * angle).sin() * start.unsqueeze(1) + (t * angle).sin() * end.unsqueeze(1)
+    return (path / angle.sin()).flatten(0, 1)
 
 
 def draw_batches(prior: Prior, count: int, seed: int, size: int) -> Iterator[Tensor]:
@@ -85,7 +169,8 @@ def draw_batches(prior: Prior, count: int, seed: int, size: int) -> Iterator[Ten
         count -= rows
 
 
-PRIORS: dict[str, Callable[[int], Prior]] = {"gaussian": Gaussian, "uniform": Uniform}
+PRIORS: dict[str, Callable[[int], Prior]] = {"gaussian": Gaussian, "uniform": Uniform, "ball": Ball}
+"""The laws that need nothing but nz."""
 
 
 def check_nz(nz: int) -> None:

@@ -77,14 +77,14 @@ class Sampler:
 
     def draw_paths(self, count: int, steps: int, seed: int) -> Tensor:
         """`count` rows of `steps` images that lead from one random z to another, [count · steps, 3, H, W]."""
-        ends = self.prior.draw(2 * count, seed)
-        return self.images(interpolate(ends[:count], ends[count:], steps))
+        ends = self.prior.draw_ends(2 * count, seed)
+        return self.images(self.prior.between(ends[:count], ends[count:], steps))
 
     def path_batches(self, count: int, steps: int, seed: int) -> Iterator[Tensor]:
         """The images of `draw_paths` as `pixel_batches` gives them, whole rows at a time."""
-        ends, rows = self.prior.draw(2 * count, seed), max(self.batch_size // steps, 1)
+        ends, rows = self.prior.draw_ends(2 * count, seed), max(self.batch_size // steps, 1)
         pairs = zip(ends[:count].split(rows), ends[count:].split(rows), strict=True)
-        return map(to_uint8, self._batches(interpolate(start, end, steps) for start, end in pairs))
+        return map(to_uint8, self._batches(self.prior.between(start, end, steps) for start, end in pairs))
 
     def _batches(self, z: Iterable[Tensor]) -> Iterator[Tensor]:
         module = copy.deepcopy(self.generator).train(self.batch_statistics)
@@ -93,16 +93,3 @@ class Sampler:
             with torch.no_grad():
                 images = module(batch.to(device))
             yield images
-
-
-def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Great-circle paths between rows of `start` and `end` [R, nz], as [R · steps, nz] (White 2016, section 2.1).
-
-    A straight line between two Gaussian vectors passes through short vectors that a generator never sees; the arc
-    sin((1−t)ω)/sin ω · start + sin(tω)/sin ω · end, with ω the angle between them, does not.
-    """
-    cosine = torch.nn.functional.cosine_similarity(start, end, dim=1).clamp(-1, 1)
-    angle = cosine.arccos().view(-1, 1, 1).clamp(min=1e-6)
-    t = torch.linspace(0, 1, steps, device=start.device).view(1, -1, 1)
-    path = ((1 - t) * angle).sin() * start.unsqueeze(1) + (t * angle).sin() * end.unsqueeze(1)
-    return (path / angle.sin()).flatten(0, 1)

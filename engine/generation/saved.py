@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.generation.learnt import noise_name, read_prior
 from engine.generation.networks import build_generator
-from engine.generation.priors import make_prior
 from engine.generation.sampling import Sampler
 from engine.support.errors import InputError
 from engine.support.files import read_safetensors, save_safetensors
@@ -19,6 +19,8 @@ from engine.support.files import read_safetensors, save_safetensors
 _FORMAT = "gfmn-generator-1"
 _MOST_STEPS = 10**12
 _PRIOR, _UPSAMPLING = "gaussian", "transposed"  # of files that name none
+_OF_PRIOR = "prior."
+"""Tensors whose names begin so are the prior's, all others the generator's."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,19 @@ def save_sampler(path: Path, sampler: Sampler, step: int) -> None:
         metadata["upsampling"] = spec.upsampling
     if prior.name != _PRIOR:
         metadata["prior"] = prior.name
+    if noise := noise_name(prior):
+        metadata["prior_noise"] = noise
     if sampler.batch_statistics:
         metadata["bn"] = "batch"
-    save_safetensors(path, sampler.generator.state_dict(), metadata)
+    of_prior = {_OF_PRIOR + name: tensor for name, tensor in prior.state_dict().items()}
+    save_safetensors(path, {**sampler.generator.state_dict(), **of_prior}, metadata)
 
 
 def load_sampler(path: Path) -> SavedSampler:
     """Read a file that `save_sampler` wrote; InputError that names the file if it is damaged or something else."""
-    tensors, metadata = read_safetensors(path, _FORMAT, "a generator of this engine")
+    every, metadata = read_safetensors(path, _FORMAT, "a generator of this engine")
+    tensors = {name: tensor for name, tensor in every.items() if not name.startswith(_OF_PRIOR)}
+    of_prior = {name[len(_OF_PRIOR) :]: every[name] for name in every.keys() - tensors.keys()}
     try:
         size, nz = int(metadata["image_size"]), int(metadata["nz"])
         make = functools.partial(
@@ -60,7 +67,7 @@ def load_sampler(path: Path) -> SavedSampler:
         )
         with torch.device("meta"):  # no memory for what the file only claims
             expected = make().state_dict()
-        prior = make_prior(metadata.get("prior", _PRIOR), nz)
+        prior = read_prior(metadata.get("prior", _PRIOR), nz, of_prior, metadata.get("prior_noise", ""))
         step = int(metadata["step"])
         if not 0 <= step <= _MOST_STEPS:
             raise ValueError(f"step {step}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from engine.generation.networks import Generator
 from engine.generation.priors import Noise
 from engine.generation.sampling import Sampler
 from engine.generation.saved import save_sampler
@@ -86,12 +87,13 @@ class Trainer:
         self.writes = ranks.rank == 0
         self.validation = validation
         self.fingerprint = {**fingerprint, **(validation.fingerprint if validation is not None else {})}
-        generator = method.sampler().generator
-        self.device = next(generator.parameters()).device
-        self.ema = WeightAverages(generator, schedule.generator_ema, schedule.sample_ema)
+        generator = method.modules["generator"]
+        assert isinstance(generator, Generator)
+        self.generator = generator
+        self.device = next(self.generator.parameters()).device
+        self.ema = WeightAverages(self.generator, schedule.generator_ema, schedule.sample_ema)
         self.noise = Noise(schedule.seed, self.device) if noise is None else noise
         self.images: Source = NoImages() if images is None else images
-        self.fixed_z = method.sampler().prior.draw(GRID, schedule.seed + 1).to(self.device)
         self.rates = Rates(method.optimizers, schedule.rates)
         self.step = 0
         self.divergence = Divergence(method.optimizers, self.device, schedule.max_skipped, kernels)
@@ -120,7 +122,7 @@ class Trainer:
         self.noise.begin()
         self.images.begin()
         scalars = dict(self.method.step(self.images.batches, self.noise))
-        self.ema.take_in(self.method.sampler().generator)
+        self.ema.take_in(self.generator)
         self.divergence.take_in(scalars)
         return scalars
 
@@ -352,5 +354,5 @@ class Trainer:
         logbook.picture("samples", picture, self.step)
 
     def picture(self) -> Tensor:
-        """The grid of images of the run's fixed z, uint8 [3, H, W]."""
-        return grid(self.sampler().images(self.fixed_z), COLUMNS)
+        """The grid of images of z that the run's seed decides, uint8 [3, H, W]."""
+        return grid(self.sampler().draw(GRID, self.schedule.seed + 1), COLUMNS)

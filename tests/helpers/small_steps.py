@@ -16,9 +16,8 @@ import torch
 from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
-from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks
+from engine.configuration.build import bare_extractor, make_generator, make_method, make_networks, of_images
 from engine.configuration.config import Config
-from engine.configuration.critics import real_labels
 from engine.configuration.groups import GROUPS, field_names, owners
 from engine.configuration.methods import ADVERSARIAL, COMPARING, NEEDS
 from engine.configuration.objectives import blank_reference
@@ -129,6 +128,23 @@ _FEW_OWN: dict[str, dict[str, Any]] = {
     "dfm": {"denoiser_width": 8, "denoiser_layers": 3},
     "molm": {"moment_every": 2, "moment_steps": 2, "moment_images": 4},
 }
+_OF_AUTOENCODERS: dict[str, dict[str, dict[str, Any]]] = {
+    "ae": {
+        "pyramid": {"reconstruction": "pyramid", "recompute_generator": True},
+        "perceptual": {"reconstruction": "perceptual", "perceptual": "pixels", "amp": True},
+    },
+    "vae": {"float32": {}, "bf16": {"amp": True, "encoder": "resnet", "generator": "resnet"}},
+    "wae": {"mmd": {"prior": "uniform"}, "gan": {"divergence": "gan", "clip_grad": 0.1, "prior": "ball"}},
+    "gmmn-ae": {"float32": {}},
+}
+_OF_LATENT: dict[str, dict[str, dict[str, Any]]] = {
+    "glo": {"pixels": {"reconstruction": "pixels", "amp": True}},
+    "imle": {
+        "pyramid": {"pool_size": 7, "pool_every": 2},
+        "pixels": {"pool_size": 7, "search": "pixels", "recompute_generator": True},
+    },
+    "glann": {"float32": {"pool_size": 9, "glo_steps": 1}},
+}
 _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
 
 
@@ -165,11 +181,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     **{
         f"{method}-{name}": ("digits", {"method": method, **given})
+        for method, variants in {**_OF_AUTOENCODERS, **_OF_LATENT}.items()
+        for name, given in variants.items()
+    },
+    **{
+        f"{method}-{name}": ("digits", {"method": method, **given})
         for method in COMPARING
         for name, given in {**_of_all(method), **_OF_METHODS.get(method, {})}.items()
     },
 }
 """Name → preset and settings, of every way to train whose operators or arguments are its own."""
+_SLOW = ("ae-perceptual", "vae-bf16", "gmmn-ae-float32")
 _ALWAYS = ("gan-minimax", "gan-bf16", "published-wgan-gp", "published-sngan", "published-fisher-gan")
 
 
@@ -178,7 +200,8 @@ def marked(names: Iterable[str]) -> list[Any]:
 
     def is_slow(name: str) -> bool:
         preset, given = VARIANTS[name]
-        return given.get("method", preset_method(preset)) in ADVERSARIAL and name not in _ALWAYS
+        adversarial = given.get("method", preset_method(preset)) in ADVERSARIAL
+        return name in _SLOW or (adversarial and name not in _ALWAYS)
 
     return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in names]
 
@@ -210,8 +233,7 @@ def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = 
         known = blank_reference(config, extractor, torch.rand)
         method = make_method(config, generator, extractor, known, ranks, kernels=reference)
     else:
-        labels = real_labels(config, few_pictures(config))
-        more = {} if labels is None else {"labels": labels}
+        more = of_images(config, few_pictures(config))
         method = make_method(config, generator, ranks=ranks, networks=make_networks(config), **more)
     options: dict[str, Any] = {"noise": DrawnAhead(config.training.seed, RecordedLane()), "kernels": reference}
     if method.reads == "images":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.generation.networks import GENERATOR_SIZES, build_generator
 from engine.representation.architectures import Architecture
+from engine.representation.encoders import Autoencoder, Encoder
 from engine.representation.pretraining.shares import Rows
 from engine.support.errors import InputError
 from pipelines import ImageDataset
@@ -164,21 +165,10 @@ class Rotate(_Scores):
         return torch.stack(right).sum() / 4
 
 
-class Autoencoder(nn.Module):
-    """From images to tanh of the encoder's outputs, and back by the DCGAN-like generator (paper, section 5.1)."""
-
-    def __init__(self, encoder: nn.Module, image_size: int, latent: int):
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = build_generator("dcgan", image_size=image_size, nz=latent)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction of `images`, [N, 3, H, W]."""
-        return self.decoder(self.encoder(images).tanh())
-
-
 class Autoencode:
     """Learn to reconstruct the image from a latent code: mean squared error of pixels in [-1, 1], by Adam.
+
+    The code is tanh of the network's outputs, and the DCGAN-like generator draws it (paper, section 5.1).
 
     The code has 128 values for up to 32 pixels and 512 above (the paper's for CelebA).
     """
@@ -193,7 +183,8 @@ class Autoencode:
             raise InputError("task", f"autoencode decodes to images of {sizes} pixels, not {size}")
         latent = 128 if size <= 32 else 512
         self.network = architecture.make(latent, size)
-        self.module: nn.Module = Autoencoder(self.network, size, latent)
+        encoder = Encoder(self.network, latent, bounded=True)
+        self.module: nn.Module = Autoencoder(encoder, build_generator("dcgan", image_size=size, nz=latent))
 
     def loss(self, images: Tensor, labels: Tensor | None, rows: Rows) -> Tensor:
         """Mean squared error of the reconstructed pixels, at least in float32."""

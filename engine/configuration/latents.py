@@ -1,0 +1,92 @@
+"""From a configuration to a method with codes and no encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from engine.configuration.autoencoders import PERCEPTUAL, make_errors, make_perceptual
+from engine.configuration.command import arguments_as
+from engine.configuration.config import Config
+from engine.configuration.inputs import amp_dtype
+from engine.generation.learnt import MappingNetwork
+from engine.generation.networks import Generator
+from engine.generation.priors import make_prior
+from engine.methods.latent import CodeTable, Glann, Glo, Imle
+from engine.methods.pools import Rows, pixel_rows, pyramid_rows
+from engine.training.ranks import ALONE, Ranks
+
+_ROWS: dict[str, Rows] = {"pixels": pixel_rows, "pyramid": pyramid_rows}
+
+
+def make_latents(config: Config) -> dict[str, nn.Module]:
+    """What the method needs besides generator and codes, initialised from torch's random state, on the CPU."""
+    own, networks = config.autoencoder, dict[str, nn.Module]()
+    if config.method.method == "glann":
+        networks["mapping"] = MappingNetwork((own.code_noise, own.code_width, own.code_width, config.networks.nz))
+    if own.reconstruction == "perceptual":
+        networks[PERCEPTUAL] = make_perceptual(config, own.perceptual, own.perceptual_weights)
+    return networks
+
+
+def make_latent(
+    config: Config,
+    generator: Generator,
+    networks: Mapping[str, nn.Module],
+    ranks: Ranks = ALONE,
+    images: int | None = None,
+) -> Glo | Imle | Glann:
+    """The configured method.
+
+    Args:
+        generator, networks: on their device; see `make_latents`.
+        ranks: the processes that share every minibatch.
+        images: how many real ones there are; None for a minibatch's.
+    """
+    own, codes, settings = config.latent, config.autoencoder, config.networks
+    training, updates, method = config.training, config.updates, config.method.method
+    options: dict[str, Any] = {
+        "reconstruction": make_errors(config, codes.reconstruction, networks),
+        "batch_size": training.batch_size,
+        "lr": training.lr,
+        "betas": (training.beta1, training.beta2),
+        "optimizer": updates.optimizer,
+        "weight_decay": updates.weight_decay,
+        "clip": updates.clip_grad,
+        "amp_dtype": amp_dtype(config),
+        "recompute_generator": training.recompute_generator,
+        "batch_statistics": settings.sample_bn == "batch",
+        "ranks": ranks,
+        "global_batches": settings.generator_bn == "global",
+    }
+    if method == "imle":
+        return Imle(
+            generator,
+            make_prior(settings.prior, settings.nz),
+            pool=own.pool_size,
+            pool_every=own.pool_every,
+            rows=_ROWS[own.search],
+            **options,
+        )
+    device = next(generator.parameters()).device
+    with arguments_as(radius="code_radius"):
+        count = images or training.batch_size
+        table = CodeTable(count, settings.nz, radius=own.code_radius, seed=training.seed, device=device)
+    glo = Glo(generator, table, images=images, code_lr=own.code_lr, **options)
+    if method == "glo":
+        return glo
+    mapping = networks["mapping"]
+    assert isinstance(mapping, MappingNetwork)
+    return Glann(
+        glo,
+        mapping,
+        make_prior(settings.prior, codes.code_noise),
+        glo_steps=own.glo_steps,
+        pool=own.pool_size,
+        pool_every=own.pool_every,
+        batch_size=training.batch_size,
+        lr=training.lr if codes.mapping_lr is None else codes.mapping_lr,
+        betas=(training.beta1, training.beta2),
+    )

@@ -1,0 +1,123 @@
+"""Pools of samples, of which each real one pulls the nearest (implicit maximum likelihood, Li & Malik 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from engine.comparison.distances.nearest import nearest_rows
+from engine.comparison.image_losses import laplacian_pyramid
+from engine.generation.priors import Noise, Prior
+from engine.support.errors import InputError
+from engine.training.ranks import Ranks
+
+Rows = Callable[[Tensor], Tensor]
+"""What is compared of samples [n, …]: rows [n, F], whose squared distance says how far two samples are apart."""
+_NETWORK = "network."
+
+
+def pixel_rows(images: Tensor) -> Tensor:
+    """Pixels as they are, [n, 3HW]."""
+    return images.flatten(1)
+
+
+def pyramid_rows(images: Tensor) -> Tensor:
+    """The values of each level of the Laplacian pyramid, divided by the root of their number, [n, F]: all levels count
+    alike, as in `pyramid_errors`."""
+    levels = [level.flatten(1) for level in laplacian_pyramid(images)]
+    return torch.cat([level / level.shape[1] ** 0.5 for level in levels], dim=1)
+
+
+class Pool:
+    """Samples of a network, drawn anew every so many steps by the network as it is then, and the nearest of them.
+
+    Every rank draws its share of the samples, finds the nearest of those for the real samples of all ranks, and the
+    ranks tell each other: all of them know the same nearest ones of the whole pool.
+
+    Args:
+        network: noise [n, K] → samples; what is drawn of it has running statistics.
+        prior: the law of noise.
+        size: samples of the pool, over all ranks.
+        every: steps between two pools.
+        rows: of samples.
+        batch: samples that the network draws at a time.
+        ranks: the processes that share the pool.
+
+    Raises:
+        InputError: "pool", if it is smaller than `at_least`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        prior: Prior,
+        *,
+        size: int,
+        every: int,
+        rows: Rows,
+        batch: int,
+        at_least: int,
+        ranks: Ranks,
+    ):
+        if size < at_least:
+            raise InputError("pool", f"{size} samples are fewer than the minibatch, {at_least}; give at least so many")
+        self.network, self.prior, self.ranks = network, prior, ranks
+        self.size, self.every, self.rows, self.batch = size, every, rows, batch
+        self.share = ranks.share(size)
+        self.steps = 0
+        self.noise: Tensor | None = None
+        self.weights: dict[str, Tensor] = {}
+        self.own: Tensor | None = None
+
+    def begin(self, noise: Noise) -> None:
+        """One more step, before which there is a new pool if it is time."""
+        if self.steps % self.every == 0:
+            self.noise = noise.draw(self.prior, self.size).clone()  # which lies where the next one will be
+            self.weights = {name: kept.detach().clone() for name, kept in self.network.state_dict().items()}
+            self._draw()
+        self.steps += 1
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """The rows of this rank's samples, from `noise` and `weights`."""
+        assert self.noise is not None
+        own = self.noise[self.share].to(next(self.network.parameters()).dtype)
+        self.network.eval()
+        drawn = (torch.func.functional_call(self.network, self.weights, part) for part in torch.split(own, self.batch))
+        self.own = torch.cat([self.rows(samples) for samples in drawn])
+        self.network.train()
+
+    @torch.no_grad()
+    def nearest(self, real: Tensor) -> tuple[Tensor, Tensor]:
+        """For every row of all ranks [N, F], the noise of its nearest sample [N, K], and their squared distance [N]."""
+        assert self.noise is not None
+        assert self.own is not None
+        index, squares = nearest_rows(real, self.own)
+        index += self.share.start
+        if self.ranks.size > 1:
+            every, _ = self.ranks.gather(torch.stack([index.double(), squares.double()]).unsqueeze(0))
+            best = every[:, 1].argmin(dim=0, keepdim=True)
+            index = every[:, 0].gather(0, best)[0].long()
+            squares = every[:, 1].gather(0, best)[0].to(squares.dtype)
+        return self.noise[index], squares
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The noise, the weights that drew samples of it, and the number of steps; samples are drawn again."""
+        state = {"steps": torch.tensor(self.steps)}
+        if self.noise is not None:
+            state |= {"noise": self.noise, **{_NETWORK + name: kept for name, kept in self.weights.items()}}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`; KeyError, RuntimeError or ValueError if the state is another pool's."""
+        self.steps = int(state["steps"])
+        if not self.steps:
+            return
+        if len(state["noise"]) != self.size:
+            raise ValueError(f"a pool of {len(state['noise'])} samples, and this one has {self.size}")
+        self.noise = state["noise"].to(next(self.network.parameters()).device)
+        own = self.network.state_dict()
+        self.weights = {name: state[_NETWORK + name].to(kept.device) for name, kept in own.items()}
+        self._draw()

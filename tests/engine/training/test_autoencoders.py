@@ -1,0 +1,129 @@
+"""Autoencoding runs from outside: resumed bit for bit, drawn as any other, one line for what makes no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import command, metrics
+from helpers.small_steps import configuration, small_trainer
+from torch import Tensor
+
+from engine import precompute, report, sample, train
+from engine.configuration.config import Config
+from engine.configuration.inputs import load_run_sampler
+from engine.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "vae": {"method": "vae", "amp": True, "generator_ema": 0.9},
+    "ae": {"method": "ae", "reconstruction": "pyramid"},
+    "wae-gan": {"method": "wae", "divergence": "gan", "amp": True, "amp_dtype": "fp16"},
+    "before the codes": {"method": "gmmn-ae", "autoencoder_steps": 3},
+    "amid the codes": {"method": "gmmn-ae", "autoencoder_steps": 1},
+}
+_ALWAYS = ("vae", "before the codes")
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    parts = trainer._checkpoint().parts
+    return {f"{part}.{name}": tensor.clone() for part, state in parts.items() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
+def test_resumed_equals_uninterrupted(name: str) -> None:
+    """Bit for bit: all networks, optimizers and remembered codes, the place among images and random numbers."""
+    config = configuration("digits", {"batch_size": 3, **RESUMED[name]})
+    whole, first, second = (small_trainer(config) for _ in range(3))
+    for _ in range(5):
+        whole.train_step()
+    for _ in range(2):
+        first.train_step()
+    second.restore(first._checkpoint())
+    before = everything(second)
+    for _ in range(3):
+        second.train_step()
+    found, expected = everything(second), everything(whole)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    parts = {key.split(".")[0] for key in before if not torch.equal(before[key], found[key])}
+    learnt = {"mapping"} if name == "amid the codes" else {"generator", "encoder"}
+    assert parts >= {*learnt, "optimizer", "images", "random"}
+    assert torch.equal(second.picture(), whole.picture())
+
+
+@pytest.mark.parametrize("name", ["gmmn-ae", pytest.param("vae", marks=pytest.mark.slow)])
+def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path: Path) -> None:
+    text = f"""--method {name} --data {pictures} --batch-size 4 --nz 8 --generator dcgan --loader torch
+        --log-every 1 --checkpoint-every 2 --threads 1 --generator-ema .5 --upsampling transposed"""
+    flags = [*text.split(), *(["--autoencoder-steps", "1"] if name == "gmmn-ae" else [])]
+    train.main([*flags, "--steps", "3", "--out", str(tmp_path / "whole")])
+    train.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")])
+    train.main(["--resume", "--steps", "3", "--out", str(tmp_path / "run")])
+    assert metrics(tmp_path / "run", ("step", "loss")) == metrics(tmp_path / "whole", ("step", "loss"))
+    whole, resumed = (tmp_path / run / "generator.safetensors" for run in ("whole", "run"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert load_run_sampler(tmp_path / "run").prior.name == ("mapped" if name == "gmmn-ae" else "gaussian")
+    sample.main(["--run", str(tmp_path / "run"), "--count", "5", "--out", str(tmp_path / "five.npy")])
+    assert np.load(tmp_path / "five.npy").shape == (5, 32, 32, 3)
+    paths = tmp_path / "paths.png"
+    sample.main(["--run", str(tmp_path / "run"), "--count", "8", "--interpolate", "--out", str(paths)])
+    assert paths.exists()
+    report.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")])
+    assert "encoder" in (tmp_path / "report.html").read_text()
+
+
+AE, VAE, WAE, GMMN = (["--method", name] for name in ("ae", "vae", "wae", "gmmn-ae"))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ([*VAE, "--prior", "uniform"], "--prior: --method vae draws codes to a gaussian, not uniform"),
+        ([*AE, "--prior", "uniform"], "--prior: --method ae draws images from a Gaussian that it fits to its codes"),
+        ([*AE, "--code-weight", "2"], "--code-weight: belongs to --method vae or wae, and this is --method ae"),
+        ([*VAE, "--divergence", "gan"], "--divergence: belongs to --method wae, and this is --method vae"),
+        ([*WAE, "--code-weight", "0"], "--code-weight: must be positive"),
+        ([*WAE, "--code-critic-lr", "1e-3"], "--code-critic-lr: needs --divergence gan, and this is mmd"),
+        ([*WAE, "--divergence", "js"], "--divergence: invalid choice: 'js'"),
+        ([*VAE, "--encoder", "pixels"], "--encoder: 'pixels' is not known; choose one of dcgan, resnet"),
+        ([*VAE, "--perceptual", "vgg19"], "--perceptual: needs --reconstruction perceptual, and this is pixels"),
+        (
+            [*VAE, "--reconstruction", "perceptual", "--perceptual", "vgg-small"],
+            "--perceptual-weights: vgg-small brings",
+        ),
+        ([*VAE, "--reconstruction", "perceptual", "--perceptual", "vgg20"], "--perceptual: 'vgg20' is not"),
+        ([*GMMN, "--autoencoder-steps", "1"], "--autoencoder-steps: 1 leave none of 1 --steps"),
+        ([*GMMN, "--code-bandwidths", "0"], "--code-bandwidths: must be positive"),
+        ([*GMMN, "--mapping-lr", "-1"], "--mapping-lr: must be positive"),
+        (["--encoder", "dcgan"], "--encoder: belongs to --method ae or vae or wae or gmmn-ae"),
+        ([*VAE, "--extractor", "vgg19"], "--extractor: belongs to the methods that compare features"),
+        ([*VAE, "--batch-size", "64"], "--batch-size: 64 is more than the"),
+    ],
+)
+def test_bad_input_is_one_line(
+    given: list[str], line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"--data {pictures} --batch-size 4 --nz 8 --loader torch --threads 1 --steps 1"
+    code, errors = command(train.main, [*text.split(), *given, "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert line in errors.splitlines()[-1]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*VAE, "--data", str(pictures), "--out", str(tmp_path / "target.safetensors")]
+    code, errors = command(precompute.main, flags, capsys)
+    assert (code, "--method: vae compares with no target" in errors.splitlines()[-1]) == (2, True)
+
+
+@pytest.mark.parametrize("preset", ["digits", "cifar10", "celeba64"])
+def test_presets_leave_steps_for_the_codes(preset: str) -> None:
+    config = Config.build(preset, {"method": "gmmn-ae"})
+    assert 0 < config.autoencoder.autoencoder_steps < config.training.steps

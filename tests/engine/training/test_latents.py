@@ -1,0 +1,166 @@
+"""Runs that learn codes without an encoder, from outside: resumed bit for bit, drawn as any other, one line for what
+makes no sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import command, metrics
+from helpers.small_steps import configuration, small_trainer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine import report, sample, train
+from engine.configuration.build import make_generator, make_networks
+from engine.configuration.config import Config
+from engine.configuration.inputs import load_run_sampler
+from engine.configuration.modelling import predict
+from engine.support.errors import InputError
+from engine.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "glo": {"method": "glo", "generator_ema": 0.9},
+    "glo-fp16": {"method": "glo", "amp": True, "amp_dtype": "fp16"},
+    "imle": {"method": "imle", "pool_size": 7, "pool_every": 3},
+    "imle-bf16": {"method": "imle", "pool_size": 7, "pool_every": 2, "amp": True, "search": "pixels"},
+    "glann": {"method": "glann", "pool_size": 9, "glo_steps": 3},
+    "amid noise": {"method": "glann", "pool_size": 9, "pool_every": 3, "glo_steps": 1},
+}
+_ALWAYS = ("imle", "amid noise")
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    parts = trainer._checkpoint().parts
+    return {f"{part}.{name}": tensor.clone() for part, state in parts.items() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
+)
+def test_resumed_equals_uninterrupted(name: str) -> None:
+    """Bit for bit: codes with their moments, the pool, both networks, the place among images and random numbers."""
+    config = configuration("digits", {"batch_size": 3, **RESUMED[name]})
+    whole, first, second = (small_trainer(config) for _ in range(3))
+    for _ in range(5):
+        whole.train_step()
+    for _ in range(2):
+        first.train_step()
+    second.restore(first._checkpoint())
+    for _ in range(3):
+        second.train_step()
+    found, expected = everything(second), everything(whole)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    if "glo" in name:
+        assert "codes.codes" in expected
+        assert "optimizer.codes.0.exp_avg" in expected
+    assert torch.equal(second.picture(), whole.picture())
+
+
+def test_gradients_of_codes_are_without_the_loss_scale() -> None:
+    """float16 scales the loss by thousands, and the moments of the codes' Adam know nothing of it."""
+    small = {"method": "glo", "batch_size": 3}  # the pyramid's loss, which does not overflow
+    moments = []
+    for amp in ({}, {"amp": True, "amp_dtype": "fp16"}):
+        trainer = small_trainer(configuration("digits", {**small, **amp}))
+        trainer.train_step()
+        moments.append(everything(trainer)["optimizer.codes.0.exp_avg"])
+    plain, scaled = moments
+    assert float((plain - scaled).norm() / plain.norm()) < 0.1
+
+
+FLAGS = "--batch-size 4 --nz 8 --loader torch --log-every 1 --checkpoint-every 2 --threads 1 --upsampling transposed"
+OWN = {"glo": [], "imle": ["--pool-size", "6"], "glann": ["--pool-size", "6", "--glo-steps", "1"]}
+PRIORS = {"glo": "fitted", "imle": "gaussian", "glann": "mapped"}
+
+
+@pytest.mark.parametrize("name", ["glann", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glo", "imle"))])
+def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path: Path) -> None:
+    flags = ["--method", name, "--data", str(pictures), *FLAGS.split(), *OWN[name]]
+    train.main([*flags, "--steps", "3", "--out", str(tmp_path / "whole")])
+    train.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")])
+    train.main(["--resume", "--steps", "3", "--out", str(tmp_path / "run")])
+    assert metrics(tmp_path / "run", ("step", "loss")) == metrics(tmp_path / "whole", ("step", "loss"))
+    whole, resumed = (tmp_path / run / "generator.safetensors" for run in ("whole", "run"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert load_run_sampler(tmp_path / "run").prior.name == PRIORS[name]
+    sample.main(["--run", str(tmp_path / "run"), "--count", "5", "--out", str(tmp_path / "five.npy")])
+    assert np.load(tmp_path / "five.npy").shape == (5, 32, 32, 3)
+    sample.main(["--run", str(tmp_path / "run"), "--count", "8", "--interpolate", "--out", str(tmp_path / "a.png")])
+    report.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")])
+
+
+def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture less: its codes, and all after it, would be another's."""
+    data, run = shutil.copy(pictures, tmp_path / "digits.npy"), tmp_path / "run"
+    train.main(["--method", "glo", "--data", str(data), *FLAGS.split(), "--steps", "2", "--out", str(run)])
+    codes = load_file(sorted((run / "checkpoints").iterdir())[-1])["codes/codes"]
+    assert codes.shape == (len(np.load(data)), 8)
+    np.save(data, np.load(data)[1:])
+    code, errors = command(train.main, ["--resume", "--steps", "3", "--out", str(run)], capsys)
+    assert code == 2
+    assert "data" in errors.splitlines()[-1]
+
+
+def test_a_table_of_another_size_is_refused() -> None:
+    """Where the fingerprint of the data tells nothing."""
+    config = configuration("digits", {"method": "glo", "batch_size": 3})
+    checkpoint = small_trainer(config)._checkpoint()
+    parts = {**checkpoint.parts, "codes": {"codes": checkpoint.parts["codes"]["codes"][1:]}}
+    with pytest.raises(InputError, match="8 codes of 8 dimensions, and there are 9 images"):
+        small_trainer(config).restore(dataclasses.replace(checkpoint, parts=parts))
+
+
+GLO, IMLE, GLANN = (["--method", name] for name in ("glo", "imle", "glann"))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ([*GLO, "--code-radius", "0"], "--code-radius: must be positive"),
+        ([*GLO, "--code-radius", "-1"], "--code-radius: must be positive"),
+        ([*GLO, "--prior", "uniform"], "--prior: --method glo draws images from a Gaussian that it fits to its codes"),
+        ([*GLO, "--pool-size", "9"], "--pool-size: belongs to --method imle or glann, and this is --method glo"),
+        ([*IMLE, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
+        ([*IMLE, "--code-lr", "1"], "--code-lr: belongs to --method glo or glann, and this is --method imle"),
+        ([*IMLE, "--search", "sound"], "--search: invalid choice: 'sound'"),
+        ([*IMLE, "--encoder", "dcgan"], "--encoder: belongs to --method ae"),
+        ([*GLANN, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
+        ([*GLANN, "--glo-steps", "1"], "--glo-steps: 1 leave none of 1 --steps"),
+        ([*GLO, "--perceptual", "vgg19"], "--perceptual: needs --reconstruction perceptual, and this is pyramid"),
+        ([*GLO, "--extractor", "vgg19"], "--extractor: belongs to the methods that compare features"),
+    ],
+)
+def test_bad_input_is_one_line(
+    given: list[str], line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"--data {pictures} --batch-size 4 --nz 8 --loader torch --threads 1 --steps 1"
+    code, errors = command(train.main, [*text.split(), *given, "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert line in errors.splitlines()[-1]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("preset", ["digits", "cifar10", "celeba64"])
+def test_presets_leave_steps_for_the_mapping(preset: str) -> None:
+    config = Config.build(preset, {"method": "glann"})
+    assert 0 < config.latent.glo_steps < config.training.steps
+    assert config.latent.pool_size >= config.training.batch_size
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_step_is_planned(name: str) -> None:
+    """On tensors of no memory, as every method's; codes of all images count."""
+    config = configuration("digits", {"method": name})
+    networks = make_networks(config)
+    few, many = (predict(config, make_generator(config), None, networks=networks, images=n) for n in (100, 100_100))
+    more = 0 if name == "imle" else 3 * 4 * config.networks.nz * 100_000
+    assert abs((many.between_steps - few.between_steps) - more) <= 0.2 * more
