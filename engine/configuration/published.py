@@ -22,6 +22,13 @@ _WGAN: dict[str, Any] = {
 }
 _MMD: dict[str, Any] = {"method": "mmd-gan", "lr": 1e-4, "beta1": 0.5, "beta2": 0.9, "critic_steps": 5}
 _SMMD: dict[str, Any] = {**_MMD, "kernel": "rbf", "kernel_bandwidths": (1.0,), "scaled": True}
+_WITNESS: dict[str, Any] = {
+    **_MMD,
+    "penalty": ("witness", "activations"),
+    "penalty_weight": (1.0, 1.0),
+    "critic_outputs": 16,
+    "steps": 150_000,
+}
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     # Radford et al. 2016: Adam at 2e-4 with β1 .5, minibatch 128, z uniform, BatchNorm in both networks.
@@ -135,23 +142,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     # Bińkowski et al. 2018: rational quadratics α .2 to 5, witness penalty λ 1 and L2 of the features, 16 of them, Adam
     # at 1e-4 with β (.5, .9), 5 critic steps.
-    "mmd-gan-rq": {
-        **_MMD,
-        "kernel": "rq",
-        "penalty": ("witness", "activations"),
-        "penalty_weight": (1.0, 1.0),
-        "critic_outputs": 16,
-        "steps": 150_000,
-    },
+    "mmd-gan-rq": {**_WITNESS, "kernel": "rq"},
     # The same with x·y added to the kernel.
-    "mmd-gan-rq-star": {
-        **_MMD,
-        "kernel": "rq*",
-        "penalty": ("witness", "activations"),
-        "penalty_weight": (1.0, 1.0),
-        "critic_outputs": 16,
-        "steps": 150_000,
-    },
+    "mmd-gan-rq-star": {**_WITNESS, "kernel": "rq*"},
     # Arbel et al. 2018: MMD² divided by the critic's mean squared gradient, λ 10, one output, Adam at 1e-4 with
     # β (.5, .9), 5 critic steps.
     "smmd": {**_SMMD, "critic_outputs": 1, "steps": 150_000},
