@@ -1,13 +1,15 @@
 """What each method draws of the digits, in minutes: a picture, its reading by two judges, and its time.
 
-python -m bench.methods                      # all of them, into docs/methods/ and bench/results/
+python -m bench.methods                      # those that compare features, into docs/methods/ and bench/results/
 python -m bench.methods --only mmd frechet   # these again; the rows of the others stay as they are
-python -m bench.methods --imagenet           # instead: ImageNet features, matched by two methods
+python -m bench.methods --runs critics       # instead: published recipes with a critic
+python -m bench.methods --runs codes         # methods that learn codes of the real images
+python -m bench.methods --runs imagenet      # ImageNet features, matched by two methods
 
 The judges have seen no method: a support vector machine on real 8×8 digits (`bench.digit_judge`), and the kernel
-distance of EfficientNet-Lite0's ImageNet features. Where it is these features that are matched (`--imagenet`), the
+distance of EfficientNet-Lite0's ImageNet features. Where it is these features that are matched (`--runs imagenet`), the
 second judge is the demo's own network, which was pretrained on the digits. `python -m bench.pages` writes the rows into
-docs/methods.md.
+docs/methods.md and docs/games.md.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import argparse
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,10 +32,12 @@ from pathlib import Path
 
 from bench.digit_judge import DigitJudge
 from bench.rows import Row, environment, newest_file, print_rows, read_json, write_json
+from engine.comparison.distances.nearest import nearest_rows
 from engine.configuration.build import pretrained_files
 from engine.configuration.command import Parser, run_command
 from engine.configuration.config import Config
 from engine.configuration.inputs import choose_device, load_run_sampler, open_data
+from engine.configuration.published import PUBLISHED
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.evaluation.metrics import compute_metrics
 from engine.support.errors import InputError
@@ -40,23 +46,34 @@ from engine.training.run_folder import RunFolder
 from pipelines import read_pixels
 
 ROOT = Path(__file__).parents[1]
-RUNS: dict[str, tuple[str, ...]] = {
-    "gfmn": (),
-    "gfmn-ema": ("--population", "ema"),
-    "mmd": ("--method", "mmd"),
-    "frechet": ("--method", "frechet"),
-    "sinkhorn": ("--method", "sinkhorn"),
-    "drifting": ("--method", "drifting"),
-    "gmmn": ("--method", "gmmn"),
-}
-"""Name of the picture → flags of engine.train, with the preset of the digits."""
 JUDGE = "efficientnet-lite0"
-_MATCHED = ("--extractor", JUDGE, "--weights", "imagenet")
-IMAGENET: dict[str, tuple[str, ...]] = {
-    "imagenet-gfmn": (*_MATCHED, "--steps", "500"),
-    "imagenet-frechet": (*_MATCHED, "--steps", "500", "--method", "frechet", "--pool", "grid2"),
+_MATCHED = ("--extractor", JUDGE, "--weights", "imagenet", "--steps", "500")
+RUNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "comparing": {
+        "gfmn": (),
+        "gfmn-ema": ("--population", "ema"),
+        **{name: ("--method", name) for name in ("mmd", "frechet", "sinkhorn", "drifting", "gmmn", "gmmn-ae")},
+    },
+    "critics": {name: ("--preset", name) for name in PUBLISHED},
+    "codes": {
+        **{name: ("--method", name) for name in ("ae", "vae")},
+        "wae-mmd": ("--method", "wae"),
+        "wae-gan": ("--method", "wae", "--divergence", "gan"),
+        **{name: ("--method", name) for name in ("glo", "imle", "glann")},
+    },
+    "imagenet": {
+        "imagenet-gfmn": _MATCHED,
+        "imagenet-frechet": (*_MATCHED, "--method", "frechet", "--pool", "grid2"),
+    },
 }
-"""The same for `--imagenet`: as many steps of both."""
+"""`--runs` → name of the picture → flags of engine.train; where no preset is named, that of the digits."""
+KINDS = {
+    "comparing": "methods_digits",
+    "critics": "critics_digits",
+    "codes": "codes_digits",
+    "imagenet": "methods_imagenet",
+}
+"""`--runs` → what its file of rows begins with."""
 SAMPLES, SHOWN, COLUMNS = 1_797, 48, 16
 """Samples that are judged, as many as there are real digits; samples in the picture, and in a row of it."""
 
@@ -71,12 +88,15 @@ class MethodRow(Row):
         summary: what is compared, in the engine's words.
         steps, minibatch: of the training.
         seconds: of the whole command, the extractor's pretraining left out.
+        cpu_seconds: the same of all threads together; a busy machine makes it little longer.
+        mebibytes: the most that the process held.
         confident: share of the samples that the first judge reads with confidence.
         least_share, largest_share: of the ten digits among the samples.
         least_variety, largest_variety: of the ten, pixel deviation within a class over the real digits'.
         chroma: colour on ink, of 255; real digits have 0.
         kernel_distance: to all real digits, by the second judge.
-        judge: that one's network; None for `JUDGE`.
+        distinct: how many of the real digits are the nearest one (pixels) to some sample.
+        judge: the second judge's network; None for `JUDGE`.
     """
 
     name: str
@@ -92,17 +112,17 @@ class MethodRow(Row):
     largest_variety: float
     chroma: float
     kernel_distance: float
+    cpu_seconds: float | None = None
+    mebibytes: float | None = None
+    distinct: int | None = None
     judge: str | None = None
 
 
 def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: bool = False) -> MethodRow:
     """Train, draw and judge; samples go to `picture`. `imagenet`: `JUDGE` is what is matched, and so another judges."""
     found = RunFolder(folder / name)
-    begun = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "engine.train", "--preset", "digits", "--out", str(found.path), *flags], check=True
-    )
-    seconds = time.perf_counter() - begun
+    command = [sys.executable, "-m", "engine.train", "--out", str(found.path), *flags]
+    seconds, usage = _train(command if "--preset" in flags else [*command, "--preset", "digits"])
     config = Config.load(found.config)
     device = choose_device(config.training.device)
     samples = load_run_sampler(found.path).to(device).draw_pixels(SAMPLES, seed=1)
@@ -112,6 +132,7 @@ def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: 
     network = _demo_network() if imagenet else evaluation_network(JUDGE, image_size=config.data.image_size)
     real = read_pixels(open_data(config))
     distance = compute_metrics(samples, real, network, metrics=("kid",), device=device)["kernel_distance"]
+    nearest, _ = nearest_rows(samples.cpu().flatten(1).float(), real.flatten(1).float())
     return MethodRow(
         name=name,
         flags=" ".join(flags),
@@ -126,9 +147,23 @@ def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: 
         largest_variety=float(verdict.deviation_ratios.max()),
         chroma=verdict.chroma,
         kernel_distance=distance,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        mebibytes=usage.ru_maxrss / 1024,
+        distinct=len(nearest.unique()),
         judge=network.label if imagenet else None,
         environment=environment(device),
     )
+
+
+def _train(command: Sequence[str]) -> tuple[float, resource.struct_rusage]:
+    """Seconds that the command took, and what it used. CalledProcessError if it fails."""
+    begun = time.perf_counter()
+    with subprocess.Popen(command) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, list(command))
+    return time.perf_counter() - begun, usage
 
 
 def _demo_network() -> EvaluationNetwork:
@@ -144,20 +179,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m bench.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--imagenet", action="store_true", help="match ImageNet features instead, by gfmn and by frechet")
-    add("--only", nargs="+", choices=(*RUNS, *IMAGENET), metavar="NAME", help="some of the runs")
+    add("--runs", choices=tuple(RUNS), default="comparing", help="which runs; see above")
+    add("--only", nargs="+", metavar="NAME", help="some of them")
     add("--docs", type=Path, metavar="DIR", default=ROOT / "docs/methods", help="of the pictures")
     add("--json", type=Path, metavar="FILE", help="the rows (default: one of the day in bench/results/); with --only, "
         "rows of other runs in it, or else in the newest one, are kept")  # fmt: skip
     add("--steps", type=int, metavar="N", help="in place of the preset's, to try the command")
     arguments = parser.parse_args(argv)
-    runs = IMAGENET if arguments.imagenet else RUNS
+    runs = RUNS[arguments.runs]
     chosen = arguments.only or tuple(runs)
-    for name in chosen:
-        if name not in runs:
-            parser.error(f"--only: {name} belongs to the runs {'without' if arguments.imagenet else 'with'} --imagenet")
+    if unknown := [name for name in chosen if name not in runs]:
+        parser.error(f"--only: {unknown[0]} is none of the runs of --runs {arguments.runs} ({', '.join(runs)})")
     more = () if arguments.steps is None else ("--steps", str(arguments.steps))
-    kind = "methods_imagenet" if arguments.imagenet else "methods_digits"
+    kind = KINDS[arguments.runs]
     results = ROOT / "bench/results"
     file = arguments.json or results / f"{kind}_{time.strftime('%Y-%m-%d')}.json"
     before = () if arguments.only is None else rows_before(file, None if arguments.json else newest_file(results, kind))
@@ -168,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _pretrain()
         for name in chosen:
             picture = arguments.docs / f"{name}.png"
-            rows[name] = run(name, (*runs[name], *more), folder, picture, arguments.imagenet)
+            rows[name] = run(name, (*runs[name], *more), folder, picture, arguments.runs == "imagenet")
             write_json(file, [rows[known] for known in runs if known in rows])
     print_rows([rows[name] for name in chosen])
 

@@ -71,8 +71,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("main", "flags", "message"),
     [
-        (methods.main, "--only imagenet-gfmn", "--only: imagenet-gfmn belongs to the runs with --imagenet"),
-        (methods.main, "--imagenet --only mmd", "--only: mmd belongs to the runs without --imagenet"),
+        (methods.main, "--only imagenet-gfmn", "--only: imagenet-gfmn is none of the runs of --runs comparing (gfmn,"),
+        (methods.main, "--runs imagenet --only mmd", "--only: mmd is none of the runs of --runs imagenet"),
         (method_steps.main, "--repetitions 0", "--repetitions: must be at least 1"),
         (method_steps.main, "--chunk-size 256", "--chunk-size: must be from 1 to 255"),
     ],
