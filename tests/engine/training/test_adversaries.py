@@ -20,6 +20,7 @@ from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
 from engine.comparison.games.penalties import Play
 from engine.configuration.adversarial import penalty_names
+from engine.configuration.build import make_generator, make_method, make_networks
 from engine.configuration.config import Config
 from engine.configuration.critics import make_penalties
 from engine.configuration.train_command import train_command
@@ -153,6 +154,10 @@ GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
         (["--method", "improved-gan", "--classes", "3"], "--classes: images has no labels; leave it out"),
         (["--method", "began", "--critic", "dcgan"], "--critic: autoencoder is that of --method began"),
         ([*GAN, "--critic", "autoencoder"], "--critic: autoencoder is that of --method began"),
+        ([*GAN, "--critic", "encoder-decoder"], "--critic: encoder-decoder has a decoder, which learns by --penalty"),
+        (["--method", "molm", "--critic", "encoder-decoder"], "--critic: encoder-decoder has a decoder, which learns"),
+        ([*GAN, "--critic-weights", "none.safetensors"], "--critic-weights: --critic dcgan has none to start from"),
+        ([*GAN, "--critic", "resnet", "--critic-weights", "imagenet"], "--critic-weights: --critic resnet has none"),
         ([*MMD, "--kernel", "distance", "--scaled"], "--kernel: distance has a kink"),
         (["--method", "mcgan", "--match", "covariance", "--match-directions", "99"], "--match-directions: 99 are more"),
         ([*GAN, "--kernel", "rbf"], "--kernel: belongs to --method mmd-gan, and this is --method gan"),
@@ -177,6 +182,29 @@ def test_bad_input_is_one_line(
     assert code == 2
     assert line in errors.splitlines()[-1]
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_plan_does_not_need_the_critic_s_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "--method gan --critic vgg-small --critic-weights none.safetensors --batch-size 4 --nz 4 --plan"
+    train.main(text.split())
+    assert "peak (modelled)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "captured"),
+    [
+        ({"method": "mcgan"}, True),
+        ({"method": "mcgan", "match": "covariance"}, False),
+        ({"method": "improved-gan"}, True),
+        ({"method": "improved-gan", "classes": 10}, False),
+        ({"method": "gan", "critic_every": 9}, False),
+    ],
+    ids=str,
+)
+def test_settings_and_method_agree_on_what_can_be_captured(given: dict[str, Any], captured: bool) -> None:
+    config = Config.build("digits", {**given, "nz": 4})
+    method = make_method(config, make_generator(config), networks=make_networks(config))
+    assert (config.needs.captured, method.capturable) == (captured, captured)
 
 
 def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
