@@ -96,19 +96,30 @@ def test_a_run_trains_and_resumes(pictures: Path, tmp_path: Path) -> None:
     assert (config.updates.optimizer, config.training.lr, config.critic.penalty_weight) == ("rmsprop", 1e-4, (10.0,))
 
 
-def test_a_critic_that_diverges_is_named(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("network", "flag", "hint"),
+    [("critic", "--critic-lr", "rate, in another"), ("generator", "--lr", "rate, its own or the critic's, in another")],
+)
+def test_a_network_that_diverges_is_named(
+    network: str,
+    flag: str,
+    hint: str,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls, loss = itertools.count(1), Scalar.critic_loss
+    calls, loss = itertools.count(1), getattr(Scalar, f"{network}_loss")
     spoilt = lambda *given: loss(*given) * (math.nan if next(calls) == 2 else 1)  # noqa: E731
-    monkeypatch.setattr(Scalar, "critic_loss", spoilt)
+    monkeypatch.setattr(Scalar, f"{network}_loss", spoilt)
     text = f"""--method gan --game hinge --data {pictures} --batch-size 4 --nz 8 --steps 4
         --loader torch --checkpoint-every 1 --threads 1 --out {tmp_path / "run"}"""
     code, errors = command(train.main, text.split(), capsys)
     assert code == 2
     line = errors.splitlines()[-1]
-    assert line.startswith("error: --critic-lr: the critic's loss became NaN or infinite at step 2; the last good ")
+    assert line.startswith(f"error: {flag}: the {network}'s loss became NaN or infinite at step 2; the last good ")
     assert "step_00000001.safetensors" in line
+    assert hint in line
 
 
 def test_what_diverged_first_is_found() -> None:
