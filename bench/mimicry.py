@@ -206,13 +206,16 @@ def _pairs(module: nn.Module, name: str) -> list[Pair]:
 def _converge(critic: Critic, theirs: Any) -> None:
     for layer, name in _layers(critic):
         norm, weight = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-        u, _, v = torch.linalg.svd(weight.movedim(1, -1).flatten(1), full_matrices=False)
-        norm.u.copy_(u[:, 0])
-        norm.v.copy_(v[0])
+        # Of W Wᵀ, which has few rows: an SVD of W is many short parallel loops, and takes minutes on busy cores.
+        matrix = weight.movedim(1, -1).flatten(1).double()
+        u = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
+        v = nn.functional.normalize(u @ matrix, dim=0)
+        norm.u.copy_(u)
+        norm.v.copy_(v)
         other = theirs.get_submodule(name)
-        other.weight_u.copy_(u[:, 0])
+        other.weight_u.copy_(u)
         # Their columns are in the order (C, H, W), ours in (H, W, C).
-        other.weight_v.copy_(v[0].view(-1, weight.shape[1]).t().flatten())
+        other.weight_v.copy_(v.view(-1, weight.shape[1]).t().flatten())
 
 
 def _layers(critic: Critic) -> Iterator[tuple[Any, str]]:

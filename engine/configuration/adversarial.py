@@ -11,6 +11,7 @@ from engine.configuration.moment_nets import check_moments
 from engine.configuration.options import Settings, option, require
 from engine.methods.gradient_step import OPTIMIZERS
 from engine.representation.critics import CRITIC_NORMS, CRITICS
+from engine.representation.critics.architectural import ARCHITECTURE_CRITICS
 
 if TYPE_CHECKING:
     from engine.configuration.config import Config
@@ -251,6 +252,14 @@ def check_adversarial(config: Config) -> None:
     require(fits, "critic_outputs", f"this game of --method {method} needs {needed}, not {outputs}")
     own = (critic.critic == "autoencoder") == (method == "began")
     require(own, "critic", f"autoencoder is that of --method began, and this is {critic.critic} with {method}")
+    drawing = critic.critic != "encoder-decoder" or (method in PLAYING and "autoencode" in penalty_names(config))
+    without = "dcgan is the same without a decoder"
+    more = f"add that penalty, or take another critic: {without}" if method in PLAYING else without
+    require(drawing, "critic", f"encoder-decoder has a decoder, which learns by --penalty autoencode alone; {more}")
+    starts = critic.critic_weights is None or critic.critic in ARCHITECTURE_CRITICS
+    extractors = ", ".join(ARCHITECTURE_CRITICS)
+    none = f"--critic {critic.critic} has none to start from; leave them out, or choose one of {extractors}"
+    require(starts, "critic_weights", none)
     if method == "mcgan" and game.match == "covariance":
         more = f"{game.match_directions} are more than the critic's {needed} outputs"
         require(game.match_directions <= needed, "match_directions", more)
@@ -272,14 +281,6 @@ def _check_penalties(config: Config) -> None:
             require(critic.critic_norm != "batch", "critic_norm", f"--penalty {why}, and batch mixes images")
             alone = not critic.minibatch_discrimination
             require(alone, "minibatch_discrimination", f"--penalty {why}, and this mixes images")
-
-
-def is_capturable(config: Config) -> bool:
-    """Whether every step does the same on the device, and none waits for it."""
-    by_host = (_is(config, "mcgan") and config.game.match == "covariance") or (
-        _is(config, "improved-gan") and config.game.classes is not None
-    )
-    return not (config.critic.varies or by_host)
 
 
 def _is(config: Config, method: str) -> bool:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.configuration.adversarial import CriticConfig, GameConfig, check_adversarial, is_capturable
+from engine.configuration.adversarial import CriticConfig, GameConfig, check_adversarial
 from engine.configuration.autoencoding import AutoencoderConfig, check_autoencoding
+from engine.configuration.games import has_capturable_game
 from engine.configuration.groups import (
     GROUPS,
     DataConfig,
@@ -214,7 +215,7 @@ class Config:
     def needs(self) -> Needs:
         """What the method needs besides a generator."""
         needs = NEEDS[self.method.method]
-        by_host = self.method.method in ADVERSARIAL and not is_capturable(self)
+        by_host = self.method.method in ADVERSARIAL and not has_capturable_game(self)
         return dataclasses.replace(needs, captured=False) if by_host else needs
 
     @property
@@ -294,6 +295,8 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     if result.get("evaluate_weights") is not None:
         files = result["evaluate_weights"]
         result["evaluate_weights"] = tuple(map(_absolute, (files,) if isinstance(files, str) else files))
+    if result.get("critic_weights") is not None:
+        result["critic_weights"] = _absolute(result["critic_weights"])
     if "weights" in result:
         result["weights"] = tuple(map(_absolute, result["weights"]))
     return result

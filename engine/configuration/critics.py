@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.comparison.distances import kernels
-from engine.comparison.games import GAMES, Game
 from engine.comparison.games.penalties import PENALTIES, Penalty
-from engine.configuration.adversarial import KERNELS, critic_outputs, penalty_names
+from engine.configuration.adversarial import critic_outputs, penalty_names
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
+from engine.configuration.games import critic_steps, make_game, make_kernel
 from engine.configuration.inputs import amp_dtype
 from engine.configuration.moment_methods import make_denoisers, make_denoising, make_learned_moments
 from engine.generation.networks import Generator
 from engine.generation.priors import make_prior
-from engine.methods.adversarial import Adversarial, CriticSteps
+from engine.methods.adversarial import Adversarial
 from engine.representation.critics import Critic, build_critic
 from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset
-
-
-def make_kernel(config: Config) -> kernels.Kernel:
-    """The kernel of the critic's outputs."""
-    factory, bandwidths = kernels.KERNELS[KERNELS[config.game.kernel]], config.game.bandwidths
-    return factory(bandwidths) if bandwidths else factory()
-
-
-def _gan(config: Config) -> Game:
-    return GAMES[config.game.game]()
-
-
-def _mmd(config: Config) -> Game:
-    return GAMES["mmd" if config.game.estimate == "unbiased" else "root-mmd"](make_kernel(config))
-
-
-def _began(config: Config) -> Game:
-    return GAMES["began"](config.game.began_gamma, config.game.began_rate)
-
-
-def _fisher(config: Config) -> Game:
-    return GAMES["fisher"](config.game.fisher_rho)
-
-
-def _mcgan(config: Config) -> Game:
-    if config.game.match == "covariance":
-        return GAMES["mcgan-covariance"](config.game.match_directions)
-    return GAMES["mcgan-mean"](float(config.game.match_norm))
-
-
-def _improved(config: Config) -> Game:
-    return GAMES["feature-matching"](config.game.classes)
-
-
-_GAMES: dict[str, Callable[[Config], Game]] = {
-    "gan": _gan,
-    "mmd-gan": _mmd,
-    "began": _began,
-    "fisher-gan": _fisher,
-    "mcgan": _mcgan,
-    "improved-gan": _improved,
-}
 
 
 def make_penalties(config: Config) -> list[Penalty]:
@@ -148,15 +105,10 @@ def make_adversarial(
     }
     if config.method.method == "molm":
         return make_learned_moments(config, generator, critic, prior, options)
-    options["critic_steps"] = CriticSteps(
-        usual=settings.critic_steps,
-        more=settings.critic_many,
-        warmup=settings.critic_warmup,
-        every=settings.critic_every,
-    )
+    options["critic_steps"] = critic_steps(config)
     if config.method.method == "dfm":
         return make_denoising(config, generator, critic, networks["denoiser"], prior, make_penalties(config), options)
-    game = _GAMES[config.method.method](config)
+    game = make_game(config)
     if game.reads_labels and labels is None:
         labels = torch.zeros(1, dtype=torch.int64)
     with arguments_as(labels="classes"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.configuration.build import bare_extractor, make_generator, make_networks
+from engine.configuration.build import bare_extractor, bare_networks, make_generator
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import amp_dtype, choose_device
@@ -92,7 +92,7 @@ class Planner:
         self.launches = _LAUNCHES[is_captured(config)] if device.type == "cuda" else 0
         self.generator = make_generator(config)
         self.extractor = bare_extractor(config) if config.needs.features else None
-        self.networks = make_networks(config)
+        self.networks = bare_networks(config)
         self.plan = functools.cache(self._plan)
 
     def _plan(self, chunk_size: int | None, recompute: str, recompute_generator: bool) -> Plan:

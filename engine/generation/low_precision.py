@@ -29,10 +29,20 @@ class LowPrecision:
         self.copies = [torch.empty_like(weight, dtype=dtype).requires_grad_() for weight in self.weights]
         self.gradients = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
 
-    def images(self, z: Tensor, *, recompute: bool = False) -> Tensor:
-        """Images of `z` in the low dtype; `recompute` as in `run_generator`."""
+    def copy_weights(self) -> None:
+        """The copies become what the weights are now."""
         with torch.no_grad():
             torch._foreach_copy_(self.copies, self.weights)
+
+    def images(self, z: Tensor, *, recompute: bool = False, copied: bool = False) -> Tensor:
+        """Images of `z` in the low dtype.
+
+        Args:
+            recompute: as in `run_generator`.
+            copied: whether `copy_weights` has been called since the weights changed; otherwise it is called here.
+        """
+        if not copied:
+            self.copy_weights()
         low = dict(zip(map(id, self.weights), self.copies, strict=True))
         return run_generator(self.generator, z.to(self.dtype), recompute=recompute, weights=low)
 

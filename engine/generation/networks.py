@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from engine.generation.batch_norm import BatchNorm2d
 from engine.generation.priors import check_nz
 from engine.support.errors import InputError
+from engine.support.initialise import initialise_normal
 
 _BASE_WIDTH = 64
 _MAX_WIDTH = 512
@@ -149,7 +150,7 @@ class DCGANGenerator(Generator):
             layers += _normalised(nn.Conv2d(_BASE_WIDTH, _BASE_WIDTH, 3, padding=1, bias=False), _BASE_WIDTH)
         self.layers = nn.Sequential(*layers)
         self.last = upsample(_BASE_WIDTH, 3, bias=True)
-        self.apply(_initialise_normal)
+        self.apply(initialise_normal)
 
     def stages(self) -> list[nn.Sequential]:
         """The generator as modules that run one after the other, none of which holds many activations."""
@@ -286,16 +287,6 @@ def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
 
 def _normalised(layer: nn.Module, width: int) -> list[nn.Module]:
     return [layer, BatchNorm2d(width), nn.ReLU()]
-
-
-def _initialise_normal(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-        nn.init.zeros_(module.bias)
 
 
 def _initialise_xavier(module: nn.Module) -> None:

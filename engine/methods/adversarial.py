@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engine.comparison.games import CovarianceMatching, Game
+from engine.comparison.games import Game
 from engine.comparison.games.penalties import Penalty, Play
 from engine.generation.batch_norm import share_batches
 from engine.generation.low_precision import LowPrecision
@@ -55,6 +55,11 @@ class CriticSteps:
 
 
 ONE_EACH = CriticSteps()
+
+
+def is_capturable(game: Game, critic_steps: CriticSteps) -> bool:
+    """Whether every step of an adversarial method does the same on the device, and none waits for it."""
+    return not (critic_steps.varies or game.of_host)
 
 
 class _InPrecision:
@@ -167,9 +172,8 @@ class Adversarial:
         if game.reads_labels and labels is None:
             raise InputError("labels", "the game has classes, and the real images have none")
         self.labels = labels.to(self.device) if labels is not None and game.reads_labels else None
-        # The covariance's eigenvectors are found by the host, and labels are picked by numbers that it has.
-        of_host = isinstance(game, CovarianceMatching) or game.reads_labels
-        self.capturable = not (critic_steps.varies or of_host)
+        self.capturable = is_capturable(game, critic_steps)
+        self.at_real = any(penalty.at_real for penalty in penalties)
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
         twice = self.differentiates_twice or any(penalty.double_backward for penalty in penalties)
         self.scored = _InPrecision(critic, None if twice else amp_dtype)
@@ -208,6 +212,7 @@ class Adversarial:
         """
         assert batches is not None
         count = self.critic_steps.before(self.steps)
+        self._copy_weights()
         found = [self._critic_step(next(batches), noise, last=number == count - 1) for number in range(count)]
         loss, skipped = self._generator_step(batches, noise)
         if self.critic_steps.varies:  # else nothing depends on it
@@ -218,16 +223,20 @@ class Adversarial:
         real = batch.images.to(self.dtype)
         with torch.no_grad():
             fake = self._draw(noise)
-        outputs = self._both(real, fake)
+        outputs, passed = self._both(real, fake)
         labels = () if self.labels is None else (self._labels(batch.indices),)
         loss = self.game.critic_loss(*outputs, *labels)
-        found = {**self.game.figures(*(rows.detach() for rows in outputs))} if last else {}
+        found: dict[str, Tensor] = {}
+        if last:
+            of_real, of_fake = (rows.detach() for rows in outputs)
+            found.update(self.game.figures(of_real, of_fake, loss.detach()))
         uniform = partial(self._uniform_rows, noise)
-        play = Play(self.scored, real, fake, *outputs, uniform=uniform, own=self.share)
+        play = Play(self.scored, real, fake, *outputs, uniform=uniform, own=self.share, passed=passed)
         for penalty in self.penalties:
-            terms = everywhere(penalty.terms(play), self.ranks)
-            loss = penalty.applied(loss, terms)
-            found["penalty"] = terms.detach().mean() + found.get("penalty", 0.0)
+            if penalty.has_terms:
+                terms = everywhere(penalty.terms(play), self.ranks)
+                loss = penalty.applied(loss, terms)
+                found["penalty"] = terms.detach().mean() + found.get("penalty", 0.0)
         skipped = self.critic_step.take(loss / self.ranks.size)
         for penalty in self.penalties:
             penalty.project_(self.critic)
@@ -251,23 +260,32 @@ class Adversarial:
         """The generator's step from this rank's part of a loss; 1 if it was skipped."""
         return self.generator_step.take(loss, None if self.low is None else self.low.collect_gradients)
 
+    def _copy_weights(self) -> None:
+        """What a step begins with: the generator's weights in low precision, which all its draws have."""
+        if self.low is not None:
+            self.low.copy_weights()
+
     def _draw(self, noise: Noise) -> Tensor:
         """This rank's share of the next generated images, in the critic's dtype."""
         z = noise.draw(self.prior, self.batch_size)[self.share]
         if self.low is None:
             return run_generator(self.generator, z, recompute=self.recompute_generator).to(self.dtype)
-        return self.low.images(z, recompute=self.recompute_generator).to(self.dtype)
+        return self.low.images(z, recompute=self.recompute_generator, copied=True).to(self.dtype)
 
-    def _both(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The critic's outputs for real and for generated images of all ranks, [N, F] each."""
-        if self.critic.per_image:
+    def _both(self, real: Tensor, fake: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """The critic's outputs for real and for generated images of all ranks, [N, F] each; and `Play.passed`."""
+        passed = None
+        if self.at_real:  # in a pass of their own: its derivative is not to go through the generated images
+            leaf = real.detach().requires_grad_()
+            of_real, of_fake = self.scored(leaf), self.scored(fake)
+            passed = leaf, of_real
+        elif self.critic.per_image:
             of_real, of_fake = self.scored(torch.cat([real, fake])).split(len(real))
         else:
             of_real, of_fake = self.scored(real), self.scored(fake)
-        if self.ranks.size == 1:
-            return of_real, of_fake
-        of_real, of_fake = everywhere(torch.cat([of_real, of_fake], dim=1), self.ranks).chunk(2, dim=1)
-        return of_real, of_fake
+        if self.ranks.size > 1:
+            of_real, of_fake = everywhere(torch.cat([of_real, of_fake], dim=1), self.ranks).chunk(2, dim=1)
+        return (of_real, of_fake), passed
 
     def _labels(self, indices: Tensor) -> Tensor:
         """Class numbers of these real images on all ranks, [N]."""

@@ -92,6 +92,7 @@ class LearnedMoments(Adversarial):
         """See `Method.step`. The network's scalars are means over the last steps that it took."""
         assert batches is not None
         skipped = {}
+        self._copy_weights()
         if self.steps % self.schedule.every == 0:
             found = [self._critic_step(next(batches), noise) for _ in range(self.schedule.steps)]
             self.learnt = {name: torch.stack([one[name] for one in found]).mean() for name in _LEARNT}

@@ -140,16 +140,18 @@ def end_with_others(store: Any, ended: threading.Event) -> None:
 
     For a thread: one that waits in a collective, or for others to make a group, can be ended in no other way.
     """
-    store = store.clone()  # whoever waits for a key in the other one keeps it to itself
+    own: Any = None
+    with contextlib.suppress(RuntimeError):  # the launcher has gone
+        own = store.clone()  # whoever waits for a key in the other one keeps it to itself
     while not ended.wait(5 * _POLL):
         try:
-            failed = store.add(FAILURES, 0) + store.add(LOST, 0) > 0
+            failed = own is None or own.add(FAILURES, 0) + own.add(LOST, 0) > 0
         except RuntimeError:  # the launcher has gone
             failed = True
         if failed:
             if not ended.wait(_GRACE):
                 with contextlib.suppress(RuntimeError):
-                    if store.add(FAILURES, 1) == 1:  # nobody else has said why
+                    if own is not None and own.add(FAILURES, 1) == 1:  # nobody else has said why
                         os.write(2, f"error: {KILLED}\n".encode())
                 os._exit(2)
             return

@@ -287,9 +287,11 @@ class Trainer:
     def _diverged(self, network: str, what: str, step: int) -> InputError:
         paths = self.run.checkpoint_paths()
         kept = f"the last good checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"
+        # Its loss is of the critic's outputs, so that either may be the reason.
+        whose = ", its own or the critic's," if network == GENERATOR and "critic" in self.method.optimizers else ","
         return InputError(
             "lr" if network == GENERATOR else f"{network}_lr",
-            f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate, in another folder",
+            f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate{whose} in another folder",
         )
 
     def _evaluate(self) -> Evaluation | None:

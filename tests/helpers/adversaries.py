@@ -53,6 +53,10 @@ class TinyCritic(LinearCritic):
     def features(self, images: Tensor) -> Tensor:
         return self.activation(self.first(self.norm(images).flatten(1)))
 
+    @property
+    def beside(self) -> list[nn.Module]:
+        return [self.decoder]
+
     def decode(self, outputs: Tensor) -> Tensor:
         return torch.tanh(self.decoder(outputs)).view(-1, 3, SIZE, SIZE)
 

@@ -36,6 +36,10 @@ class WithDecoder(TwoLayers):
         self.size = size
         self.decoder = nn.Linear(outputs, 3 * size * size, bias=False, dtype=torch.float64)
 
+    @property
+    def beside(self) -> list[nn.Module]:
+        return [self.decoder]
+
     def decode(self, outputs: Tensor) -> Tensor:
         return torch.tanh(self.decoder(outputs)).view(-1, 3, self.size, self.size)
 

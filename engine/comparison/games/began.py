@@ -89,6 +89,6 @@ class Began(Stateful):
         self.k.add_(balance.to(self.k), alpha=self.rate).clamp_(0, 1)
 
     @torch.no_grad()
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
         """As "distance", M, see `began_convergence`; "k"."""
         return {"distance": began_convergence(real, fake, self.gamma), "k": self.k.clone()}

@@ -95,7 +95,7 @@ class Fisher(Stateful):
         self.multiplier.sub_(slack.to(self.multiplier), alpha=self.rho)
 
     @torch.no_grad()
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
         """As "distance", see `fisher_distance`; "moment": Ω; "multiplier": Λ."""
         return {
             "distance": fisher_distance(real, fake),

@@ -105,6 +105,11 @@ class FeatureMatching(Stateless):
         """Whether there are classes."""
         return self.classes is not None
 
+    @property
+    def of_host(self) -> bool:  # type: ignore[override]
+        """Whether there are classes: the host has the numbers by which labels are picked."""
+        return self.reads_labels
+
     def critic_loss(self, real: Tensor, fake: Tensor, labels: Tensor | None = None) -> Tensor:
         """The critic's loss of outputs [n, k or 1], [m, k or 1], and labels [n] if there are classes.
 

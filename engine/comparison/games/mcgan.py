@@ -58,12 +58,14 @@ def covariance_distance(real: Tensor, fake: Tensor, components: int = 16) -> Ten
     next are equal, or 0, it is a subgradient.
 
     All of it is in float64, whatever the features are in. Cost: products [F, n] · [n, F], and the eigenvectors of an
-    [F, F] matrix; finding them waits for a GPU.
+    [F, F] matrix; finding them waits for a GPU. If they aren't found (LAPACK gives up now and then, on finite matrices
+    too), the distance is NaN, and so is its gradient.
 
     Args:
         real: features [n, F] of real images.
         fake: features [m, F] of generated images.
-        components: k, at most F.
+        components: k, at most F. With k = F no direction is left out: the distance is the nuclear norm Σ_i |λ_i|, which
+            all F outputs have a part in. With a smaller k directions in which the two sets differ less don't count.
 
     Raises:
         InputError: "real" or "fake", as for `mean_distance`; "components", if it isn't from 1 to F.
@@ -87,7 +89,10 @@ class _LargestSum(Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, components: int) -> Tensor:
         # A critic that isn't finite shows in the loss; here it would be an error of LAPACK's.
-        values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
+        try:
+            values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
+        except torch.linalg.LinAlgError:  # it says nothing of the network and the step, as a loss that is NaN does
+            values, vectors = torch.full_like(matrix[0], math.nan), torch.full_like(matrix, math.nan)
         sizes, chosen = values.abs().topk(components)
         # What is 0 but for rounding has no sign: a direction in which neither set varies has no gradient.
         counts = sizes > sizes[0] * len(values) * torch.finfo(values.dtype).eps
@@ -149,10 +154,9 @@ class MeanMatching(Stateless):
         """`mean_distance`."""
         return mean_distance(real, fake, self.order)
 
-    @torch.no_grad()
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
         """As "distance", see `mean_distance`."""
-        return {"distance": mean_distance(real, fake, self.order)}
+        return {"distance": -loss}
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class CovarianceMatching(Stateless):
     """The critic maximises `covariance_distance`, the generator minimises it.
 
     Args:
-        components: k, how many singular directions; at most the critic's number of outputs.
+        components: k, how many singular directions; at most the critic's number of outputs, which are all of them.
 
     Raises:
         InputError: "components", if it is below 1.
@@ -169,6 +173,7 @@ class CovarianceMatching(Stateless):
     components: int = 16
     outputs = None
     reads_real = True
+    of_host = True  # which finds the eigenvectors
 
     def __post_init__(self) -> None:
         if self.components < 1:
@@ -182,10 +187,9 @@ class CovarianceMatching(Stateless):
         """`covariance_distance`."""
         return covariance_distance(real, fake, self.components)
 
-    @torch.no_grad()
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
         """As "distance", see `covariance_distance`."""
-        return {"distance": covariance_distance(real, fake, self.components)}
+        return {"distance": -loss}
 
 
 def _check_order(order: float) -> None:

@@ -76,10 +76,9 @@ class MMDGame(Stateless):
     def generator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         return mmd_generator(real, fake, self.kernel)
 
-    @torch.no_grad()
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
         """As "distance", MMD², unbiased."""
-        return {"distance": discrepancy(real, fake, self.kernel, unbiased=True)}
+        return {"distance": -loss}
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,6 @@ class RootMMDGame(Stateless):
         return root_mmd_generator(real, fake, self.kernel, self.one_sided_weight, self.floor)
 
     @torch.no_grad()
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
         """As "distance", √MMD², biased."""
-        return {"distance": root_mmd(real, fake, self.kernel, self.floor)}
+        return {"distance": -loss - self.one_sided_weight * one_sided(real, fake)}

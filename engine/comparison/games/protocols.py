@@ -22,6 +22,7 @@ class Game(Protocol):
         reads_real: whether `generator_loss` looks at `real`. Games that don't may be given fake outputs twice.
         on_features: whether `generator_loss` takes the critic's `features` [n, h] in place of its outputs.
         reads_labels: whether `critic_loss` takes `labels` [n] of the real images as a third argument.
+        of_host: whether a loss needs the host: it waits for the device, or the host picks what is read.
     """
 
     @property
@@ -36,6 +37,9 @@ class Game(Protocol):
     @property
     def reads_labels(self) -> bool: ...
 
+    @property
+    def of_host(self) -> bool: ...
+
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """What the critic minimises, []."""
         ...
@@ -48,8 +52,12 @@ class Game(Protocol):
         """Change what the game keeps, in place, after a critic step; no gradient, no waiting for the device."""
         ...
 
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
-        """Scalars for the log, on the device and without gradient; "distance" among them where the game has one."""
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
+        """Scalars for the log, on the device and without gradient; "distance" among them where the game has one.
+
+        Args:
+            loss: `critic_loss` of these outputs, detached, of which most distances are the negative.
+        """
         ...
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -68,11 +76,12 @@ class Stateless:
     reads_real: bool = False
     on_features: bool = False
     reads_labels: bool = False
+    of_host: bool = False
 
     def update_(self, real: Tensor, fake: Tensor) -> None:
         """Nothing to update."""
 
-    def figures(self, real: Tensor, fake: Tensor) -> Mapping[str, Tensor]:
+    def figures(self, real: Tensor, fake: Tensor, loss: Tensor) -> Mapping[str, Tensor]:
         """Nothing to log."""
         return {}
 
@@ -93,6 +102,7 @@ class Stateful(nn.Module):
     reads_real: bool = False
     on_features: bool = False
     reads_labels: bool = False
+    of_host: bool = False
 
     def keep(self, name: str, value: float) -> None:
         """Keep a scalar, that starts as `value`, as the buffer `name`."""

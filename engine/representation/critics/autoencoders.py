@@ -6,8 +6,9 @@ import itertools
 
 from torch import Tensor, nn
 
-from engine.representation.critics.convolutional import DCGANCritic, dcgan_widths, initialise_normal
+from engine.representation.critics.convolutional import DCGANCritic, dcgan_widths
 from engine.representation.critics.critic import Critic, CriticSpec
+from engine.support.initialise import initialise_normal
 
 _WIDTH, _CODE, _BOTTOM_SIDE = 64, 64, 8
 
@@ -74,6 +75,11 @@ class EncoderDecoderCritic(DCGANCritic):
             layers.append(nn.ReLU())
         self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], 3, 4, 2, padding=1), nn.Tanh())
         self.decoder.apply(initialise_normal)
+
+    @property
+    def beside(self) -> list[nn.Module]:
+        """What φ does not depend on."""
+        return [self.decoder]
 
     def decode(self, codes: Tensor) -> Tensor:
         """φ [N, F] to images [N, 3, H, W] in [-1, 1]."""

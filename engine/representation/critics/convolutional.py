@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.representation.critics.activation import Rectified, rectified
 from engine.representation.critics.critic import CriticSpec, LinearCritic
+from engine.support.initialise import initialise_normal
 
 CRITIC_SIZES = (32, 64, 128)
 _SLOPE = 0.2
@@ -124,16 +125,6 @@ class ResNetCritic(LinearCritic):
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to [N, C], summed over positions."""
         return rectified(self.blocks(images)).sum(dim=(2, 3))
-
-
-def initialise_normal(module: nn.Module) -> None:
-    """DCGAN's: weights N(0, 0.02), BatchNorm's scales N(1, 0.02), biases 0."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
 
 
 def _initialise_xavier(module: nn.Module) -> None:

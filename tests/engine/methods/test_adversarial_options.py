@@ -15,8 +15,11 @@ from torch import Tensor
 
 from engine.comparison.games import GAMES, Began, Fisher
 from engine.comparison.games.penalties import PENALTIES, Penalty
+from engine.generation.low_precision import LowPrecision
 from engine.generation.priors import Gaussian, Noise
+from engine.methods import adversarial
 from engine.methods.adversarial import Adversarial, CriticSteps
+from engine.methods.everywhere import everywhere
 from engine.support.errors import InputError
 from pipelines import Batch
 
@@ -128,6 +131,76 @@ def test_low_precision_is_the_critics_where_no_penalty_forbids_it(penalty: str, 
     scalars = method.step(real_batches(N), Noise(0))
     assert dtypes == {"critic": {torch.bfloat16 if low else torch.float32}, "generator": {torch.bfloat16}}
     assert all(value.dtype in (torch.float32, torch.float64) for value in scalars.values())
+
+
+def test_weights_in_low_precision_are_copied_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every step begins with those that the last one left."""
+
+    def trained() -> tuple[dict[str, Tensor], int]:
+        networks = tiny_networks(1)
+        method = Adversarial(
+            networks[0].float(), networks[1].float(), Gaussian(NZ), GAMES["hinge"](), batch_size=N, lr=1e-2,
+            critic_steps=CriticSteps(usual=3), amp_dtype=torch.bfloat16,
+        )  # fmt: skip
+        assert method.low is not None
+        copied, copy = itertools.count(), method.low.copy_weights
+        monkeypatch.setattr(method.low, "copy_weights", lambda: (next(copied), copy()))
+        batches, noise = real_batches(N), Noise(0)
+        for _ in range(2):
+            method.step(batches, noise)
+        return method.modules.state_dict(), next(copied)
+
+    found, times = trained()
+    assert times == 2
+    images = LowPrecision.images
+    monkeypatch.setattr(LowPrecision, "images", lambda self, z, *, recompute, copied: images(self, z))
+    expected, often = trained()
+    assert often == 2 + 2 * 4
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize(("penalty", "passes"), [("none", 2 * N), ("r1", 2 * N), ("gradient", 3 * N)])
+def test_images_pass_the_critic_once_but_for_mixtures(penalty: str, passes: int) -> None:
+    method, seen = made("nonsaturating", [PENALTIES[penalty]()]), []
+    method.critic.register_forward_hook(lambda module, given, result: seen.append(len(result)))
+    method._critic_step(next(real_batches(N)), Noise(0), last=True)
+    assert sum(seen) == passes
+
+
+@pytest.mark.parametrize(("names", "expected"), [(["clip"], [2]), (["none"], [2]), (["clip", "consistency"], [2, 1])])
+def test_only_terms_are_joined(names: list[str], expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two ranks: both outputs together, and the terms where there are any."""
+    monkeypatch.setattr(
+        adversarial, "everywhere", lambda rows, ranks: (joined.append(rows), everywhere(rows, ranks))[1]
+    )
+    joined: list[Tensor] = []
+
+    def work(ranks: Any) -> None:
+        method = made("hinge", [PENALTIES[name]() for name in names], ranks=ranks)
+        method._critic_step(next(real_batches(N, ranks)), Noise(0), last=True)
+
+    on_ranks(2, work)
+    assert sorted(rows.dim() for rows in joined) == sorted(2 * expected)
+
+
+def test_eigenvectors_that_are_not_found_are_a_step_that_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK gives up on finite matrices as well; the loss, which is NaN, says where."""
+    method, batches, noise = made("mcgan-covariance", outputs=16), real_batches(N), Noise(0)
+
+    def gives_up(matrix: Tensor) -> None:
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    before = state(method)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", gives_up)
+        scalars = method.step(batches, noise)
+    assert scalars["critic_loss"].isnan()
+    assert (scalars["critic_skipped"], scalars["skipped"]) == (1, 1)
+    after = state(method)
+    weights = [key for key, _ in method.modules.named_parameters()]
+    assert all(torch.equal(before[key], after[key]) for key in weights)
+    assert method.step(batches, noise)["critic_loss"].isfinite()
 
 
 @pytest.mark.parametrize("options", [{"norm": "batch"}, {"minibatch_discrimination": True}], ids=str)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.comparison.games.penalties import PENALTIES
 from engine.generation.batch_norm import BatchNorm2d, share_batches
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.critics import CRITIC_NORMS, CRITICS, build_critic
@@ -66,6 +67,19 @@ def test_every_weight_learns_and_lies_channels_last(name, norm):
         assert weight.grad.isfinite().all(), key
         assert weight.grad.abs().sum() > 0 or (norm == "batch" and key.endswith("bias")), key
         assert weight.dim() < 4 or weight.is_contiguous(memory_format=torch.channels_last), key
+
+
+@pytest.mark.parametrize("name", ["dcgan", "autoencoder", "encoder-decoder"])
+def test_what_is_beside_the_outputs_is_not_clipped(name):
+    critic = build_critic(name, image_size=32)
+    critic(torch.rand(2, 3, 32, 32)).sum().backward()
+    depends = {key for key, weight in critic.named_parameters() if weight.grad is not None}
+    before = {key: weight.detach().clone() for key, weight in critic.named_parameters()}
+    PENALTIES["clip"](limit=1e-3).project_(critic)
+    for key, weight in critic.named_parameters():
+        assert torch.equal(weight, before[key].clamp(-1e-3, 1e-3) if key in depends else before[key]), key
+    beside = {key for key in before if key.startswith("decoder.")} if name == "encoder-decoder" else set()
+    assert before.keys() - depends == beside
 
 
 def test_features_are_what_the_last_layer_sees():

@@ -20,6 +20,7 @@ from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
 from engine.comparison.games.penalties import Play
 from engine.configuration.adversarial import penalty_names
+from engine.configuration.build import make_generator, make_method, make_networks
 from engine.configuration.config import Config
 from engine.configuration.critics import make_penalties
 from engine.configuration.train_command import train_command
@@ -95,19 +96,30 @@ def test_a_run_trains_and_resumes(pictures: Path, tmp_path: Path) -> None:
     assert (config.updates.optimizer, config.training.lr, config.critic.penalty_weight) == ("rmsprop", 1e-4, (10.0,))
 
 
-def test_a_critic_that_diverges_is_named(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("network", "flag", "hint"),
+    [("critic", "--critic-lr", "rate, in another"), ("generator", "--lr", "rate, its own or the critic's, in another")],
+)
+def test_a_network_that_diverges_is_named(
+    network: str,
+    flag: str,
+    hint: str,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls, loss = itertools.count(1), Scalar.critic_loss
+    calls, loss = itertools.count(1), getattr(Scalar, f"{network}_loss")
     spoilt = lambda *given: loss(*given) * (math.nan if next(calls) == 2 else 1)  # noqa: E731
-    monkeypatch.setattr(Scalar, "critic_loss", spoilt)
+    monkeypatch.setattr(Scalar, f"{network}_loss", spoilt)
     text = f"""--method gan --game hinge --data {pictures} --batch-size 4 --nz 8 --steps 4
         --loader torch --checkpoint-every 1 --threads 1 --out {tmp_path / "run"}"""
     code, errors = command(train.main, text.split(), capsys)
     assert code == 2
     line = errors.splitlines()[-1]
-    assert line.startswith("error: --critic-lr: the critic's loss became NaN or infinite at step 2; the last good ")
+    assert line.startswith(f"error: {flag}: the {network}'s loss became NaN or infinite at step 2; the last good ")
     assert "step_00000001.safetensors" in line
+    assert hint in line
 
 
 def test_what_diverged_first_is_found() -> None:
@@ -153,6 +165,10 @@ GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
         (["--method", "improved-gan", "--classes", "3"], "--classes: images has no labels; leave it out"),
         (["--method", "began", "--critic", "dcgan"], "--critic: autoencoder is that of --method began"),
         ([*GAN, "--critic", "autoencoder"], "--critic: autoencoder is that of --method began"),
+        ([*GAN, "--critic", "encoder-decoder"], "--critic: encoder-decoder has a decoder, which learns by --penalty"),
+        (["--method", "molm", "--critic", "encoder-decoder"], "--critic: encoder-decoder has a decoder, which learns"),
+        ([*GAN, "--critic-weights", "none.safetensors"], "--critic-weights: --critic dcgan has none to start from"),
+        ([*GAN, "--critic", "resnet", "--critic-weights", "imagenet"], "--critic-weights: --critic resnet has none"),
         ([*MMD, "--kernel", "distance", "--scaled"], "--kernel: distance has a kink"),
         (["--method", "mcgan", "--match", "covariance", "--match-directions", "99"], "--match-directions: 99 are more"),
         ([*GAN, "--kernel", "rbf"], "--kernel: belongs to --method mmd-gan, and this is --method gan"),
@@ -177,6 +193,29 @@ def test_bad_input_is_one_line(
     assert code == 2
     assert line in errors.splitlines()[-1]
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_plan_does_not_need_the_critic_s_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "--method gan --critic vgg-small --critic-weights none.safetensors --batch-size 4 --nz 4 --plan"
+    train.main(text.split())
+    assert "peak (modelled)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "captured"),
+    [
+        ({"method": "mcgan"}, True),
+        ({"method": "mcgan", "match": "covariance"}, False),
+        ({"method": "improved-gan"}, True),
+        ({"method": "improved-gan", "classes": 10}, False),
+        ({"method": "gan", "critic_every": 9}, False),
+    ],
+    ids=str,
+)
+def test_settings_and_method_agree_on_what_can_be_captured(given: dict[str, Any], captured: bool) -> None:
+    config = Config.build("digits", {**given, "nz": 4})
+    method = make_method(config, make_generator(config), networks=make_networks(config))
+    assert (config.needs.captured, method.capturable) == (captured, captured)
 
 
 def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

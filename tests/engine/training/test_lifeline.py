@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from helpers.jobs import ends, start_ranks
 
 from engine.comparison.reference.cache import exclusive
 from engine.support.errors import InputError, out_of_memory
+from engine.training import lifeline
 from engine.training.lifeline import KILLED, LOST
 from engine.training.ranks import Ranks
 from engine.training.rendezvous import EndedElsewhere
@@ -113,6 +116,23 @@ def test_one_that_comes_to_its_end_is_not_waited_for() -> None:
 
 def test_ends_at_different_times_are_no_failure() -> None:
     assert ends(start_ranks([["-c", PASSES]] * 2), within=60) == [(0, ""), (0, "")]
+
+
+def test_a_store_that_has_gone_ends_the_process_that_watches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def clone(self) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+    ends = []
+    monkeypatch.setattr(lifeline, "_GRACE", 0.0)
+    monkeypatch.setattr(lifeline, "_POLL", 0.0)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    lifeline.end_with_others(Gone(), threading.Event())
+    assert ends == [2]
+    ended = threading.Event()
+    ended.set()
+    lifeline.end_with_others(Gone(), ended)
+    assert ends == [2]
 
 
 def test_a_group_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.comparison.distances.diagonals import diagonal
 from engine.comparison.distances.kernels import Kernel
 from engine.comparison.games.outputs import check_positive, wide
-from engine.comparison.games.penalties.protocols import Added, Play
+from engine.comparison.games.penalties.protocols import Added, Play, tracked
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class R1(Added):
     """γ/2 ‖∇D(x)‖² at real images (Mescheder et al. 2018, section 4.1).
 
     The authors' code calls γ/2 its reg_param, so its 10 is a weight of 20 here. Several outputs: the Frobenius norm of
-    the Jacobian. Cost: as of `GradientPenalty`.
+    the Jacobian. Cost: one backward for every output, and their backward; the forward is the game's.
 
     Raises:
         InputError: "weight" (γ), if it isn't positive and finite.
@@ -50,14 +50,15 @@ class R1(Added):
 
     weight: float = 10.0
     double_backward = True
+    at_real = True
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)
 
     def terms(self, play: Play) -> Tensor:
         """See `Penalty.terms`; one for every real image."""
-        images = tracked(play.real)
-        return self.weight / 2 * squared_jacobian(wide(play.critic(images)), images)
+        images, phi = play.real_pass()
+        return self.weight / 2 * squared_jacobian(wide(phi), images)
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,15 @@ class Scaled:
         a·b               s = ‖φ(x)‖² + ‖∇φ(x)‖²_F
         (a·b/F + 1)^p     s = u^p + p/F u^(p−1) ‖∇φ(x)‖²_F + p (p−1)/F² u^(p−2) ‖∇½‖φ(x)‖²‖²,  u = ‖φ(x)‖²/F + 1
 
-    and sums of these; −‖a−b‖ has none. λ is the inverse of the paper's, which also has the loss 1/λ times ours. With
-    `values=False` s has no k(x, x), as in the authors' experiments, with λ = 10.
+    and sums of these; −‖a−b‖ has none. The paper divides by λ' + E s, and this by 1 + λ E s = λ (λ' + E s) with
+    λ = 1/λ': its loss is λ times the one here. With `values=False` s has no k(x, x), as in the authors' experiments,
+    with λ = 10.
 
     Only the critic's loss is divided. To the generator, which doesn't change the real images, the divisor is a
     constant: `applied(loss, terms.detach())` divides its loss, but Adam sees that only as far as it changes from step
     to step.
 
-    Cost: a forward, one backward for every output of the critic, and their backward.
+    Cost: one backward for every output of the critic, and their backward; the forward is the game's.
 
     Raises:
         InputError: "weight", if it isn't positive and finite; "kernel", if it has no such s.
@@ -118,6 +120,8 @@ class Scaled:
     weight: float = 10.0
     values: bool = True
     double_backward = True
+    at_real = True
+    has_terms = True
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)
@@ -125,8 +129,8 @@ class Scaled:
 
     def terms(self, play: Play) -> Tensor:
         """s [n] of this rank's real images."""
-        images = tracked(play.real)
-        phi = wide(play.critic(images))
+        images, phi = play.real_pass()
+        phi = wide(phi)
         value, slope, along = diagonal(self.kernel, phi)
         found = slope * squared_jacobian(phi, images)
         if along is not None:
@@ -140,11 +144,6 @@ class Scaled:
 
     def project_(self, critic: nn.Module) -> None:
         """Nothing to move."""
-
-
-def tracked(images: Tensor) -> Tensor:
-    """The images, or if they require no gradient, the same ones as a leaf that does."""
-    return images if images.requires_grad else images.detach().requires_grad_()
 
 
 def mixtures(play: Play) -> Tensor:

@@ -25,6 +25,8 @@ class Play:
         uniform: k → [n, k] numbers uniform in [0, 1), this rank's rows of a stream that all ranks share, so that an
             image's numbers don't depend on the number of ranks. Each call goes on in the stream.
         own: the rows of `phi_real` and `phi_fake` that are this rank's; all of them by default: the only rank's.
+        passed: this rank's real images as a leaf that requires a gradient, and the critic's outputs [n, F] of them,
+            which `phi_real` was made of; None if there is no such pass. See `real_pass`.
 
     Raises:
         InputError: "fake", if there aren't as many as real ones, of the same shape; "own", if it has another number of
@@ -38,6 +40,7 @@ class Play:
     phi_fake: Tensor
     uniform: Callable[[int], Tensor]
     own: slice = field(default_factory=lambda: slice(None))
+    passed: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.fake.shape != self.real.shape:
@@ -47,6 +50,21 @@ class Play:
             if len(outputs[self.own]) != len(self.real):
                 rows = f"{len(outputs[self.own])} of {len(outputs)} rows, and this rank has {len(self.real)} images"
                 raise InputError("own", f"must be the rows of this rank's outputs: it is {rows}")
+
+    def real_pass(self) -> tuple[Tensor, Tensor]:
+        """Real images that outputs can be differentiated by, and the critic's outputs [n, F] of them.
+
+        It is the game's own pass if the caller has kept it, else another one.
+        """
+        if self.passed is not None:
+            return self.passed
+        images = tracked(self.real)
+        return images, self.critic(images)
+
+
+def tracked(images: Tensor) -> Tensor:
+    """The images, or if they require no gradient, the same ones as a leaf that does."""
+    return images if images.requires_grad else images.detach().requires_grad_()
 
 
 class Penalty(Protocol):
@@ -60,6 +78,16 @@ class Penalty(Protocol):
     @property
     def double_backward(self) -> bool:
         """Whether terms contain derivatives by images: no BatchNorm, autocast, fused or compiled critic then."""
+        ...
+
+    @property
+    def at_real(self) -> bool:
+        """Whether terms contain derivatives by the real images themselves (`Play.real_pass`)."""
+        ...
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether `applied` does anything; otherwise nobody needs to join terms, which are zeros."""
         ...
 
     def terms(self, play: Play) -> Tensor:
@@ -79,6 +107,8 @@ class Added:
     """What most penalties have in common: loss + mean of the terms, and parameters may be anything."""
 
     double_backward: bool = False
+    at_real: bool = False
+    has_terms: bool = True
 
     def applied(self, loss: Tensor, terms: Tensor) -> Tensor:
         """See `Penalty.applied`."""

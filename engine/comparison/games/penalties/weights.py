@@ -16,6 +16,8 @@ class NoPenalty:
     """The game's loss as it is."""
 
     double_backward = False
+    at_real = False
+    has_terms = False
 
     def terms(self, play: Play) -> Tensor:
         """Zeros [n]."""
@@ -33,7 +35,8 @@ class NoPenalty:
 class Clip(NoPenalty):
     """Every parameter of the critic is clipped to [−limit, limit] after each step (WGAN, Arjovsky et al. 2017).
 
-    If the critic has a `decoder`, that is left alone: only the features have to be smooth (MMD-GAN, Li et al. 2017).
+    Only the outputs have to be smooth: what they don't depend on, such as the decoder of Li et al. 2017 (MMD-GAN), is
+    left alone. A critic says it by `beside`, a list of such modules.
 
     Raises:
         InputError: "limit", if it isn't positive and finite.
@@ -47,8 +50,7 @@ class Clip(NoPenalty):
     @torch.no_grad()
     def project_(self, critic: nn.Module) -> None:
         """See `Penalty.project_`. A parameter that is NaN stays so."""
-        decoder = getattr(critic, "decoder", None)
-        spared = {id(parameter) for parameter in decoder.parameters()} if isinstance(decoder, nn.Module) else set()
-        for parameter in critic.parameters():
-            if id(parameter) not in spared:
-                parameter.clamp_(-self.limit, self.limit)
+        spared = {id(parameter) for module in getattr(critic, "beside", ()) for parameter in module.parameters()}
+        clipped: list[Tensor] = [parameter for parameter in critic.parameters() if id(parameter) not in spared]
+        torch._foreach_clamp_min_(clipped, -self.limit)
+        torch._foreach_clamp_max_(clipped, self.limit)

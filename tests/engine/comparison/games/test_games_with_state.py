@@ -22,7 +22,7 @@ def test_k_follows_its_recursion_and_stays_between_0_and_1() -> None:
         losses = [[float(one) for one in half[:, 0]] for half in (real, fake)]
         of_real, of_fake = (sum(half) / len(half) for half in losses)
         assert game.critic_loss(real, fake).item() == pytest.approx(of_real - k * of_fake, rel=1e-12)
-        figures = game.figures(real, fake)
+        figures = game.figures(real, fake, game.critic_loss(real, fake))
         assert figures["k"].item() == pytest.approx(k, rel=1e-12)
         assert figures["distance"].item() == pytest.approx(of_real + abs(0.6 * of_real - of_fake), rel=1e-12)
         assert began_balance(real, fake, 0.6).item() == pytest.approx(0.6 * of_real - of_fake, rel=1e-12)
@@ -46,7 +46,7 @@ def test_multiplier_follows_its_recursion() -> None:
         gap = sum(float(one) for one in real[:, 0]) / 5 - sum(float(one) for one in fake[:, 0]) / 3
         value = gap + multiplier * (1 - omega) - 0.05 / 2 * (omega - 1) ** 2
         assert game.critic_loss(real, fake).item() == pytest.approx(-value, rel=1e-12)
-        figures = game.figures(real, fake)
+        figures = game.figures(real, fake, game.critic_loss(real, fake))
         assert figures["moment"].item() == pytest.approx(omega, rel=1e-12)
         assert figures["multiplier"].item() == pytest.approx(multiplier, rel=1e-12, abs=1e-15)
         assert figures["distance"].item() == pytest.approx(gap / math.sqrt(omega), rel=1e-12)

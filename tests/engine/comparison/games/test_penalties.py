@@ -261,6 +261,26 @@ def test_outputs_of_ranks_are_differentiated_once(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in BY_HAND if made(name).at_real])
+def test_the_pass_that_there_was_is_not_made_again(name: str) -> None:
+    critic = critic_for(name, 2)
+    play = play_of(critic, images(COUNT, 2, 1), images(COUNT, 2, 2))
+    leaf = play.real.detach().requires_grad_()
+    kept = replace(play, critic=pytest.fail, passed=(leaf, critic(leaf)))
+    found, expected = (made(name).terms(one) for one in (kept, play))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(COUNT, dtype=torch.float64)
+    of_kept, of_another = (
+        torch.autograd.grad(terms, list(critic.parameters()), upstream, allow_unused=True, materialize_grads=True)
+        for terms in (found, expected)
+    )
+    torch.testing.assert_close(of_kept, of_another, rtol=1e-12, atol=1e-12)
+
+
+def test_penalties_at_real_images() -> None:
+    assert {name for name in PENALTIES if made(name).at_real} == {"r1", "scaled"}
+
+
 @pytest.mark.parametrize("name", [name for name in PENALTIES if name not in {"scaled", *WITHOUT_TERMS}])
 def test_terms_are_added_as_their_mean(name: str) -> None:
     loss, terms = torch.tensor(2.0, dtype=torch.float64), torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
@@ -303,6 +323,7 @@ def test_without_terms_the_loss_stays(name: str) -> None:
     penalty = PENALTIES[name]()
     terms = penalty.terms(play_of(critic, images(COUNT, 2, 1), images(COUNT, 2, 2)))
     assert torch.equal(terms, torch.zeros(COUNT))
+    assert not penalty.has_terms
     loss = torch.tensor(3.0)
     assert penalty.applied(loss, terms) is loss
 
