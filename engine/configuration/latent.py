@@ -11,7 +11,7 @@ from engine.configuration.options import MOST_IMAGES, Settings, option, require
 if TYPE_CHECKING:
     from engine.configuration.config import Config
 
-SEARCHES = ("pixels", "pyramid")
+SEARCHES = ("pixels", "pyramid", "features")
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,8 @@ class LatentConfig(Settings):
     )
     search: str = option(
         "pyramid",
-        "what decides which sample is nearest: distances of 'pixels', or of Laplacian 'pyramid's",
+        "what decides which sample is nearest: distances of 'pixels', of Laplacian 'pyramid's, or of the 'features' of "
+        "--perceptual",
         choices=SEARCHES,
         methods=("imle",),
         since="0.2",
