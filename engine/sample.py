@@ -56,7 +56,8 @@ def parser() -> Parser:
     add("--seed", type=int, metavar="N", help=f"of z (default: {_SEED})")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to draw (default: auto)")
     add("--best", action="store_true", help="the generator that --evaluate-every found best")
-    add("--interpolate", action="store_true", help=f"rows of {_STEPS} images, each from one random z to another")
+    path = f"rows of {_STEPS} images, each from one random z to another"
+    add("--interpolate", action="store_const", const=True, help=path)
     add(
         "--encode",
         nargs="+",
@@ -153,7 +154,7 @@ def _save_array(out: Path, batches: Iterable[Tensor], count: int, side: int) -> 
 def _check(arguments: Any, out: Path) -> None:
     if arguments.encode is not None:
         for name in ("count", "seed", "interpolate"):
-            if getattr(arguments, name) not in (None, False):
+            if getattr(arguments, name) is not None:
                 raise InputError(name, "is that of random z, and --encode has the codes of pictures; leave out one")
     elif arguments.codes is not None:
         raise InputError("codes", "are those of --encode IMAGE, which is not given")
