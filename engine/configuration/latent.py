@@ -72,7 +72,8 @@ def check_latent(config: Config) -> None:
     """InputError if settings of codes and pools make no sense together."""
     own, method, batch = config.latent, config.method.method, config.training.batch_size
     if method != "glo":
-        require(own.pool_size >= batch, "pool_size", f"is smaller than the minibatch: {own.pool_size} < {batch}")
+        fewer = f"is smaller than the minibatch: {own.pool_size} < {batch}; give at least so many"
+        require(own.pool_size >= batch, "pool_size", fewer)
     if method == "glann":
         steps, first = config.training.steps, own.glo_steps
         left = f"{first} leave none of {steps} --steps for the network that draws codes"
