@@ -160,6 +160,8 @@ def _check(arguments: Any, out: Path) -> None:
         raise InputError("codes", "are those of --encode IMAGE, which is not given")
     if arguments.codes is not None and arguments.codes.suffix != ".npy":
         raise InputError("codes", f"{arguments.codes} must end in .npy")
+    if arguments.codes == out:
+        raise InputError("codes", f"{out} is the file of --out; name another")
     if arguments.count is not None and not 1 <= arguments.count <= _MOST:
         raise InputError("count", f"must be from 1 to {_MOST}, got {arguments.count}")
     if out.suffix not in (".png", ".npy"):

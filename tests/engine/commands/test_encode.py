@@ -113,6 +113,7 @@ BAD: dict[str, tuple[str, str]] = {
     "a path as well": ("--encode small.png --interpolate --out a.png", "--interpolate: is that of random z"),
     "codes of nothing": ("--codes c.npy --out a.png", "--codes: are those of --encode IMAGE"),
     "codes as text": ("--encode small.png --codes c.txt --out a.png", "--codes: c.txt must end in .npy"),
+    "codes over images": ("--encode small.png --codes a.npy --out a.npy", "--codes: a.npy is the file of --out"),
     "nothing": ("--out a.png --encode", "argument --encode: expected at least one argument"),
 }
 
