@@ -9,7 +9,7 @@ from pipelines.dataset import ImageDataset
 from pipelines.device import sent
 from pipelines.digests import cache_folder, cache_is_kept, cached, named_cache_folder, temporary_folder
 from pipelines.errors import BadImage, DataError
-from pipelines.in_memory import read_pixels
+from pipelines.in_memory import read_files, read_numbered, read_pixels
 from pipelines.loading.loader import Batch, ImageLoader, release_pools
 from pipelines.loading.stream import ImageStream
 from pipelines.registry import DATASETS, open_dataset
@@ -27,6 +27,8 @@ __all__ = [
     "cached",
     "named_cache_folder",
     "open_dataset",
+    "read_files",
+    "read_numbered",
     "read_pixels",
     "release_pools",
     "sent",

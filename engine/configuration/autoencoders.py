@@ -37,13 +37,18 @@ def make_perceptual(config: Config, name: str, weights: str | None) -> Extractor
     return extractor.to(amp_dtype(config) or torch.float32)
 
 
+def perceptual_pass(config: Config, networks: Mapping[str, nn.Module]) -> FeaturePass:
+    """The pass over the features of the frozen network among the method's."""
+    extractor = networks[PERCEPTUAL]
+    assert isinstance(extractor, Extractor)
+    # Gradients of each image's own go through no fused kernel.
+    return FeaturePass(extractor, dtype=amp_dtype(config), kernels=reference)
+
+
 def make_errors(config: Config, kind: str, networks: Mapping[str, nn.Module]) -> ImageErrors:
     """What `--reconstruction` asks for; the network of "perceptual" is among the method's."""
     if kind == "perceptual":
-        extractor = networks[PERCEPTUAL]
-        assert isinstance(extractor, Extractor)
-        # Gradients of each image's own go through no fused kernel.
-        return PerceptualErrors(FeaturePass(extractor, dtype=amp_dtype(config), kernels=reference))
+        return PerceptualErrors(perceptual_pass(config, networks))
     return pyramid_errors if kind == "pyramid" else pixel_errors
 
 

@@ -38,7 +38,7 @@ class AutoencoderConfig(Settings):
     )
     perceptual: str = option(
         "efficientnet-lite0",
-        "network of --reconstruction perceptual, as for --extractor",
+        "network of --reconstruction perceptual and of --search features, as for --extractor",
         metavar="NAME",
         since="0.2",
     )
@@ -128,15 +128,22 @@ class AutoencoderConfig(Settings):
         return f"images compared by {found.get(self.reconstruction, self.reconstruction)}"
 
 
+def needs_perceptual(config: Config) -> bool:
+    """Whether the features of a frozen network compare images, or find the nearest."""
+    searched = config.method.method == "imle" and config.latent.search == "features"
+    return config.autoencoder.reconstruction == "perceptual" or searched
+
+
 def idle_codes(config: Config) -> dict[str, str]:
     """Fields of autoencoding methods that decide nothing in `config`, each with the reason."""
     own, method = config.autoencoder, config.method.method
     found: dict[str, str] = {}
     if method not in (*AUTOENCODING, *LATENT):
         return found
-    if own.reconstruction != "perceptual":
+    if not needs_perceptual(config):
         for name in ("perceptual", "perceptual_weights"):
-            found[name] = f"needs --reconstruction perceptual, and this is {own.reconstruction}"
+            either = " or --search features" if method == "imle" else ""
+            found[name] = f"needs --reconstruction perceptual{either}, and this is {own.reconstruction}"
     if method == "wae" and own.divergence != "gan":
         found["code_critic_lr"] = f"needs --divergence gan, and this is {own.divergence}"
     if method == "ae":

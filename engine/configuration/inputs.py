@@ -15,6 +15,7 @@ from engine import __version__
 from engine.configuration.config import Config
 from engine.configuration.train_command import resume_command
 from engine.generation.saved import SavedSampler, load_sampler
+from engine.representation.encoders import build_encoder
 from engine.support.errors import InputError
 from engine.support.files import what_is
 from engine.training.precision import AMP_DTYPES
@@ -187,4 +188,4 @@ def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:
         raise InputError("run", f"{run.path} has no generator yet; train it: {resume_command(run.path)}")
     if best and what_is(run.best_generator) is None:
         raise InputError("best", f"{run.path} was not evaluated during training (--evaluate-every)")
-    return load_sampler(run.best_generator if best else run.generator)
+    return load_sampler(run.best_generator if best else run.generator, build_encoder)

@@ -11,7 +11,7 @@ from engine.configuration.options import MOST_IMAGES, Settings, option, require
 if TYPE_CHECKING:
     from engine.configuration.config import Config
 
-SEARCHES = ("pixels", "pyramid")
+SEARCHES = ("pixels", "pyramid", "features")
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,8 @@ class LatentConfig(Settings):
     )
     search: str = option(
         "pyramid",
-        "what decides which sample is nearest: distances of 'pixels', or of Laplacian 'pyramid's",
+        "what decides which sample is nearest: distances of 'pixels', of Laplacian 'pyramid's, or of the 'features' of "
+        "--perceptual",
         choices=SEARCHES,
         methods=("imle",),
         since="0.2",
@@ -71,7 +72,8 @@ def check_latent(config: Config) -> None:
     """InputError if settings of codes and pools make no sense together."""
     own, method, batch = config.latent, config.method.method, config.training.batch_size
     if method != "glo":
-        require(own.pool_size >= batch, "pool_size", f"is smaller than the minibatch: {own.pool_size} < {batch}")
+        fewer = f"is smaller than the minibatch: {own.pool_size} < {batch}; give at least so many"
+        require(own.pool_size >= batch, "pool_size", fewer)
     if method == "glann":
         steps, first = config.training.steps, own.glo_steps
         left = f"{first} leave none of {steps} --steps for the network that draws codes"

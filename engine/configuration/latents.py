@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from engine.configuration.autoencoders import PERCEPTUAL, make_errors, make_perceptual
+from engine.configuration.autoencoders import PERCEPTUAL, make_errors, make_perceptual, perceptual_pass
+from engine.configuration.autoencoding import needs_perceptual
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.inputs import amp_dtype
@@ -15,7 +16,7 @@ from engine.generation.learnt import MappingNetwork
 from engine.generation.networks import Generator
 from engine.generation.priors import make_prior
 from engine.methods.latent import CodeTable, Glann, Glo, Imle
-from engine.methods.pools import Rows, pixel_rows, pyramid_rows
+from engine.methods.pools import FeatureRows, Rows, pixel_rows, pyramid_rows
 from engine.training.ranks import ALONE, Ranks
 
 _ROWS: dict[str, Rows] = {"pixels": pixel_rows, "pyramid": pyramid_rows}
@@ -26,7 +27,7 @@ def make_latents(config: Config) -> dict[str, nn.Module]:
     own, networks = config.autoencoder, dict[str, nn.Module]()
     if config.method.method == "glann":
         networks["mapping"] = MappingNetwork((own.code_noise, own.code_width, own.code_width, config.networks.nz))
-    if own.reconstruction == "perceptual":
+    if needs_perceptual(config):
         networks[PERCEPTUAL] = make_perceptual(config, own.perceptual, own.perceptual_weights)
     return networks
 
@@ -67,7 +68,7 @@ def make_latent(
             make_prior(settings.prior, settings.nz),
             pool=own.pool_size,
             pool_every=own.pool_every,
-            rows=_ROWS[own.search],
+            rows=FeatureRows(perceptual_pass(config, networks)) if own.search == "features" else _ROWS[own.search],
             **options,
         )
     device = next(generator.parameters()).device

@@ -129,8 +129,7 @@ class Ball(_Plain):
 
     def between(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
         """Straight lines: a ball is convex."""
-        t = torch.linspace(0, 1, steps, device=start.device).view(1, -1, 1)
-        return ((1 - t) * start.unsqueeze(1) + t * end.unsqueeze(1)).flatten(0, 1)
+        return straight(start, end, steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The `radius`, float64 []."""
@@ -154,6 +153,12 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     t = torch.linspace(0, 1, steps, device=start.device).view(1, -1, 1)
     path = ((1 - t) * angle).sin() * start.unsqueeze(1) + (t * angle).sin() * end.unsqueeze(1)
     return (path / angle.sin()).flatten(0, 1)
+
+
+def straight(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Straight lines between rows of `start` and `end` [R, nz], as [R · steps, nz]."""
+    t = torch.linspace(0, 1, steps, device=start.device).view(1, -1, 1)
+    return ((1 - t) * start.unsqueeze(1) + t * end.unsqueeze(1)).flatten(0, 1)
 
 
 def draw_batches(prior: Prior, count: int, seed: int, size: int) -> Iterator[Tensor]:

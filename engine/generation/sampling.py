@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,24 +20,58 @@ _BATCH, _SIDE = 256, 32
 _ALL = slice(None)
 
 
+class ImageEncoder(Protocol):
+    """A network from images [N, 3, H, W] in [-1, 1] to their codes [N, nz], and what is needed to build it again.
+
+    Attributes:
+        name, gaussian, bounded: see `engine.representation.encoders`.
+    """
+
+    name: str
+    gaussian: bool
+    bounded: bool
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A prior and a generator: all that sampling, evaluation and the report know of a run.
+    """A prior and a generator, and what knows the codes of real images: all that sampling, evaluation and the report
+    know of a run.
 
     Attributes:
         prior: the law of z.
         generator: z → images. It is left as it is: a copy draws.
         batch_statistics: whether BatchNorm uses the statistics of each batch (the authors' code), not the running ones.
+        encoder: of a method that has one. It is left as it is: a copy encodes, with running statistics.
+        codes: of a method that has learnt one for each of M real images: [M, nz], in their data set's order.
     """
 
     prior: Prior
     generator: Generator
     batch_statistics: bool = False
+    encoder: ImageEncoder | None = None
+    codes: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Sampler:
-        """This sampler, with its generator moved to `device`."""
+        """This sampler, with its networks moved to `device`."""
         self.generator.to(device)
+        if self.encoder is not None:
+            self.encoder.to(device)
         return self
+
+    @property
+    def knows_codes(self) -> bool:
+        """Whether real images have codes: an encoder's, or learnt ones."""
+        return self.encoder is not None or self.codes is not None
 
     @property
     def batch_size(self) -> int:
@@ -55,6 +90,17 @@ class Sampler:
     def images(self, z: Tensor) -> Tensor:
         """Images [N, 3, H, W] of `z` [N, nz], float32, in [-1, 1]."""
         return torch.cat([images.float() for images in self._batches(z.split(self.batch_size))])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The encoder's codes [N, nz] of `images` [N, 3, H, W] in [-1, 1], float32 on the CPU. ValueError without an
+        encoder."""
+        if self.encoder is None:
+            raise ValueError("there is no encoder")
+        network, device = copy.deepcopy(self.encoder), next(self.generator.parameters()).device
+        network.train(False)
+        with torch.no_grad():
+            parts = [network(part.to(device)).float().cpu() for part in images.split(self.batch_size)]
+        return torch.cat(parts)
 
     def draw(self, count: int, seed: int) -> Tensor:
         """`count` images of random z; `seed` decides them."""

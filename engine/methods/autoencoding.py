@@ -194,7 +194,7 @@ class Autoencoding:
 
     def sampler(self) -> Sampler:
         """See `Method.sampler`. Waits for the device, if a Gaussian is to be fitted."""
-        return Sampler(self._law_of_codes(), self.generator, self.batch_statistics)
+        return Sampler(self._law_of_codes(), self.generator, self.batch_statistics, self.encoder)
 
     def _law_of_codes(self) -> Prior:
         count = min(int(self.seen), len(self.recent)) if self.divergence == "none" else 0
@@ -278,7 +278,7 @@ class CodeMatching:
         if self.steps <= self.autoencoder_steps:
             return self.autoencoding.sampler()
         own = self.autoencoding
-        return Sampler(MappedNoise(self.mapping, self.noise), own.generator, own.batch_statistics)
+        return Sampler(MappedNoise(self.mapping, self.noise), own.generator, own.batch_statistics, own.encoder)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The autoencoder's state, and the number of steps."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from engine.comparison.distances.nearest import nearest_rows
 from engine.comparison.image_losses import laplacian_pyramid
+from engine.comparison.pooling import Grid, sizes
 from engine.generation.priors import Noise, Prior
+from engine.representation.feature_pass import FeaturePass
+from engine.representation.protocols import TapInput
 from engine.support.errors import InputError
 from engine.training.ranks import Ranks
+from kernels.layout import accumulation_dtype
 
 Rows = Callable[[Tensor], Tensor]
 """What is compared of samples [n, …]: rows [n, F], whose squared distance says how far two samples are apart."""
 _NETWORK = "network."
+_CELLS = 4
+"""Along a side of the grid that features are averaged over."""
 
 
 def pixel_rows(images: Tensor) -> Tensor:
@@ -28,6 +34,43 @@ def pyramid_rows(images: Tensor) -> Tensor:
     alike, as in `pyramid_errors`."""
     levels = [level.flatten(1) for level in laplacian_pyramid(images)]
     return torch.cat([level / level.shape[1] ** 0.5 for level in levels], dim=1)
+
+
+class FeatureRows:
+    """The features of a network, means over 4 × 4 cells of every map, divided by the root of their number in a tap,
+    [n, F]: all taps count alike, as in `PerceptualErrors`. Without gradients.
+
+    Args:
+        feature_pass: runs the network, with running statistics.
+
+    Raises:
+        InputError: "extractor", if it has batch statistics.
+    """
+
+    def __init__(self, feature_pass: FeaturePass):
+        if feature_pass.extractor.batch_statistics:
+            raise InputError("extractor", "batch statistics mix images, and each needs its own features")
+        self.feature_pass, self.pool = feature_pass, Grid(_CELLS)
+        self.sizes = sizes(self.pool, feature_pass.prepared.taps)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """See the class."""
+        dtype = accumulation_dtype(self.feature_pass.dtype)
+        rows = torch.empty(len(images), sum(self.sizes), dtype=dtype, device=images.device)
+        self.feature_pass.collect(images, _Pooled(self.pool, torch.split(rows, self.sizes, dim=1)))
+        return rows
+
+
+class _Pooled:
+    """The collector of pooled features, of every tap in a place of its own."""
+
+    def __init__(self, pool: Grid, of_taps: Sequence[Tensor]):
+        self.pool, self.of_taps = pool, of_taps
+
+    def collect(self, tap: int, x: TapInput, images: slice) -> None:
+        """See `engine.representation.protocols.Collector`."""
+        own = self.of_taps[tap]
+        own[images] = self.pool(x.activate_()) / own.shape[1] ** 0.5
 
 
 class Pool:
@@ -85,8 +128,14 @@ class Pool:
         assert self.noise is not None
         own = self.noise[self.share].to(next(self.network.parameters()).dtype)
         self.network.eval()
-        drawn = (torch.func.functional_call(self.network, self.weights, part) for part in torch.split(own, self.batch))
-        self.own = torch.cat([self.rows(samples) for samples in drawn])
+        self.own = None  # the last pool's, before there are two
+        begun = 0
+        for part in torch.split(own, self.batch):
+            rows = self.rows(torch.func.functional_call(self.network, self.weights, part))
+            if self.own is None:
+                self.own = rows.new_empty(len(own), rows.shape[1])
+            self.own[begun : begun + len(rows)] = rows
+            begun += len(rows)
         self.network.train()
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.configuration.config import Config
 from engine.generation.saved import SavedSampler
 from engine.reporting.charts import Chart, histogram_chart, number
+from engine.reporting.codes import codes_section
 from engine.reporting.judges import judges_compared
 from engine.reporting.neighbours import NearestImages, nearest_images
 from engine.reporting.numbers import evaluation_tables, is_number, logged_charts
@@ -22,7 +23,7 @@ from engine.reporting.real import RealImages
 from engine.reporting.settings import configuration_lines, versions
 from engine.support.pixels import grid
 from engine.training.run_folder import COLUMNS, RunFolder
-from pipelines import DataError, read_pixels
+from pipelines import DataError, read_numbered
 
 log = logging.getLogger("gfmn")
 
@@ -65,6 +66,9 @@ def render(
     )
     environment.filters["png"] = data_uri
     environment.filters["number"] = number
+    pixels = numbers = None
+    if real.space is not None or sampler.knows_codes:
+        real, pixels, numbers = _read(real, config, seed, limit)
     final = as_picture(grid(sampler.draw(COLUMNS**2, seed), COLUMNS))
     rows = _PATHS if size <= 64 else _PATHS // 2
     paths = as_picture(grid(sampler.draw_paths(rows, COLUMNS, seed + 1), COLUMNS))
@@ -81,7 +85,8 @@ def render(
         losses=logged_charts(metrics),
         judges=judges_compared(metrics),
         evaluations=evaluation_tables(metrics),
-        neighbours=_neighbours(sampler, config, real, seed, limit),
+        neighbours=_neighbours(sampler, real, pixels, seed),
+        codes=codes_section(sampler, real, pixels, numbers, seed),
         preset=config.preset,
         groups=configuration_lines(config),
         command=command,
@@ -167,15 +172,21 @@ class _NeighboursSection:
     changed: tuple[str, ...] = ()
 
 
-def _neighbours(sampler: SavedSampler, config: Config, real: RealImages, seed: int, limit: int) -> _NeighboursSection:
-    if real.dataset is None or real.space is None:
-        return _NeighboursSection(missing=real.missing)
-    samples = sampler.draw_pixels(_COMPARED, seed)
+def _read(real: RealImages, config: Config, seed: int, limit: int) -> tuple[RealImages, Tensor | None, Tensor | None]:
+    """At most `limit` real images and their places in the data set; None if they can't be read, which `real` says."""
+    if real.dataset is None:
+        return real, None, None
     try:
-        images = read_pixels(real.dataset, limit=limit, seed=seed, backend=config.data.loader)
+        return real, *read_numbered(real.dataset, limit=limit, seed=seed, backend=config.data.loader)
     except DataError as error:
         log.warning("no nearest real images in the report: %s", error)
-        return _NeighboursSection(missing=str(error))
+        return dataclasses.replace(real, space=None, missing=str(error)), None, None
+
+
+def _neighbours(sampler: SavedSampler, real: RealImages, images: Tensor | None, seed: int) -> _NeighboursSection:
+    if real.dataset is None or real.space is None or images is None:
+        return _NeighboursSection(missing=real.missing)
+    samples = sampler.draw_pixels(_COMPARED, seed)
     if len(images) < 2:
         return _NeighboursSection(missing="the data set has a single image")
     found = nearest_images(samples, images, real.space.features)

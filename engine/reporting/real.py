@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError
@@ -47,6 +48,7 @@ class RealImages:
         num_features: of the run's own extractor; None if that is unavailable or another space was chosen.
         changed: one sentence for each difference from the training.
         missing: one line that says why samples cannot be compared; None if they can.
+        trained: the fingerprint in the newest checkpoint; empty if there is none.
     """
 
     dataset: ImageDataset | None = None
@@ -54,6 +56,7 @@ class RealImages:
     num_features: int | None = None
     changed: tuple[str, ...] = ()
     missing: str | None = None
+    trained: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_real(run: RunFolder, config: Config, device: torch.device, space: FeatureSpace | None = None) -> RealImages:
@@ -85,8 +88,8 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
     except (InputError, DataError) as error:
         missing = " ".join(str(error).split())
         log.warning("%s: no nearest real images in the report: %s", run.path, missing)
-        return RealImages(dataset, missing=missing)
-    return RealImages(dataset, space, num_features, tuple(changed))
+        return RealImages(dataset, missing=missing, trained=trained)
+    return RealImages(dataset, space, num_features, tuple(changed), trained=trained)
 
 
 def _trained_with(run: RunFolder) -> dict[str, str]:

@@ -21,16 +21,17 @@ class Encoder(nn.Module):
         nz: length of a code.
         gaussian: see above.
         bounded: whether codes are in (−1, 1), tanh of the outputs.
+        name: of the network in `ENCODERS`; "" for any other.
 
     Raises:
         InputError: "bounded", if gaussian as well.
     """
 
-    def __init__(self, network: nn.Module, nz: int, *, gaussian: bool = False, bounded: bool = False):
+    def __init__(self, network: nn.Module, nz: int, *, gaussian: bool = False, bounded: bool = False, name: str = ""):
         super().__init__()
         if gaussian and bounded:
             raise InputError("bounded", "a Gaussian of codes has no bounds")
-        self.network, self.nz, self.gaussian, self.bounded = network, nz, gaussian, bounded
+        self.network, self.nz, self.gaussian, self.bounded, self.name = network, nz, gaussian, bounded, name
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to codes [N, nz]; of Gaussians their means."""
@@ -87,7 +88,7 @@ def build_encoder(name: str, *, image_size: int, nz: int, gaussian: bool = False
     except InputError as error:
         raise InputError("encoder", error.message) from None
     network = network.to(memory_format=torch.channels_last)
-    return Encoder(network, nz, gaussian=gaussian, bounded=bounded)
+    return Encoder(network, nz, gaussian=gaussian, bounded=bounded, name=name)
 
 
 class CodeCritic(nn.Sequential):

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 # Every command with its outputs, and what else it has to be given.
 OUTPUTS = [
     ("engine.sample", "--out", "--run nothing"),
+    ("engine.sample", "--codes", "--run nothing --encode a.png --out b.png"),
     ("engine.report", "--out", "--run nothing"),
     ("engine.evaluate", "--json", "--images nothing"),
     ("engine.precompute", "--out", ""),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.runs import command, metrics
 from helpers.small_steps import configuration, small_trainer
+from PIL import Image
 from torch import Tensor
 
 from engine import precompute, report, sample, train
@@ -76,7 +77,13 @@ def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path
     sample.main(["--run", str(tmp_path / "run"), "--count", "8", "--interpolate", "--out", str(paths)])
     assert paths.exists()
     report.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")])
-    assert "encoder" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Codes of real images" in page
+    assert "which is the encoder’s" in page
+    Image.fromarray(np.load(pictures)[0]).resize((50, 41)).save(tmp_path / "one.png")
+    encoded = ["--encode", str(tmp_path / "one.png"), "--codes", str(tmp_path / "codes.npy")]
+    sample.main(["--run", str(tmp_path / "run"), *encoded, "--out", str(tmp_path / "encoded.png")])
+    assert np.load(tmp_path / "codes.npy").shape == (1, 8)
 
 
 AE, VAE, WAE, GMMN = (["--method", name] for name in ("ae", "vae", "wae", "gmmn-ae"))

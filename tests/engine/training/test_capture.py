@@ -24,7 +24,8 @@ NOT_CAPTURED = (
     *("gan-warmup", "improved-gan-classes", "published-mcgan-covariance", "gan-fp16", "dfm-fp16"),
     *("published-molm", "molm-spectral", "molm-bf16"),
 )
-NOT_CAPTURED += ("glo-pixels", "imle-pyramid", "imle-pixels", "glann-float32")  # numbers of images, which the host has
+# Of these steps the host knows the numbers of images.
+NOT_CAPTURED += ("glo-pixels", "imle-pyramid", "imle-pixels", "imle-features", "glann-float32")
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "glo": {"method": "glo", "generator_ema": 0.9},
     "glo-fp16": {"method": "glo", "amp": True, "amp_dtype": "fp16"},
     "imle": {"method": "imle", "pool_size": 7, "pool_every": 3},
+    "imle-features": {"method": "imle", "pool_size": 7, "pool_every": 3, "search": "features", "perceptual": "pixels"},
     "imle-bf16": {"method": "imle", "pool_size": 7, "pool_every": 2, "amp": True, "search": "pixels"},
     "glann": {"method": "glann", "pool_size": 9, "glo_steps": 3},
     "amid noise": {"method": "glann", "pool_size": 9, "pool_every": 3, "glo_steps": 1},
@@ -96,6 +97,9 @@ def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path
     assert np.load(tmp_path / "five.npy").shape == (5, 32, 32, 3)
     sample.main(["--run", str(tmp_path / "run"), "--count", "8", "--interpolate", "--out", str(tmp_path / "a.png")])
     report.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text()
+    assert ("Codes of real images" in page) == (name != "imle")  # which has none
+    assert "Left out" not in page
 
 
 def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +136,9 @@ GLO, IMLE, GLANN = (["--method", name] for name in ("glo", "imle", "glann"))
         ([*IMLE, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
         ([*IMLE, "--code-lr", "1"], "--code-lr: belongs to --method glo or glann, and this is --method imle"),
         ([*IMLE, "--search", "sound"], "--search: invalid choice: 'sound'"),
+        ([*IMLE, "--search", "features", "--perceptual", "vgg-small"], "--perceptual-weights: vgg-small brings none"),
+        ([*IMLE, "--perceptual", "pixels"], "--perceptual: needs --reconstruction perceptual or --search features"),
+        ([*GLO, "--search", "features"], "--search: belongs to --method imle, and this is --method glo"),
         ([*IMLE, "--encoder", "dcgan"], "--encoder: belongs to --method ae"),
         ([*GLANN, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
         ([*GLANN, "--glo-steps", "1"], "--glo-steps: 1 leave none of 1 --steps"),
