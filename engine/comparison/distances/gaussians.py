@@ -89,9 +89,7 @@ class Frechet:
             eigenvalue below −√eps of the largest.
     """
 
-    def __init__(
-        self, mean: Tensor, covariance: Tensor, scales: Tensor | None = None, *, images: int | None = None
-    ):
+    def __init__(self, mean: Tensor, covariance: Tensor, scales: Tensor | None = None, *, images: int | None = None):
         _check_moments("mean", mean, "covariance", covariance)
         matrix, size, self.scales = covariance.detach(), len(mean), scales
         wide = matrix.new_ones(size, dtype=torch.float64) if scales is None else scales.detach().double()

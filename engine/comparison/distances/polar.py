@@ -9,6 +9,7 @@ singular values over 6 to 12 decades, the result is as exact as LAPACK's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +19,20 @@ _LARGE = 1e-3
 """Of the largest singular value: those above it are exact by the eigenvectors of M Mᵀ, to eps/_LARGE²."""
 
 
-@torch.library.custom_op("gfmn_distances::nuclear_norm_", mutates_args={"matrix"})
 def nuclear_norm_(matrix: Tensor) -> Tensor:
     """‖M‖_* = Σ σ_i of M [n, m] float64, as []; M becomes U Vᵀ of the singular vectors.
 
     Singular values below max(n, m) · eps of the largest count as 0, and their vectors are left out of U Vᵀ.
     NaN, in both, if M has a value that is not finite, or if LAPACK finds no eigenvectors.
 
-    With k the smaller of n and m: besides M, two matrices [k, k] and LAPACK's workspace of two more. One operator, since
+    With k the smaller of n and m: besides M, two matrices [k, k] and LAPACK's workspace of two more. One operator, as
     what it does next depends on numbers, which tensors of no memory don't have.
     """
+    found: Tensor = torch.ops.gfmn_distances.nuclear_norm_(matrix)
+    return found
+
+
+def _nuclear_norm_(matrix: Tensor) -> Tensor:
     if matrix.numel() == 0:
         return matrix.new_zeros(())
     scale = torch.linalg.vector_norm(matrix, ord=torch.inf)
@@ -45,11 +50,6 @@ def nuclear_norm_(matrix: Tensor) -> Tensor:
     rows.mul_(torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)[:, None])
     _turn_(rows, turn)
     return values.sum() * scale
-
-
-@nuclear_norm_.register_fake
-def _(matrix: Tensor) -> Tensor:
-    return matrix.new_empty(())
 
 
 def _orthogonalise_(rows: Tensor) -> Tensor | None:
@@ -116,3 +116,10 @@ def _turn_(matrix: Tensor, turn: Tensor) -> None:
 
 def _columns(matrix: Tensor) -> Iterator[slice]:
     return (slice(start, start + _COLUMNS) for start in range(0, matrix.shape[1], _COLUMNS))
+
+
+# Operators live as long as this object.
+_library: Any = torch.library.Library("gfmn_distances", "DEF")  # type: ignore[no-untyped-call]
+_library.define("nuclear_norm_(Tensor(a!) matrix) -> Tensor")
+_library.impl("nuclear_norm_", _nuclear_norm_, "CompositeExplicitAutograd")
+torch.library.register_fake("gfmn_distances::nuclear_norm_", lambda matrix: matrix.new_empty(()), lib=_library)
