@@ -35,7 +35,7 @@ def nuclear_norm_(matrix: Tensor) -> Tensor:
 def _nuclear_norm_(matrix: Tensor) -> Tensor:
     if matrix.numel() == 0:
         return matrix.new_zeros(())
-    scale = torch.linalg.vector_norm(matrix, ord=torch.inf)
+    scale: Tensor = torch.linalg.vector_norm(matrix, ord=torch.inf)
     if float(scale) == 0:
         return scale
     matrix /= scale
@@ -49,7 +49,8 @@ def _nuclear_norm_(matrix: Tensor) -> Tensor:
     kept = values > _negligible(rows) * values.max()
     rows.mul_(torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)[:, None])
     _turn_(rows, turn)
-    return values.sum() * scale
+    total: Tensor = values.sum() * scale
+    return total
 
 
 def _orthogonalise_(rows: Tensor) -> Tensor | None:
