@@ -31,10 +31,10 @@ class OfNetworks(nn.Module):
     Args:
         distances: of each network's features.
         parts: where these lie in [N, F]; with a single one nothing is divided.
-        scales: [F], what the features are multiplied by first.
+        scales: [F], what the features are multiplied by first; None for 1.
     """
 
-    def __init__(self, distances: Sequence[Discrepancy], parts: Sequence[slice], scales: Tensor):
+    def __init__(self, distances: Sequence[Discrepancy], parts: Sequence[slice], scales: Tensor | None):
         super().__init__()
         self.distances, self.parts, self.scales = list(distances), list(parts), scales
         # Those that remember something are part of the state.
@@ -44,7 +44,8 @@ class OfNetworks(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """L of [N, F]."""
-        features = features * self.scales
+        if self.scales is not None:
+            features = features * self.scales
         if len(self.parts) == 1:
             return self.distances[0](features)
         losses = [distance(features[:, part]) for distance, part in zip(self.distances, self.parts, strict=True)]

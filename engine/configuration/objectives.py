@@ -172,16 +172,16 @@ def _frechet(config: Config, extractor: Extractor, known: Any, options: dict[str
     scales = (known.scales() if scales is None else scales).to(extractor.device)
     parts = _parts(config, extractor, known.sizes)
     distances = [_of_population(config, _bound_frechet(known, part, scales[part]), scales[part]) for part in parts]
-    distance = OfNetworks(distances, parts, scales)
+    # Which have the scales: another copy of the features, scaled, would be a tenth of a step's memory.
+    distance = OfNetworks(distances, parts, None)
     return OnFeatures(extractor, distance, pool=config.features.pool, **options)
 
 
 def _bound_frechet(known: FeatureBank | FeatureCovariance, part: slice, scales: Tensor) -> Frechet:
     if isinstance(known, FeatureBank):
-        return Frechet.of(known.features[:, part].to(scales.device) * scales)
-    factors = scales.double()
-    covariance = known.covariance()[part, part].to(scales.device) * factors * factors[:, None]
-    return Frechet(known.mean[part].to(scales.device) * factors, covariance)
+        return Frechet.of(known.features[:, part].to(scales.device), scales)
+    mean, m2 = known.mean[part].to(scales.device), known.m2[part, part].to(scales.device)
+    return Frechet(mean, m2, scales, images=known.count)
 
 
 def _of_population(config: Config, distance: Frechet, scales: Tensor) -> Discrepancy:

@@ -242,28 +242,37 @@ def build_generator(name: str, *, image_size: int, nz: int = 100, upsampling: st
 def run_generator(
     generator: Generator, z: Tensor, *, recompute: bool = False, weights: Mapping[int, Tensor] | None = None
 ) -> Tensor:
-    """Images of `z`; with `recompute`, backward keeps the inputs of `stages()` alone and computes each again.
+    """Images of `z`; with `recompute`, z alone is kept for backward, which computes the inputs of `stages()` again when
+    its turn comes, and then each stage from its input: three forward passes, and no activations in between.
 
-    Gradients, and BatchNorm's running statistics, are those of the plain call: the second computation uses the batch's
-    statistics but doesn't count it again.
+    Gradients, and BatchNorm's running statistics, are those of the plain call: the other computations use the batch's
+    statistics but don't count it again.
 
     Args:
         weights: by the `id` of a parameter, what is used in its place.
     """
     generator.count_batch()
+    again = recompute and torch.is_grad_enabled()
+    run = partial(_run_stages, generator, recompute=again, weights=weights)
+    return _checkpoint(run, z, generator) if again else run(z)
+
+
+def _run_stages(generator: Generator, z: Tensor, *, recompute: bool, weights: Mapping[int, Tensor] | None) -> Tensor:
     x = z
     for stage in generator.stages():
         call: Callable[[Tensor], Tensor] = stage
         if weights:
             own = {name: weights[id(own)] for name, own in stage.named_parameters() if id(own) in weights}
             call = partial(torch.func.functional_call, stage, own)
-        if recompute and torch.is_grad_enabled():
-            x = torch.utils.checkpoint.checkpoint(
-                call, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, stage)
-            )
-        else:
-            x = call(x)
+        x = _checkpoint(call, x, stage) if recompute else call(x)
     return x
+
+
+def _checkpoint(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+    found: Tensor = torch.utils.checkpoint.checkpoint(
+        call, x, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, module)
+    )
+    return found
 
 
 def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

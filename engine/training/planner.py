@@ -47,6 +47,10 @@ RANKS_LIBRARY = {
 }
 """The same, where there are several ranks."""
 
+_WORKSPACES = {"aten::_linalg_eigh": 2, "gfmn_distances::nuclear_norm_": 4}
+"""Operator → what it needs, for itself, of a matrix [n, m], in numbers over min(n, m)²: LAPACK's workspace for
+eigenvectors; `engine.comparison.distances.polar` has it beside two such matrices."""
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -96,7 +100,7 @@ class StorageTracker(TorchDispatchMode):
 
     Views share their storage and in-place operators make none. What an operator allocates for itself and frees before
     it returns is not seen: neither a library's workspaces, nor PyTorch's own kernels from the inside. The exceptions
-    are gloo's all-gather, and the copy of a matrix that its singular values are found in.
+    are gloo's all-gather, and what `_WORKSPACES` says.
 
     Args:
         ignored: their storages don't count.
@@ -118,10 +122,11 @@ class StorageTracker(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self.count(value)
-        if (
-            self.gloo and func is torch.ops.c10d._allgather_base_.default
-        ) or func is torch.ops.aten._linalg_svd.default:
-            self.peak = max(self.peak, self.now + self.block(args[0].nbytes))
+        sides = _WORKSPACES.get(func.name(), 0)
+        beside = sides * min(args[0].shape[-2:]) ** 2 * args[0].itemsize if sides else 0
+        if self.gloo and func is torch.ops.c10d._allgather_base_.default:
+            beside = args[0].nbytes
+        self.peak = max(self.peak, self.now + self.block(beside))
         return result
 
     def count(self, tensor: Tensor) -> None:

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from engine.comparison.distances.factors import Factor
 from engine.comparison.distances.first_order import with_gradient
 from engine.comparison.distances.kernels import check_features
+from engine.comparison.distances.polar import nuclear_norm_
 from engine.support.errors import InputError
 
 _BLOCK = 512  # rows in float64 at once
@@ -65,63 +67,71 @@ def frechet_of_moments(mean: Tensor, covariance: Tensor, real_mean: Tensor, real
 class Frechet:
     """The Fréchet distance to a fixed mean and covariance: `frechet` as a function of x alone.
 
-    The real covariance is factored once, Σ* = BᵀB with B [r, F] of its r eigenvalues above F · eps of the largest, in
-    float64. A call is the product [n, F] · [F, r] and the singular values of the [n, r] matrix; its gradient, another
-    such product. Memory: B, a few matrices [n, r], and for the singular values five [k, k], k the smaller of n and r.
+    The real covariance is factored once, Σ* = BᵀB with B [r, F] upper trapezoidal, in float64. A call is the product
+    [n, F] · [F, r] and the singular values of the [n, r] matrix; its gradient, another such product. Memory: the half
+    of B that isn't 0, the [n, r] matrix, and for the singular values four matrices [k, k], k the smaller of n and r.
 
     Args:
         mean: μ* [F] of the real images' features; no gradient reaches it.
-        covariance: Σ* [F, F], symmetric, without negative eigenvalues but for rounding.
+        covariance: Σ* [F, F], symmetric, without negative eigenvalues but for rounding. Nothing else of this size is
+            made, unless it has such eigenvalues.
+        scales: [F], what all features, the real ones and x, are multiplied by before they are compared.
+        images: if given, `covariance` is Σ (y − μ*)(y − μ*)ᵀ over so many images, still to be divided by one less.
 
     Attributes:
-        mean: μ* [F] float64.
-        factor: B [r, F] float64.
+        mean: μ* [F] float64; it, Σ*, factor and trace are of the scaled features.
+        factor: B.
         trace: tr Σ*, [] float64.
+        scales: as given.
 
     Raises:
         InputError: "mean", if it isn't [F]; "covariance", if it isn't a finite [F, F], symmetric and without an
             eigenvalue below −√eps of the largest.
     """
 
-    def __init__(self, mean: Tensor, covariance: Tensor):
+    def __init__(self, mean: Tensor, covariance: Tensor, scales: Tensor | None = None, *, images: int | None = None):
         _check_moments("mean", mean, "covariance", covariance)
-        self.mean = mean.detach().double()
-        matrix = covariance.detach().double()
-        if not bool(matrix.isfinite().all()):
-            raise InputError("covariance", "has values that are not finite")
-        if float((matrix - matrix.T).abs().max()) > 1e-5 * float(matrix.abs().max()):
-            raise InputError("covariance", "is not symmetric")
-        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        eps = torch.finfo(torch.float64).eps
-        largest = float(values[-1])
-        tolerance = max(eps, torch.finfo(covariance.dtype).eps) ** 0.5 * max(largest, 0.0)
-        if float(values[0]) < -tolerance:
-            raise InputError("covariance", f"has a negative eigenvalue ({float(values[0]):.3g})")
-        kept = values > len(values) * eps * largest
-        self.factor = (vectors[:, kept] * values[kept].sqrt()).T.contiguous()
-        self.trace = matrix.diagonal().sum()
+        matrix, size, self.scales = covariance.detach(), len(mean), scales
+        wide = matrix.new_ones(size, dtype=torch.float64) if scales is None else scales.detach().double()
+        self.mean = mean.detach().double() * wide
+        _check_symmetric(matrix)
+        share = 1.0 if images is None else 1 / (images - 1)
+
+        def rows(part: slice) -> Tensor:
+            found = (matrix[part].double() + matrix[:, part].T).mul_(0.5 * share)
+            return found.mul_(wide).mul_(wide[part, None])
+
+        self.trace = (matrix.diagonal().double() * wide.square()).sum() * share
+        self.factor = Factor.of_covariance(rows, size) or _factor_without_negative(
+            rows(slice(0, size)), covariance.dtype
+        )
 
     @classmethod
-    def of(cls, y: Tensor) -> Frechet:
-        """The distance to the mean and covariance (with m − 1) of features y [m, F].
+    def of(cls, y: Tensor, scales: Tensor | None = None) -> Frechet:
+        """The distance to the mean and covariance (with m − 1) of features y [m, F]; `scales` as for the class.
 
-        With fewer images than features Σ* isn't formed: B is the centred features over √(m − 1).
+        With fewer images than features Σ* isn't formed: B is made of the centred features over √(m − 1).
 
         Raises:
             InputError: "y", if it isn't [m ≥ 2, F].
         """
         check_features("y", y, at_least=2)
-        y = y.detach()
-        mean = y.mean(dim=0, dtype=torch.float64)
-        if len(y) > y.shape[1]:
-            covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=y.device)
-            for rows in torch.split(y, _BLOCK):
-                centred = rows.double() - mean
-                covariance.addmm_(centred.T, centred)
-            return cls(mean, covariance / (len(y) - 1))
+        (count, size), y = y.shape, y.detach()
+
+        if count > size:
+            mean = _mean(y, None)
+            m2 = torch.zeros(size, size, dtype=torch.float64, device=y.device)
+            for _, rows in _blocks(y, None):
+                centred = rows - mean
+                m2.addmm_(centred.T, centred)
+            return cls(mean, m2, scales, images=count)
+        mean = _mean(y, scales)
+        matrix = mean.new_empty(size, count).T  # column-major, as LAPACK has it
+        for part, rows in _blocks(y, scales):
+            matrix[part] = (rows - mean).mul_((count - 1) ** -0.5)
         bound = cls.__new__(cls)
-        bound.mean, bound.factor = _mean_and_factor(y)
-        bound.trace = bound.factor.square().sum()
+        bound.mean, bound.trace, bound.scales = mean, torch.linalg.vector_norm(matrix).square(), scales
+        bound.factor = Factor.of_rows(matrix)
         return bound
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -141,31 +151,31 @@ class Frechet:
 
             ∂/∂x = 2/n (μ − μ*) + 2/√(n−1) (A − (Q − q̄) B),    Q = U Vᵀ of A Bᵀ
 
-        with q̄ the mean row of Q, since A is centred. A is made again, a block of rows at a time: of numbers [n, F] in
-        float64 there are none.
+        times the scales, with q̄ the mean row of Q, since A is centred. A is made again, a block of rows at a time: of
+        numbers [n, F] in float64 there are none.
         """
         scale = (len(x) - 1) ** -0.5
-        mean = torch.stack([rows.double().sum(dim=0) for rows in torch.split(x, _BLOCK)]).sum(dim=0) / len(x)
+        mean = _mean(x, self.scales)
 
         def factors() -> Iterator[tuple[slice, Tensor]]:
-            for start in range(0, len(x), _BLOCK):
-                part = slice(start, min(start + _BLOCK, len(x)))
-                yield part, (x[part].double() - mean).mul_(scale)
+            for part, rows in _blocks(x, self.scales):
+                yield part, (rows - mean).mul_(scale)
 
-        product = self.factor.new_empty(len(x), len(self.factor))
+        product = mean.new_empty(len(x), self.factor.rank)
         value = (mean - self.mean).square().sum() + self.trace
         for part, rows in factors():
-            torch.mm(rows, self.factor.T, out=product[part])
+            self.factor.project(rows, out=product[part])
             value = value + torch.linalg.vector_norm(rows).square()
-        total, polar = _nuclear_norm(product)
-        value = value - 2 * total
+        value = value - 2 * nuclear_norm_(product)
         if not wanted:
             return value, None
+        polar = product
         polar -= polar.mean(dim=0)
         gradient = torch.empty_like(x, dtype=_wide(x))
         for part, rows in factors():
-            rows.addmm_(polar[part], self.factor, alpha=-1).mul_(2 * scale)
-            gradient[part] = rows.add_(mean - self.mean, alpha=2 / len(x))
+            rows.sub_(self.factor.lift(polar[part])).mul_(2 * scale)
+            rows.add_(mean - self.mean, alpha=2 / len(x))
+            gradient[part] = rows if self.scales is None else rows.mul_(self.scales)
         return value, gradient
 
     def of_moments(self, mean: Tensor, covariance: Tensor) -> Tensor:
@@ -180,16 +190,40 @@ class Frechet:
             InputError: "mean" or "covariance", if it isn't [F] or [F, F] with the real mean's F.
         """
         _check_moments("mean", mean, "covariance", covariance, len(self.mean))
-        wide = covariance.double()
-        product = self.factor @ ((wide + wide.T) / 2) @ self.factor.T
+        dtype = _wide(covariance)
+        if self.scales is not None:
+            scales = self.scales.double()
+            mean, covariance = mean * scales, covariance * scales * scales[:, None]
         means = (mean.double() - self.mean).square().sum()
-        found = means + wide.diagonal().sum() + self.trace - 2 * _trace_of_symmetric_root(product)
-        return found.to(_wide(covariance))
+        found = means + covariance.diagonal().double().sum() + self.trace - 2 * self._trace_of_root(covariance)
+        return found.to(dtype)
+
+    def _trace_of_root(self, covariance: Tensor) -> Tensor:
+        """tr (B Σ Bᵀ)^½, with its gradient ½ Bᵀ (B Σ Bᵀ)^−½ B."""
+        wide, factor = covariance.detach().double(), self.factor
+        with torch.no_grad():
+            half = factor.project((wide + wide.T) / 2, wide.new_empty(factor.size, factor.rank))
+            product = factor.project(half.T, wide.new_empty(factor.rank, factor.rank))
+            total, inverse = _trace_of_symmetric_root(product)
+            gradient = factor.lift(factor.lift(inverse).T)
+        return with_gradient(covariance, total, gradient)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     """The result's dtype: x's, or float32 if that has fewer digits."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _blocks(x: Tensor, scales: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of x [n, F] · scales, some at a time, and where they are; as float64, perhaps the memory of x."""
+    for start in range(0, len(x), _BLOCK):
+        part = slice(start, min(start + _BLOCK, len(x)))
+        yield part, (x[part] if scales is None else x[part] * scales).double()
+
+
+def _mean(x: Tensor, scales: Tensor | None) -> Tensor:
+    """[F] float64."""
+    return torch.stack([rows.sum(dim=0) for _, rows in _blocks(x, scales)]).sum(dim=0) / len(x)
 
 
 def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,36 +235,44 @@ def _mean_and_factor(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _trace_of_root(product: Tensor) -> Tensor:
     """The sum of the singular values of A Bᵀ [n, m], which is tr (B AᵀA Bᵀ)^½; its gradient is U Vᵀ."""
-    with torch.no_grad():
-        total, polar = _nuclear_norm(product)
-    return with_gradient(product, total, polar)
+    polar = product.detach().clone()
+    return with_gradient(product, nuclear_norm_(polar), polar)
 
 
-def _nuclear_norm(product: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the singular values, [], and U Vᵀ of those that are not 0; NaN of values that are not finite."""
+def _trace_of_symmetric_root(product: Tensor) -> tuple[Tensor, Tensor]:
+    """tr M^½ of a symmetric M [r, r] without negative eigenvalues, and its gradient ½ M^−½; NaN if there are none."""
     try:
-        left, values, right = torch.linalg.svd(product, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        if bool(product.isfinite().all()):
-            raise
-        return product.sum() * torch.nan, product * torch.nan  # as other distances of such features
-    kept = values > max(product.shape) * torch.finfo(product.dtype).eps * values[:1]
-    return values.sum(), left.mul_(kept) @ right
+        values, vectors = torch.linalg.eigh((product + product.T) / 2)
+    except torch.linalg.LinAlgError:  # values that are not finite, or whose eigenvalues LAPACK doesn't find
+        return product.sum() * torch.nan, product * torch.nan
+    kept = values > len(values) * torch.finfo(product.dtype).eps * values[-1:]
+    roots = torch.where(kept, values, 0.0).sqrt()
+    return roots.sum(), (vectors * torch.where(kept, 0.5 / torch.where(kept, roots, 1.0), 0.0)) @ vectors.T
 
 
-def _trace_of_symmetric_root(product: Tensor) -> Tensor:
-    """tr M^½ of a symmetric M [r, r] without negative eigenvalues; its gradient is ½ M^−½."""
-    with torch.no_grad():
-        try:
-            values, vectors = torch.linalg.eigh((product + product.T) / 2)
-        except torch.linalg.LinAlgError:
-            if bool(product.isfinite().all()):
-                raise
-            return product.sum() * torch.nan
-        kept = values > len(values) * torch.finfo(product.dtype).eps * values[-1:]
-        roots = torch.where(kept, values, 0.0).sqrt()
-        inverse = (vectors * torch.where(kept, 0.5 / torch.where(kept, roots, 1.0), 0.0)) @ vectors.T
-    return with_gradient(product, roots.sum(), inverse)
+def _factor_without_negative(covariance: Tensor, given: torch.dtype) -> Factor:
+    """Of Σ* [F, F] float64 whose negative eigenvalues are rounding in the dtype in which it was given."""
+    values, vectors = torch.linalg.eigh(covariance)
+    eps = torch.finfo(torch.float64).eps
+    largest = float(values[-1])
+    tolerance = max(eps, torch.finfo(given).eps) ** 0.5 * max(largest, 0.0)
+    if float(values[0]) < -tolerance:
+        raise InputError("covariance", f"has a negative eigenvalue ({float(values[0]):.3g})")
+    kept = values > len(values) * eps * largest
+    return Factor.of_rows((vectors[:, kept] * values[kept].sqrt()).T)
+
+
+def _check_symmetric(covariance: Tensor) -> None:
+    """InputError, unless Σ* [F, F] is finite, and symmetric but for rounding. A block of rows at a time."""
+    largest = asymmetry = 0.0
+    for start in range(0, len(covariance), _BLOCK):
+        rows, columns = covariance[start : start + _BLOCK], covariance[:, start : start + _BLOCK].T
+        if not bool(rows.isfinite().all()):
+            raise InputError("covariance", "has values that are not finite")
+        largest = max(largest, float(rows.abs().max()))
+        asymmetry = max(asymmetry, float((rows - columns).abs().max()))
+    if asymmetry > 1e-5 * largest:
+        raise InputError("covariance", "is not symmetric")
 
 
 def _check_moments(of_mean: str, mean: Tensor, of_covariance: str, covariance: Tensor, size: int | None = None) -> None:
