@@ -170,9 +170,11 @@ def _config(name: str, plan: ExperimentPlan) -> Config:
 
 def _weights(name: str, plan: ExperimentPlan) -> list[Path]:
     """Of the networks that are matched; none where the preset pretrains them, or nothing is matched."""
+    if plan.scale.name == SMALL:
+        return []
     config = _config(name, plan)
     networks = config.networks.extractor.split("+")
-    if plan.scale.name == SMALL or config.method.method not in COMPARING or all(map(brings_weights, networks)):
+    if config.method.method not in COMPARING or all(map(brings_weights, networks)):
         return []
     return [pretrained(network, plan) for network in networks]
 

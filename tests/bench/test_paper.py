@@ -116,7 +116,8 @@ def test_every_setting_is_a_run_of_engine_train(name: str, scale: str) -> None:
     assert len(set(names)) == len(names)
     for setting in settings:
         weights = [Path(part) for part in setting.extractor.split("+")]
-        arguments = parser().parse_args(training_flags(EXPERIMENTS[name], setting, plan, 0, weights))
+        found = setting.candidates[-1] if setting.candidates else ()
+        arguments = parser().parse_args(training_flags(EXPERIMENTS[name], setting, plan, 0, weights, found))
         config = Config.build(arguments.preset, given_flags(arguments))
         assert config.preset == (SCALES[scale].preset or scale)
         assert config.data.dataset == ("celeba" if scale == "celeba64" else scale)
