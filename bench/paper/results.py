@@ -141,6 +141,19 @@ def correlations(rows: Sequence[RunRow]) -> list[str]:
     return lines
 
 
+def closest(rows: Sequence[RunRow]) -> list[str]:
+    """A sentence for each minibatch: the setting with the smallest mean kernel distance, and the next one."""
+    sentences = []
+    for minibatch in sorted({row.minibatch for row in rows}):
+        own = [row for row in rows if row.minibatch == minibatch]
+        means = {name: summarise(of_setting(own, name, "kernel_distance")) for name in settings_of(own)}
+        if len(means) > 1:
+            (one, first), (other, second), *_ = sorted(means.items(), key=lambda pair: pair[1].mean)
+            clear = "" if smaller(first, second) else "; no difference that counts"
+            sentences.append(f"at minibatch {minibatch}, {one} is closest ({first}), then {other} ({second}){clear}")
+    return sentences
+
+
 def trend(rows: Sequence[RunRow]) -> str:
     """A sentence on the rank correlation of the settings' order with the kernel distance."""
     names = settings_of(rows)
@@ -159,6 +172,8 @@ def findings(rows: Sequence[RunRow]) -> list[str]:
         sentences += [verdict(rows, claim, "pixel_distance") for claim in claims]
     if experiment.name == "layers":
         sentences.append(trend(rows))
+    if experiment.name == "averaging":
+        sentences += closest(rows)
     if experiment.name == "fidelity" and len(present) == 2:
         sentences.append(side_by_side(rows))
     if rows[0].curve:

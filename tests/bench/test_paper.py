@@ -11,7 +11,7 @@ from PIL import Image
 
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
-from bench.paper.results import correlations, findings, page, read_rows, results_table, summarise, verdict
+from bench.paper.results import closest, correlations, findings, page, read_rows, results_table, summarise, verdict
 from bench.paper.runs import ExperimentPlan, RunRow, training_flags
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
@@ -85,6 +85,17 @@ def test_two_standard_errors_to_the_digit() -> None:
 def test_side_by_side_names_the_closer_one() -> None:
     assert "B is closer" in findings(rows_of([2.0, 2.1, 1.9], [1.0, 1.1, 0.9]))[0]
     assert "no difference that counts" in findings(rows_of([1.0, 3.0, 2.0], [2.0, 2.4, 2.8]))[0]
+
+
+def test_the_closest_at_each_minibatch() -> None:
+    rows = rows_of([2.0, 2.1, 1.9], [1.0, 1.1, 0.9])
+    others = [row("C", seed, value, minibatch=16) for seed, value in enumerate([3.0, 5.0])]
+    others += [row("D", seed, value, minibatch=16) for seed, value in enumerate([4.0, 6.0])]
+    assert closest([*rows, *others]) == [
+        "at minibatch 16, C is closest (4.000 ± 1.414), then D (5.000 ± 1.414); no difference that counts",
+        "at minibatch 64, B is closest (1.000 ± 0.100), then A (2.000 ± 0.100)",
+    ]
+    assert closest(rows[:3]) == []
 
 
 def test_table_holds_means_and_deviations() -> None:
