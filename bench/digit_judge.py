@@ -73,6 +73,13 @@ class DigitJudge:
         return Verdict(shares, confident, deviations / self.real, chroma(images))
 
 
+def edge_level(images: np.ndarray) -> float:
+    """Mean of the outermost ring of pixels of `images`, uint8 [N, H, W, 3], of 255; real digits have 0."""
+    ring = np.ones(images.shape[1:3], dtype=bool)
+    ring[1:-1, 1:-1] = False
+    return float(images[:, ring].mean())
+
+
 def chroma(images: np.ndarray) -> float:
     """See `Verdict`; 0 for images without ink."""
     largest, smallest = images.max(axis=3).astype(int), images.min(axis=3).astype(int)

@@ -20,17 +20,20 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import argparse
-import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.digit_judge import DigitJudge
+import torch
+from torch import Tensor
+
+from bench.commands import Usage, check, run_module
+from bench.digit_judge import DigitJudge, chroma, edge_level
 from bench.rows import Row, environment, newest_file, print_rows, read_json, write_json
 from engine.comparison.distances.nearest import nearest_rows
 from engine.configuration.build import pretrained_files
@@ -39,7 +42,7 @@ from engine.configuration.config import Config
 from engine.configuration.inputs import choose_device, load_run_sampler, open_data
 from engine.configuration.published import PUBLISHED
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
-from engine.evaluation.metrics import compute_metrics
+from engine.evaluation.metrics import KID_SUBSET, compute_metrics
 from engine.support.errors import InputError
 from engine.support.pixels import pixel_grid, save_png
 from engine.training.run_folder import RunFolder
@@ -93,10 +96,13 @@ class MethodRow(Row):
         confident: share of the samples that the first judge reads with confidence.
         least_share, largest_share: of the ten digits among the samples.
         least_variety, largest_variety: of the ten, pixel deviation within a class over the real digits'.
-        chroma: colour on ink, of 255; real digits have 0.
-        kernel_distance: to all real digits, by the second judge.
-        distinct: how many of the real digits are the nearest one (pixels) to some sample.
+        chroma: colour on ink, of 255; the distance to that of the real images, and real digits have 0.
+        edge_level: of the outermost pixels, of 255; the distance to that of the real images, and real digits have 0.
+        kernel_distance, frechet_distance, precision, recall: to all real images, by the second judge.
+        distinct: how many of the real images are the nearest one (pixels) to some sample.
         judge: the second judge's network; None for `JUDGE`.
+        scale, seed, budget, smoke: of `bench.paper`: the data set, the run's seed, seconds of training that were given
+            to every method, and whether its numbers mean nothing.
     """
 
     name: str
@@ -105,65 +111,119 @@ class MethodRow(Row):
     steps: int
     minibatch: int
     seconds: float
-    confident: float
-    least_share: float
-    largest_share: float
-    least_variety: float
-    largest_variety: float
     chroma: float
     kernel_distance: float
+    confident: float | None = None
+    least_share: float | None = None
+    largest_share: float | None = None
+    least_variety: float | None = None
+    largest_variety: float | None = None
+    edge_level: float | None = None
+    frechet_distance: float | None = None
+    precision: float | None = None
+    recall: float | None = None
     cpu_seconds: float | None = None
     mebibytes: float | None = None
     distinct: int | None = None
     judge: str | None = None
+    scale: str | None = None
+    seed: int | None = None
+    budget: int | None = None
+    smoke: bool | None = None
 
 
 def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: bool = False) -> MethodRow:
     """Train, draw and judge; samples go to `picture`. `imagenet`: `JUDGE` is what is matched, and so another judges."""
-    found = RunFolder(folder / name)
-    command = [sys.executable, "-m", "engine.train", "--out", str(found.path), *flags]
-    seconds, usage = _train(command if "--preset" in flags else [*command, "--preset", "digits"])
-    config = Config.load(found.config)
+    path = folder / name
+    command = [*flags, *(() if "--preset" in flags else ("--preset", "digits")), "--out", str(path)]
+    ended = run_module("engine.train", command, shown=True)
+    check(ended, f"{name}: python -m engine.train")
+    network = _demo_network() if imagenet else None
+    row = judged(name, flags, path, ended.usage, network, judge=network.label if network else None)
+    draw(path, picture)
+    return row
+
+
+def judged(
+    name: str,
+    flags: Sequence[str],
+    path: Path,
+    usage: Usage,
+    network: EvaluationNetwork | None = None,
+    *,
+    count: int = SAMPLES,
+    metrics: Sequence[str] = ("fid", "kid", "prc"),
+    **more: Any,
+) -> MethodRow:
+    """The row of the finished run in the folder `path`.
+
+    Args:
+        name, flags: of the run.
+        usage: of its training.
+        network: the second judge; None is `JUDGE`.
+        count: samples that are judged.
+        metrics: that the second judge computes, "kid" among them.
+        more: other fields of the row.
+    """
+    config = Config.load(RunFolder(path).config)
     device = choose_device(config.training.device)
-    samples = load_run_sampler(found.path).to(device).draw_pixels(SAMPLES, seed=1)
-    pixels = samples.permute(0, 2, 3, 1).contiguous().cpu()
-    save_png(picture, pixel_grid(pixels[:SHOWN], COLUMNS))
-    verdict = DigitJudge().judge(pixels.numpy())
-    network = _demo_network() if imagenet else evaluation_network(JUDGE, image_size=config.data.image_size)
     real = read_pixels(open_data(config))
-    distance = compute_metrics(samples, real, network, metrics=("kid",), device=device)["kernel_distance"]
-    nearest, _ = nearest_rows(samples.cpu().flatten(1).float(), real.flatten(1).float())
+    network = network or evaluation_network(JUDGE, image_size=config.data.image_size)
+    samples = load_run_sampler(path).to(device).draw_pixels(count, seed=1)
     return MethodRow(
         name=name,
         flags=" ".join(flags),
         summary=config.summary,
         steps=config.training.steps,
         minibatch=config.training.batch_size,
-        seconds=seconds,
-        confident=verdict.confident,
-        least_share=float(verdict.shares.min()),
-        largest_share=float(verdict.shares.max()),
-        least_variety=float(verdict.deviation_ratios.min()),
-        largest_variety=float(verdict.deviation_ratios.max()),
-        chroma=verdict.chroma,
-        kernel_distance=distance,
-        cpu_seconds=usage.ru_utime + usage.ru_stime,
-        mebibytes=usage.ru_maxrss / 1024,
-        distinct=len(nearest.unique()),
-        judge=network.label if imagenet else None,
+        seconds=usage.seconds,
+        cpu_seconds=usage.cpu_seconds,
+        mebibytes=usage.mebibytes,
         environment=environment(device),
+        **measure(samples, real, network, metrics, device, digits=config.data.dataset == "digits"),
+        **more,
     )
 
 
-def _train(command: Sequence[str]) -> tuple[float, resource.struct_rusage]:
-    """Seconds that the command took, and what it used. CalledProcessError if it fails."""
-    begun = time.perf_counter()
-    with subprocess.Popen(command) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, list(command))
-    return time.perf_counter() - begun, usage
+def measure(
+    samples: Tensor,
+    real: Tensor,
+    network: EvaluationNetwork,
+    metrics: Sequence[str],
+    device: torch.device,
+    digits: bool,
+) -> dict[str, Any]:
+    """The fields of a `MethodRow` that say what `samples`, uint8 [N, 3, H, W], are worth beside all `real` images."""
+    pixels, others = (images.permute(0, 2, 3, 1).contiguous().cpu().numpy() for images in (samples, real))
+    subset = min(KID_SUBSET, len(samples), len(real))
+    found = compute_metrics(samples, real, network, metrics, device=device, kid_subset_size=subset)
+    nearest, _ = nearest_rows(samples.cpu().flatten(1).float(), real.flatten(1).float())
+    return {
+        **(_read(pixels) if digits else {}),
+        "chroma": abs(chroma(pixels) - chroma(others)),
+        "edge_level": abs(edge_level(pixels) - edge_level(others)),
+        "distinct": len(nearest.unique()),
+        **{key: found[key] for key in ("kernel_distance", "frechet_distance", "precision", "recall") if key in found},
+    }
+
+
+def _read(pixels: Any) -> Mapping[str, float]:
+    """What the first judge says of digits uint8 [N, 32, 32, 3]."""
+    verdict = DigitJudge().judge(pixels)
+    return {
+        "confident": verdict.confident,
+        "least_share": float(verdict.shares.min()),
+        "largest_share": float(verdict.shares.max()),
+        "least_variety": float(verdict.deviation_ratios.min()),
+        "largest_variety": float(verdict.deviation_ratios.max()),
+    }
+
+
+def draw(path: Path, picture: Path) -> None:
+    """The first samples of the run in the folder `path`, as a PNG."""
+    config = Config.load(RunFolder(path).config)
+    samples = load_run_sampler(path).to(choose_device(config.training.device)).draw_pixels(SHOWN, seed=1)
+    save_png(picture, pixel_grid(samples.permute(0, 2, 3, 1).contiguous().cpu(), COLUMNS))
 
 
 def _demo_network() -> EvaluationNetwork:
@@ -199,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: dict[str, MethodRow] = {row.name: row for row in before if row.name in runs}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _pretrain()
+        pretrain()
         for name in chosen:
             picture = arguments.docs / f"{name}.png"
             rows[name] = run(name, (*runs[name], *more), folder, picture, arguments.runs == "imagenet")
@@ -218,7 +278,7 @@ def rows_before(file: Path, newest: Path | None) -> list[MethodRow]:
         raise InputError("json", f"{found} holds no rows of methods ({error}); give another file") from None
 
 
-def _pretrain() -> None:
+def pretrain() -> None:
     """Leave the extractor and the target in the cache, so that the first run's time is as the others'."""
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "engine.train", "--preset", "digits", "--steps", "1"]

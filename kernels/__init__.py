@@ -186,11 +186,11 @@ def averager_step(
         target_mean, target_variance: [D].
         v, m, u: [2, D], the averager's state, changed in place when `advance`; only what the rule keeps is looked at.
         step: 0-d int64, steps taken before; counted up when `advance`.
-        rule: of `kernels.rules.RULES`: "ama", "ma", "ma_moments" or "none".
+        rule: of `kernels.rules.RULES`: "ama", "ama_uncorrected", "ma", "ma_moments" or "none".
         rate: α, AMA's learning rate or the moving average's share of the new value.
         beta1, beta2, eps: AMA's.
         correction: c of the variance m2/(N − c).
-        advance: whether the averager takes a step. Without, "ama" and "ma" use the v that is there, and "ma_moments"
+        advance: whether the averager takes a step. Without, AMA and "ma" use the v that is there, and "ma_moments"
             the average that would come next.
         weight: w [D]; the averager sees w·Δ^μ and w²·Δ^σ, and a and b carry w·v^μ and w²·v^σ.
 

@@ -28,6 +28,7 @@ class Rule:
 
 RULES = {
     "ama": Rule(("v", "m", "u"), "direction"),
+    "ama_uncorrected": Rule(("v", "m", "u"), "direction"),
     "ma": Rule(("v",), "direction"),
     "ma_moments": Rule(("v",), "mean squares"),
     "none": Rule((), "squares"),

@@ -13,6 +13,7 @@ from pipelines.errors import DataError, one_line
 from pipelines.sources.celeba import open_celeba
 from pipelines.sources.cifar10 import open_cifar10
 from pipelines.sources.digits import open_digits
+from pipelines.sources.fashion import open_fashion
 from pipelines.sources.images import open_images
 from pipelines.sources.lsun import open_lsun
 from pipelines.sources.stl10 import open_stl10
@@ -31,6 +32,7 @@ class Opener(Protocol):
 DATASETS: dict[str, Opener] = {
     "digits": open_digits,
     "cifar10": open_cifar10,
+    "fashion": open_fashion,
     "stl10": open_stl10,
     "celeba": open_celeba,
     "lsun": open_lsun,
@@ -53,7 +55,7 @@ def open_dataset(
     Args:
         name: one of `DATASETS`.
         path: the folder or file, as docs/data.md says for each. `digits` takes none;
-            `cifar10` is downloaded (into the cache without a path).
+            `cifar10` and `fashion` are downloaded (into the cache without a path).
         image_size: height and width of the images, in pixels.
         center_crop: side of the centre square that is cut out before the resize, in pixels; 160 for `celeba`.
         horizontal_flip: also show every picture mirrored, which doubles the length.

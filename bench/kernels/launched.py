@@ -46,7 +46,8 @@ PROCESSORS = (108, 132, 148)
 # What of the settings has a say in what is launched, one by one: averagers, small and partial minibatches, other ways
 # through the extractor.
 _AVERAGERS: tuple[dict[str, Any], ...] = (
-    {"averager": "ama"}, {"averager": "ama", "ama_variant": "authors"}, {"averager": "ma"},
+    {"averager": "ama"}, {"averager": "ama", "ama_variant": "authors"},
+    {"averager": "ama", "ama_variant": "authors-0.3"}, {"averager": "ma"},
     {"averager": "ma", "ma_variant": "authors"}, {"averager": "none"},
 )  # fmt: skip
 _WAYS: tuple[dict[str, Any], ...] = (

@@ -1,8 +1,10 @@
 """`python -m bench.paper`: the paper's experiments, each one command that writes rows, a table and a figure.
 
-`--experiment layers|extractors|averaging|loss-vs-quality|fidelity` runs on the digits in minutes; `--scale cifar10` (or
-another preset) at the paper's scale. Finished runs in `--runs` are not run again, and an interrupted one is resumed.
-`--document PAGE ROWS…` writes the page with all results.
+`--experiment layers|extractors|averaging|loss-vs-quality|fidelity` runs on the digits in minutes (`averaging` in
+hours), and `--experiment methods` compares all methods with one another; `--scale cifar10` (or another data set) at
+the paper's scale. Finished runs in `--runs` are not run again, and an interrupted one is resumed. `--only` runs a
+part; rows of other runs that the file of `--json` has are kept. `--jobs 2` trains two at a time, with one thread each.
+`--document PAGE ROWS…` writes the page with all results; the rows of `methods` have a page of their own.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from pathlib import Path
 
 import torch
 
-from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL
-from bench.paper.results import draw, findings, page, read_rows, results_table
-from bench.paper.runs import ExperimentPlan, RunRow, run_experiment, run_folder
+from bench.paper import comparison, orderings
+from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Experiment
+from bench.paper.results import draw, findings, page, read_rows, results_table, settings_of
+from bench.paper.runs import ExperimentPlan, RunRow, chosen, run_experiment, run_folder, steps_of
 from bench.rows import write_json
 from engine.configuration.command import Parser, output_file, run_command
+from engine.support.errors import InputError
 from engine.support.files import write_atomically
 
 
@@ -34,16 +38,21 @@ def parser() -> Parser:
     )
     add = arguments.add_argument
     what = arguments.add_mutually_exclusive_group(required=True)
-    what.add_argument("--experiment", choices=tuple(EXPERIMENTS))
+    what.add_argument("--experiment", choices=(*EXPERIMENTS, comparison.NAME))
     what.add_argument("--document", type=Path, metavar="PAGE", help="write this Markdown page from files of rows")
     add("rows", nargs="*", type=Path, metavar="ROWS", help="with --document: files that --json wrote")
     add("--scale", choices=tuple(SCALES), default=SMALL, help="data set (default: %(default)s)")
     add("--seeds", type=int, default=3, metavar="N", help="runs of every setting (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="training steps, in place of the scale's")
+    add("--only", nargs="+", default=(), metavar="NAME", help="some of the settings or methods: names, or parts of "
+        "them between commas, such as a minibatch")  # fmt: skip
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    add("--budget", type=int, metavar="SECONDS", help="of training for each method (CPU seconds; on a GPU, seconds by "
+        "the clock), in place of the scale's")  # fmt: skip
     add("--data", metavar="PATH", help="the data set's folder, where it needs one")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--runs", type=Path, default=Path("runs/paper"), metavar="DIR", help="for the runs (default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the rows there")
+    add("--json", type=output_file, metavar="FILE", help="write the rows there; those of other runs in it are kept")
     add("--figure", type=output_file, metavar="FILE", help="draw them there (PNG; default: in --runs)")
     add("--smoke", action="store_true", help="three steps of everything, to see that it runs; numbers mean nothing")
     return arguments
@@ -59,9 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser().error("ROWS: only --document takes files of rows")
     if arguments.seeds < 1:
         parser().error(f"--seeds: must be at least 1, got {arguments.seeds}")
-    if arguments.steps is not None and arguments.steps < 1:
-        parser().error(f"--steps: must be at least 1, got {arguments.steps}")
-    experiment = EXPERIMENTS[arguments.experiment]
+    for flag in ("steps", "jobs", "budget"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            parser().error(f"--{flag}: must be at least 1, got {value}")
+    of_methods = arguments.experiment == comparison.NAME
+    if arguments.budget is not None and not of_methods:
+        parser().error(f"--budget: only --experiment {comparison.NAME} has one")
+    if arguments.steps is not None and of_methods:
+        parser().error("--steps: the --budget says how many steps each method takes")
     plan = ExperimentPlan(
         scale=SCALES[arguments.scale],
         folder=arguments.runs,
@@ -70,28 +85,85 @@ def main(argv: Sequence[str] | None = None) -> None:
         smoke=arguments.smoke,
         data=arguments.data,
         device=arguments.device,
+        only=arguments.only,
+        jobs=arguments.jobs,
     )
-    rows: list[RunRow] = []
+    if of_methods:
+        _methods(arguments, plan)
+    else:
+        _experiment(EXPERIMENTS[arguments.experiment], arguments, plan)
+
+
+def _methods(arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
+    budget = arguments.budget or comparison.budget(plan)
+    rows = comparison.kept_rows(arguments.json, plan, budget)
+    for row in comparison.compare(plan, budget):
+        rows[row.name, row.seed] = row
+        print(
+            f"{row.name}, seed {row.seed}: kernel distance {row.kernel_distance:.4g}  ({row.seconds:.0f} s)", flush=True
+        )
+        if arguments.json is not None:
+            write_json(arguments.json, comparison.ordered(rows, plan))
+    found = comparison.ordered(rows, plan)
+    print(f"\n{orderings.results_table(found)}\n")
+    print("--smoke: these numbers mean nothing" if plan.smoke else "\n".join(orderings.findings(found)))
+    figure = arguments.figure or plan.folder / f"{comparison.NAME}-{plan.scale.name}.png"
+    comparison.draw(figure, plan)
+    print(f"\nfigure: {figure}")
+
+
+def _experiment(experiment: Experiment, arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
+    settings = experiment.settings(plan.scale)
+    kept = _kept_rows(arguments.json, experiment, plan)
     for row in run_experiment(experiment, plan):
-        rows.append(row)
+        kept[row.setting, row.seed] = row
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
         print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
         if arguments.json is not None:
-            write_json(arguments.json, rows)
+            write_json(arguments.json, _ordered(kept, experiment, plan))
+    rows = _ordered(kept, experiment, plan)
     print(f"\n{results_table(rows)}\n")
     if plan.smoke:
         print("--smoke: these numbers mean nothing")
     else:
         print("\n".join(f"- {sentence}" for sentence in findings(rows)))
     figure = arguments.figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
-    shown = {setting.name: run_folder(experiment, setting, plan, 0) for setting in experiment.settings(plan.scale)}
-    draw(figure, rows, shown)
+    shown = {setting.name: run_folder(experiment, setting, plan, 0) for setting in chosen(settings, plan.only)}
+    draw(figure, rows, {name: shown[name] for name in settings_of(rows) if name in shown})
     print(f"\nfigure: {figure}")
+
+
+Rows = dict[tuple[str, int], RunRow]
+
+
+def _kept_rows(file: Path | None, experiment: Experiment, plan: ExperimentPlan) -> Rows:
+    """Those in `file`, by setting and seed; InputError if they are of another experiment."""
+    if file is None or not file.is_file() or not file.stat().st_size:
+        return {}
+    rows = read_rows(file, smoke=plan.smoke)
+    here = (experiment.name, plan.scale.name, steps_of(experiment, plan))
+    found = {(row.experiment, row.scale, row.steps) for row in rows}
+    if found != {here}:
+        other = next(iter(found - {here}))
+        raise InputError("json", f"{file} has rows of {other[0]}, {other[1]}, {other[2]} steps; give another file")
+    return {(row.setting, row.seed): row for row in rows}
+
+
+def _ordered(rows: Rows, experiment: Experiment, plan: ExperimentPlan) -> list[RunRow]:
+    """Seed by seed, in the order of the experiment."""
+    names = [setting.name for setting in experiment.settings(plan.scale)]
+    return sorted(
+        (row for row in rows.values() if row.setting in names), key=lambda row: (row.seed, names.index(row.setting))
+    )
 
 
 def _document(arguments: argparse.Namespace) -> None:
     if not arguments.rows:
         parser().error("--document: needs files of rows, as --json writes them")
+    if all(comparison.are_rows(path) for path in arguments.rows):
+        orderings.document(arguments.document, arguments.rows)
+        print(os.fspath(arguments.document))
+        return
     results = [read_rows(path) for path in arguments.rows]
     folder = arguments.document.parent
     figures = [f"experiments/{rows[0].experiment}.png" for rows in results]

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
 from bench.paper.runs import RunRow
+from bench.paper.search import best
 from bench.rows import read_json, save_figure, table
 from engine.configuration.inputs import load_run_sampler
 from engine.support.errors import InputError
@@ -23,6 +24,7 @@ DISTANCES = ("kernel_distance", "frechet_distance")
 _INCEPTION_NAMES = {
     "kernel_distance": "KID · 1000",
     "frechet_distance": "FID",
+    "pixel_distance": "energy distance of pixels · 1000",
     "classifier_score": "IS",
     "precision": "precision",
     "recall": "recall",
@@ -30,11 +32,13 @@ _INCEPTION_NAMES = {
 _OTHER_NAMES = {
     "kernel_distance": "kernel distance · 1000",
     "frechet_distance": "Fréchet distance",
+    "pixel_distance": "energy distance of pixels · 1000",
     "classifier_score": "classifier score",
     "precision": "precision",
     "recall": "recall",
 }
 _STANDARD_ERRORS = 2
+_THOUSANDTHS = ("kernel_distance", "pixel_distance")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def of_setting(rows: Sequence[RunRow], setting: str, metric: str) -> list[float]:
-    """The metric's values, a seed each; kernel distances in thousandths."""
-    factor = 1000 if metric == "kernel_distance" else 1
+    """The metric's values, a seed each; kernel distances and those of pixels in thousandths."""
+    factor = 1000 if metric in _THOUSANDTHS else 1
     return [factor * row.metrics[metric] for row in rows if row.setting == setting]
 
 
@@ -80,24 +84,35 @@ def results_table(rows: Sequence[RunRow]) -> str:
     return table(["setting", *(names[metric] for metric in metrics), "seeds", "seconds a run"], lines)
 
 
-def closer(rows: Sequence[RunRow], one: str, other: str) -> tuple[int, Summary, Summary]:
-    """1 if the setting `one` has the smaller mean kernel distance, −1 if `other` has, 0 if that is undecided.
+def closer(
+    rows: Sequence[RunRow], one: str, other: str, metric: str = "kernel_distance"
+) -> tuple[int, Summary, Summary]:
+    """1 if the setting `one` has the smaller mean distance, −1 if `other` has, 0 if that is undecided."""
+    first, second = (summarise(of_setting(rows, name, metric)) for name in (one, other))
+    return smaller(first, second), first, second
+
+
+def smaller(first: Summary, second: Summary) -> int:
+    """1 if the first mean is the smaller one, −1 if the second is, 0 if that is undecided.
 
     Means differ if it is by more than two standard errors of the difference, √(s₁²/n₁ + s₂²/n₂).
     """
-    first, second = (summarise(of_setting(rows, name, "kernel_distance")) for name in (one, other))
     error = (first.deviation**2 / first.count + second.deviation**2 / second.count) ** 0.5
     difference = second.mean - first.mean
     if min(first.count, second.count) < 2 or abs(difference) <= _STANDARD_ERRORS * error:
-        return 0, first, second
-    return (1 if difference > 0 else -1), first, second
+        return 0
+    return 1 if difference > 0 else -1
 
 
-def verdict(rows: Sequence[RunRow], claim: Claim) -> str:
+WORDS = {1: "agrees", -1: "disagrees", 0: "undecided"}
+"""What `smaller` says of a claim."""
+
+
+def verdict(rows: Sequence[RunRow], claim: Claim, metric: str = "kernel_distance") -> str:
     """A sentence: does the claim hold here, by `closer`?"""
-    sign, better, worse = closer(rows, claim.better, claim.worse)
-    word = {1: "agrees", -1: "disagrees", 0: "undecided"}[sign]
-    return f"{claim.text}: **{word}** ({claim.better} {better}, {claim.worse} {worse})"
+    sign, better, worse = closer(rows, claim.better, claim.worse, metric)
+    judge = "" if metric == "kernel_distance" else f", by the {_OTHER_NAMES[metric].removesuffix(' · 1000')}"
+    return f"{claim.text}{judge}: **{WORDS[sign]}** ({claim.better} {better}, {claim.worse} {worse})"
 
 
 def side_by_side(rows: Sequence[RunRow]) -> str:
@@ -126,6 +141,19 @@ def correlations(rows: Sequence[RunRow]) -> list[str]:
     return lines
 
 
+def closest(rows: Sequence[RunRow]) -> list[str]:
+    """A sentence for each minibatch: the setting with the smallest mean kernel distance, and the next one."""
+    sentences = []
+    for minibatch in sorted({row.minibatch for row in rows}):
+        own = [row for row in rows if row.minibatch == minibatch]
+        means = {name: summarise(of_setting(own, name, "kernel_distance")) for name in settings_of(own)}
+        if len(means) > 1:
+            (one, first), (other, second), *_ = sorted(means.items(), key=lambda pair: pair[1].mean)
+            clear = "" if smaller(first, second) else "; no difference that counts"
+            sentences.append(f"at minibatch {minibatch}, {one} is closest ({first}), then {other} ({second}){clear}")
+    return sentences
+
+
 def trend(rows: Sequence[RunRow]) -> str:
     """A sentence on the rank correlation of the settings' order with the kernel distance."""
     names = settings_of(rows)
@@ -140,13 +168,27 @@ def findings(rows: Sequence[RunRow]) -> list[str]:
     present = set(settings_of(rows))
     claims = [claim for claim in experiment.claims(scale) if {claim.better, claim.worse} <= present]
     sentences = [verdict(rows, claim) for claim in claims]
+    if all("pixel_distance" in row.metrics for row in rows):
+        sentences += [verdict(rows, claim, "pixel_distance") for claim in claims]
     if experiment.name == "layers":
         sentences.append(trend(rows))
+    if experiment.name == "averaging":
+        sentences += closest(rows)
     if experiment.name == "fidelity" and len(present) == 2:
         sentences.append(side_by_side(rows))
     if rows[0].curve:
         sentences += correlations(rows)
     return sentences
+
+
+def searched_table(rows: Sequence[RunRow]) -> str:
+    """A line a setting that was searched: every candidate with its score, and the one that was taken."""
+    trials = {row.setting: row.searched for row in rows if row.searched}
+    lines = []
+    for name, entries in trials.items():
+        taken = " ".join(best(entries))
+        lines.append([name, f"`{taken}`", "; ".join(f"`{entry['flags']}` {entry['score']:.3f}" for entry in entries)])
+    return table(["setting", "taken", "trials and their scores"], lines)
 
 
 def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
@@ -213,15 +255,18 @@ def _draw_curves(axes: Sequence[Axes], rows: Sequence[RunRow], labels: dict[str,
     against.legend(fontsize=8)
 
 
-def read_rows(path: Path) -> list[RunRow]:
-    """The rows in a file that `--json` wrote; InputError that names the file if it is something else."""
+def read_rows(path: Path, *, smoke: bool = False) -> list[RunRow]:
+    """The rows in a file that `--json` wrote; InputError that names the file if it is something else, or its rows come
+    from a `smoke` run and should not, or the reverse."""
     try:
         rows = read_json(path, RunRow)
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not hold rows of bench.paper ({error})") from None
     if not rows or rows[0].experiment not in EXPERIMENTS:
         raise InputError(f"{path}: does not hold rows of bench.paper")
-    if any(row.smoke for row in rows):
+    if smoke and not all(row.smoke for row in rows):
+        raise InputError(f"{path}: has rows that are no --smoke run's; give another file")
+    if not smoke and any(row.smoke for row in rows):
         raise InputError(f"{path}: comes from a --smoke run, whose numbers are not reported")
     return rows
 
@@ -237,6 +282,10 @@ def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
         chosen = [sentence for sentence in agreements if f"**{word}**" in sentence]
         parts.append(f"## {heading}\n\n" + ("\n".join(f"- {sentence}" for sentence in chosen) or "Nothing."))
     parts += [_section(rows, figure) for rows, figure in zip(results, figures)]
+    missing = [name for name in EXPERIMENTS if name not in {rows[0].experiment for rows in results}]
+    if missing:
+        commands = (f"- {EXPERIMENTS[name].title}: `python -m bench.paper --experiment {name}`" for name in missing)
+        parts.append("## Not run yet\n\n" + "\n".join(commands))
     return "\n\n".join(parts) + "\n"
 
 
@@ -244,10 +293,11 @@ _INTRODUCTION = """# The paper's experiments, at the size of a laptop
 
 `python -m bench.paper --document docs/experiments.md ROWS.json …` writes this page from rows of results; no number in
 it is typed by hand. Each experiment is one command, `python -m bench.paper --experiment NAME`. With `--scale
-cifar10`, `stl10` or `celeba64` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS
-of 50,000 samples). **Nobody has run that yet.** Everything below is the small scale: scikit-learn's 1,797 digits and
-a few hundred steps at large learning rates. So it shows how the method behaves early in a small training, and no
-more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen after one look at AMA with its first seed.)
+cifar10`, `stl10`, `celeba64` or `fashion` the same command runs at the paper's scale on a GPU, judged by Inception
+(FID, KID, IS of 50,000 samples). **Nobody has run that yet.** Everything below is the small scale: scikit-learn's
+1,797 digits, and hundreds or a few thousand steps at large learning rates. So it shows how the method behaves in a
+small training, and no more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen after one look at AMA
+with its first seed.)
 
 A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
 and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim
@@ -266,9 +316,19 @@ def _section(rows: Sequence[RunRow], figure: str) -> str:
             f"![{experiment.title}]({figure})",
             results_table(rows),
             sentences,
+            *_search_told(rows),
             *([experiment.remark] if experiment.remark and rows[0].scale == SMALL else []),
         )
     )
+
+
+def _search_told(rows: Sequence[RunRow]) -> list[str]:
+    searched = [row for row in rows if row.searched]
+    if not searched:
+        return []
+    steps = sorted({row.trial_steps for row in searched if row.trial_steps})
+    line = f"Rates were searched in trials of {' and '.join(f'{count:,}' for count in steps)} steps, judged by "
+    return [line + f"{searched[0].searched_by}:", searched_table(searched)]
 
 
 def _scale_flag(row: RunRow) -> str:
@@ -285,7 +345,7 @@ def _conditions(rows: Sequence[RunRow]) -> str:
     changed = " ".join(EXPERIMENTS[row.experiment].small_flags) if row.scale == SMALL else ""
     rates = f" with `{changed}`" if changed else ""
     return (
-        f"{row.steps} steps{rates}, minibatch {' and '.join(map(str, minibatches))}, "
+        f"{row.steps:,} steps{rates}, minibatch {' and '.join(map(str, minibatches))}, "
         f"seeds {', '.join(map(str, seeds))}; "
         f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
         f"{row.environment['processor']}, threads: {', '.join(map(str, threads))}; torch "

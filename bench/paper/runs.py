@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.commands import Usage, check, in_turn, run_module
 from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
+from bench.paper.search import best, judged_by, kept_score, scorer
+from bench.paper.training import train
 from bench.rows import Row, environment
+from engine.comparison.distances import kernels, mmd
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler, open_data
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.evaluation.metrics import KID_SUBSET, compute_metrics
+from engine.representation.zoo import brings_weights
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
 from engine.training.run_folder import RunFolder
@@ -37,6 +40,10 @@ class RunRow(Row):
             were logged since the one before.
         seconds: of training, on the machine of `environment`, whatever else it did.
         smoke: a try of the machinery, whose numbers mean nothing.
+        cpu_seconds: of training, of all threads together.
+        searched: the trials that decided for a part of the flags: the candidate's flags, and its score.
+        searched_by: what gave the scores, the larger the better.
+        trial_steps: training steps of a trial.
     """
 
     experiment: str
@@ -55,6 +62,10 @@ class RunRow(Row):
     curve: list[dict[str, float]]
     seconds: float
     smoke: bool
+    cpu_seconds: float | None = None
+    searched: list[dict[str, Any]] | None = None
+    searched_by: str | None = None
+    trial_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class ExperimentPlan:
         smoke: a few steps of everything; numbers mean nothing.
         data: folder of the data set, where it needs one.
         device: "cpu" or "cuda".
+        only: names of settings, or parts of them between commas; none: all.
+        jobs: runs at a time; with more than one, each has one thread.
     """
 
     scale: Scale
@@ -77,6 +90,13 @@ class ExperimentPlan:
     smoke: bool
     data: str | None
     device: str
+    only: Sequence[str] = ()
+    jobs: int = 1
+
+    @property
+    def threads(self) -> int | None:
+        """Of a run; None leaves that to PyTorch."""
+        return 1 if self.jobs > 1 else None
 
     @property
     def samples(self) -> int:
@@ -84,27 +104,82 @@ class ExperimentPlan:
         return 64 if self.smoke else self.scale.samples
 
 
+def chosen(settings: Sequence[ExperimentSetting], only: Sequence[str]) -> list[ExperimentSetting]:
+    """Those that `only` names, wholly or by a part between commas; InputError for a name that is none."""
+    parts = {setting.name: {setting.name, *setting.name.split(", ")} for setting in settings}
+    if unknown := [name for name in only if not any(name in own for own in parts.values())]:
+        raise InputError("only", f"{unknown[0]} is no setting, nor a part of one; there are {'; '.join(parts)}")
+    return [setting for setting in settings if not only or parts[setting.name] & set(only)]
+
+
 def run_experiment(experiment: Experiment, plan: ExperimentPlan) -> Iterator[RunRow]:
     """All runs of `experiment`, seed by seed, so that an early end leaves whole comparisons."""
+    settings = chosen(experiment.settings(plan.scale), plan.only)
+    for name in {name for setting in settings for name in setting.extractor.split("+")}:
+        pretrained(name, plan)
+    searched = _search(experiment, settings, plan)
+    runs = [(seed, setting) for seed in plan.seeds for setting in settings]
+
+    def flags_of(run: tuple[int, ExperimentSetting]) -> list[str]:
+        seed, setting = run
+        return training_flags(experiment, setting, plan, seed, _weights(setting, plan), _found(searched, setting))
+
+    def trained(run: tuple[int, ExperimentSetting]) -> Usage | RunRow:
+        seed, setting = run
+        folder = run_folder(experiment, setting, plan, seed)
+        done = _done_row(folder, flags_of(run))
+        return train(flags_of(run), folder, plan.threads) if done is None else done
+
     judge: Judge | None = None
-    settings = experiment.settings(plan.scale)
-    for seed in plan.seeds:
-        for setting in settings:
-            weights = [pretrained(name, plan) for name in setting.extractor.split("+")]
-            flags = training_flags(experiment, setting, plan, seed, weights)
-            folder = run_folder(experiment, setting, plan, seed)
-            done = folder / "row.json"
-            if done.exists():
-                row = RunRow(**json.loads(done.read_text()))
-                if row.flags == flags:
-                    yield row
-                    continue
-                raise InputError(f"--runs: {folder} was run with other flags; delete it or choose another folder")
-            seconds = _train(flags, folder)
-            judge = judge or Judge(plan, Config.load(RunFolder(folder).config))
-            row = _row(experiment, setting, plan, seed, flags, folder, seconds, judge)
-            write_atomically(done, (json.dumps(row.as_json(), indent=1) + "\n").encode())
-            yield row
+    for run, found in zip(runs, in_turn(trained, runs, plan.jobs)):
+        if isinstance(found, RunRow):
+            yield found
+            continue
+        seed, setting = run
+        folder = run_folder(experiment, setting, plan, seed)
+        judge = judge or Judge(plan, Config.load(RunFolder(folder).config))
+        row = _row(experiment, setting, plan, seed, flags_of(run), found, judge, searched.get(setting.name))
+        write_atomically(folder / "row.json", (json.dumps(row.as_json(), indent=1) + "\n").encode())
+        yield row
+
+
+def _done_row(folder: Path, flags: list[str]) -> RunRow | None:
+    """The row of a run that was judged; InputError if it was run with other flags."""
+    if not (folder / "row.json").exists():
+        return None
+    row = RunRow(**json.loads((folder / "row.json").read_text()))
+    if row.flags != flags:
+        raise InputError("runs", f"{folder} was run with other flags; delete it or choose another folder")
+    return row
+
+
+def _found(searched: Mapping[str, Sequence[Mapping[str, Any]]], setting: ExperimentSetting) -> tuple[str, ...]:
+    return best(searched[setting.name]) if setting.name in searched else ()
+
+
+def _search(
+    experiment: Experiment, settings: Sequence[ExperimentSetting], plan: ExperimentPlan
+) -> dict[str, list[dict[str, Any]]]:
+    """Setting → its trials, of those that have candidates: short runs with seed 0."""
+    trials = [(setting, candidate) for setting in settings for candidate in setting.candidates]
+    if not trials:
+        return {}
+    folder = _experiment_folder(experiment, plan) / "trials"
+    score = scorer(plan.scale, plan.samples, plan.device)
+
+    def trained(trial: tuple[ExperimentSetting, tuple[str, ...]]) -> Path:
+        setting, candidate = trial
+        own = folder / f"{_file_name(setting)}-{setting.candidates.index(candidate)}"
+        flags = training_flags(experiment, setting, plan, 0, _weights(setting, plan), candidate, trial=True)
+        train(flags, own, plan.threads)
+        return own
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (setting, candidate), own in zip(trials, in_turn(trained, trials, plan.jobs)):
+        entry = {"flags": " ".join(candidate), "score": kept_score(own, score)}
+        print(f"trial: {setting.name}, {entry['flags']}: {entry['score']:.4g}", file=sys.stderr, flush=True)
+        found.setdefault(setting.name, []).append(entry)
+    return found
 
 
 class Judge:
@@ -122,46 +197,75 @@ class Judge:
         """Metrics of samples of the run in `folder`, of the same z for every run."""
         samples = load_run_sampler(folder).to(self.device).draw_pixels(self.plan.samples, seed=0)
         subset = min(KID_SUBSET, len(samples), len(self.real))
-        return compute_metrics(
+        found = compute_metrics(
             samples, self.real, self.network, self.plan.scale.metrics, device=self.device, kid_subset_size=subset
         )
+        return {**found, "pixel_distance": pixel_distance(samples, self.real)}
+
+
+@torch.no_grad()
+def pixel_distance(samples: Tensor, real: Tensor, most: int = 5_000) -> float:
+    """Energy distance 2 E‖x−y‖ − E‖x−x'‖ − E‖y−y'‖ of images uint8 [N, 3, H, W] as vectors, of at most `most` each.
+
+    In units of the largest pixel value and of a root mean square over pixels: 2 between black and white.
+    """
+    x, y = (images[:most].to("cpu").flatten(1).float() / (255 * images[0].numel() ** 0.5) for images in (samples, real))
+    return float(mmd(x, y, kernels.energy()))
 
 
 def pretrained(name: str, plan: ExperimentPlan) -> Path:
-    """Weights of the network `name`, trained on the scale's data set once for all experiments and seeds."""
+    """Weights of the network `name`, trained on the scale's data set once for all experiments and seeds; "imagenet" for
+    one that brings them."""
+    if brings_weights(name):
+        return Path("imagenet")
     path = plan.folder / "weights" / f"{name}{'-smoke' if plan.smoke else ''}.safetensors"
     if path.exists():
         return path
     task = "autoencode" if name == "dcgan-encoder" else "classify"
     if plan.scale.name in ("stl10", "celeba64") and task == "classify":
         task = "rotate"  # their images have no labels
-    flags = ["--preset", plan.scale.name, "--task", task, "--arch", name, *_machine(plan)]
+    flags = [*plan.scale.flags, "--task", task, "--arch", name, *_machine(plan)]
     if plan.scale.name == SMALL and name != "vgg-small":
         flags += ["--steps", "120", "--amp"]
     if plan.smoke:
         flags += ["--steps", "2"]
     partial = path.with_name(path.name + ".checkpoint").exists()
-    _run("engine.pretrain", [*flags, "--out", str(path), *(["--resume"] if partial else [])], path)
+    command = [*flags, "--out", str(path), *(["--resume"] if partial else [])]
+    print(f"python -m engine.pretrain {' '.join(command)}", file=sys.stderr, flush=True)
+    check(run_module("engine.pretrain", command), f"{path}: python -m engine.pretrain")
     return path
+
+
+def _weights(setting: ExperimentSetting, plan: ExperimentPlan) -> list[Path]:
+    return [pretrained(name, plan) for name in setting.extractor.split("+")]
 
 
 def _machine(plan: ExperimentPlan) -> list[str]:
     return ["--device", plan.device, *(["--data", plan.data] if plan.data is not None else [])]
 
 
-def _steps(experiment: Experiment, plan: ExperimentPlan) -> int:
+def steps_of(experiment: Experiment, plan: ExperimentPlan, *, trial: bool = False) -> int:
+    """Training steps of a run; a trial has a quarter of them."""
     if plan.smoke:
-        return 3
+        return 2 if trial else 3
     small = experiment.small_steps if plan.scale.name == SMALL else None
-    return plan.steps or small or Config.build(plan.scale.name, {}).training.steps
+    steps = plan.steps or small or Config.build(plan.scale.preset or plan.scale.name, {}).training.steps
+    return max(steps // 4, 1) if trial else steps
 
 
 def training_flags(
-    experiment: Experiment, setting: ExperimentSetting, plan: ExperimentPlan, seed: int, weights: Sequence[Path]
+    experiment: Experiment,
+    setting: ExperimentSetting,
+    plan: ExperimentPlan,
+    seed: int,
+    weights: Sequence[Path],
+    found: Sequence[str] = (),
+    *,
+    trial: bool = False,
 ) -> list[str]:
-    """The flags of `engine.train` for one run, all but `--out`."""
-    steps = _steps(experiment, plan)
-    flags = ["--preset", plan.scale.name, "--extractor", setting.extractor, "--amp", *setting.flags]
+    """The flags of `engine.train` for one run, all but `--out`; `found` are those of a candidate."""
+    steps = steps_of(experiment, plan, trial=trial)
+    flags = [*plan.scale.flags, "--extractor", setting.extractor, "--amp", *setting.flags, *found]
     flags += ["--seed", str(seed), "--steps", str(steps), "--log-every", str(max(steps // 200, 1)), *_machine(plan)]
     if plan.scale.name == SMALL:
         flags += _used(experiment.small_flags, setting)
@@ -182,32 +286,15 @@ def _used(flags: Sequence[str], setting: ExperimentSetting) -> list[str]:
 
 def run_folder(experiment: Experiment, setting: ExperimentSetting, plan: ExperimentPlan, seed: int) -> Path:
     """The folder of one run, inside the plan's."""
-    name = setting.name.replace(", ", "-").replace(" ", "-")
-    kind = f"{experiment.name}-{plan.scale.name}{'-smoke' if plan.smoke else ''}"
-    return plan.folder / kind / f"{name}-seed{seed}"
+    return _experiment_folder(experiment, plan) / f"{_file_name(setting)}-seed{seed}"
 
 
-def _train(flags: Sequence[str], folder: Path) -> float:
-    """Seconds of training, resumed if it was interrupted."""
-    run = RunFolder(folder)
-    resumed = run.config.exists()
-    begun = time.perf_counter()
-    if resumed:
-        steps = flags[list(flags).index("--steps") + 1]
-        _run("engine.train", ["--resume", "--out", str(folder), "--steps", steps], folder)
-    else:
-        _run("engine.train", [*flags, "--out", str(folder)], folder)
-    return time.perf_counter() - begun
+def _experiment_folder(experiment: Experiment, plan: ExperimentPlan) -> Path:
+    return plan.folder / f"{experiment.name}-{plan.scale.name}{'-smoke' if plan.smoke else ''}"
 
 
-def _run(module: str, flags: Sequence[str], what: Path) -> None:
-    print(f"python -m {module} {' '.join(flags)}", file=sys.stderr, flush=True)
-    result = subprocess.run([sys.executable, "-m", module, *flags], stderr=subprocess.PIPE, text=True)
-    if result.returncode == 130:
-        raise KeyboardInterrupt
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"{what}: python -m {module} failed: {last}")
+def _file_name(setting: ExperimentSetting) -> str:
+    return setting.name.replace(", ", "-").replace(" ", "-")
 
 
 def _row(
@@ -216,10 +303,11 @@ def _row(
     plan: ExperimentPlan,
     seed: int,
     flags: list[str],
-    folder: Path,
-    seconds: float,
+    usage: Usage,
     judge: Judge,
+    searched: list[dict[str, Any]] | None,
 ) -> RunRow:
+    folder = run_folder(experiment, setting, plan, seed)
     config = Config.load(RunFolder(folder).config)
     return RunRow(
         experiment=experiment.name,
@@ -236,8 +324,12 @@ def _row(
         real=len(judge.real),
         metrics=judge(folder),
         curve=_curve(RunFolder(folder)),
-        seconds=seconds,
+        seconds=usage.seconds,
         smoke=plan.smoke,
+        cpu_seconds=usage.cpu_seconds,
+        searched=searched,
+        searched_by=None if searched is None else judged_by(plan.scale),
+        trial_steps=None if searched is None else steps_of(experiment, plan, trial=True),
         environment=environment(plan.device),
     )
 

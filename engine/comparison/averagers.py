@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VARIANTS = ("paper", "authors")
+AMA_VARIANTS = (*VARIANTS, "authors-0.3")
 
 
 @dataclass
@@ -258,7 +259,9 @@ class AMA(FusedAverager):
         beta2, eps: Adam's.
         variant: "paper" sums the inner loss over features and starts at v = 0; "authors" is the authors' code: the
             inner loss is a mean, whose gradients scaled by 2/D act as ε·D/2, and v starts uniform in ±1/√D.
-        seed: of that start; used by the authors' variant only.
+            "authors-0.3" is the same with the Adam that it ran on, PyTorch 0.3's, which adds ε to √u before the bias of
+            u is corrected: v ← v − α · √(1−β2^t)/(1−β1^t) · m/(√u + ε).
+        seed: of that start; used by the authors' variants only.
 
     Raises ValueError for values out of range.
     """
@@ -276,8 +279,8 @@ class AMA(FusedAverager):
         variant: str = "paper",
         seed: int = 0,
     ):
-        if variant not in VARIANTS:
-            raise InputError("variant", f"{variant!r} is not one of {', '.join(VARIANTS)}")
+        if variant not in AMA_VARIANTS:
+            raise InputError("variant", f"{variant!r} is not one of {', '.join(AMA_VARIANTS)}")
         if not lr > 0:
             raise InputError("lr", f"must be positive, got {lr}")
         if beta1 is None:
@@ -288,9 +291,10 @@ class AMA(FusedAverager):
         if not eps >= 0:
             raise InputError("eps", f"must not be negative, got {eps}")
         self.variant, self.seed = variant, seed
-        authors = variant == "authors"
+        authors = variant != "paper"
+        rule = "ama_uncorrected" if variant == "authors-0.3" else "ama"
         starts = {"v": functools.partial(_uniform, seed)} if authors else {}
-        super().__init__("ama", lr, beta1, beta2, eps, inner_mean=authors, starts=starts)
+        super().__init__(rule, lr, beta1, beta2, eps, inner_mean=authors, starts=starts)
 
 
 def _uniform(seed: int, num_features: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from engine.comparison.averagers import AVERAGERS
+from engine.comparison.averagers import AMA_VARIANTS, AVERAGERS
 from engine.comparison.distances.kernels import KERNELS
 from engine.comparison.pooling import make_pool
 from engine.configuration.options import MOST_IMAGES, Settings, option, require
@@ -136,7 +136,11 @@ class GfmnConfig(Settings):
 
     averager: str = option("ama", "what smooths the differences of moments", choices=tuple(AVERAGERS))
     ama_lr: float = option(1e-5, "AMA's learning rate α", above=0, at_most=1e30, metavar="X")
-    ama_variant: str = option("paper", "AMA as in the paper, or as in the authors' code", choices=("paper", "authors"))
+    ama_variant: str = option(
+        "paper",
+        "AMA as in the paper, or as in the authors' code, with today's Adam or with PyTorch 0.3's, on which it ran",
+        choices=AMA_VARIANTS,
+    )
     ma_alpha: float | None = option(
         None, "moving average's α (0.1 for the paper's, 1 for the authors')", above=0, at_most=1, metavar="X"
     )

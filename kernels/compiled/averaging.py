@@ -42,6 +42,8 @@ def direction(
     if rule == "ma" and advance:
         direction = v + rate * (difference - v)
     elif advance:
+        if rule == "ama_uncorrected":  # ε beside the biased √u is ε/√(1−β2^t) beside the corrected one
+            eps = eps / correction2.sqrt()
         _, m, u = state
         g = v - difference
         new_m = m + decay1 * (g - m)

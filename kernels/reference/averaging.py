@@ -52,11 +52,15 @@ def direction(
         g = v − Δ        m ← β1 m + (1−β1) g        u ← β2 u + (1−β2) g²
         v ← v − α · (m/(1−β1^t)) / (√(u/(1−β2^t)) + ε)
 
+    "ama_uncorrected" is the Adam of PyTorch 0.3, which adds ε to √u before the bias of u is corrected:
+
+        v ← v − α · √(1−β2^t) / (1−β1^t) · m / (√u + ε)
+
     "ma" (section 2.2, moving average) is v ← (1−α) v + α Δ. "none" is 2Δ, the derivative of equation 1. "ma_moments"
     is 2α/D·Δ, where Δ already compares the average of `average_moments` with the target.
 
     Only when `advance`, the state `v`, `m`, `u` [2, D] changes in place and the 0-d int64 `step` counts; otherwise
-    "ama" and "ma" return the v that is there. The result may share v's memory.
+    those of AMA and "ma" return the v that is there. The result may share v's memory.
     """
     if advance and RULES[rule].counts:
         step += 1
@@ -66,14 +70,16 @@ def direction(
         return difference * (2 * rate / difference.shape[1])
     if rule == "ma" and advance:
         v.lerp_(difference, rate)
-    if rule == "ama" and advance:
+    if rule.startswith("ama") and advance:
         g = v - difference
         m.lerp_(g, 1 - beta1)
         u.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         t = step.double()
-        m_hat = m / (1 - beta1**t).to(m.dtype)
-        u_hat = u / (1 - beta2**t).to(u.dtype)
-        v -= rate * m_hat / (u_hat.sqrt() + eps)
+        correction1, correction2 = (1 - beta1**t).to(m.dtype), (1 - beta2**t).to(u.dtype)
+        if rule == "ama_uncorrected":
+            v -= rate * correction2.sqrt() / correction1 * m / (u.sqrt() + eps)
+        else:
+            v -= rate * (m / correction1) / ((u / correction2).sqrt() + eps)
     return v
 
 

@@ -65,7 +65,9 @@ def direction(
         if RULE == "ma" and ADVANCE:
             v += rate * (difference - v)
             tl.store(v_ptr, v, mask=inside)
-        if RULE == "ama" and ADVANCE:
+        if RULE != "ma" and ADVANCE:
+            if RULE == "ama_uncorrected":  # ε beside the biased √u is ε/√(1−β2^t) beside the corrected one
+                eps = eps / tl.sqrt(correction2)
             g = v - difference
             m = tl.load(m_ptr, mask=inside, other=0.0)
             u = tl.load(u_ptr, mask=inside, other=0.0)
@@ -129,7 +131,7 @@ def averager_step_kernel(
     target_variance_ptr,  # [features]
     weight_ptr,  # [features] or None
     v_ptr,  # [2, features], changed in place when ADVANCE; row 0 for means, row 1 for variances; None for "none"
-    m_ptr,  # [2, features], as v; only "ama" has it
+    m_ptr,  # [2, features], as v; only AMA has it
     u_ptr,  # [2, features], as m
     step_ptr,  # [] int64, steps taken before this one; only read here
     a_ptr,  # [features], out

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +12,9 @@ from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import cached, printable
 from pipelines.errors import DataError, one_line
 from pipelines.sources.arrays import from_pictures
+from pipelines.sources.downloads import quiet_network
 from pipelines.sources.paths import archive_root, check_files, is_file
 
-DOWNLOAD_TIMEOUT = 30.0
-"""Seconds without an answer after which a download is given up."""
 log = logging.getLogger("gfmn")
 
 
@@ -51,7 +46,7 @@ def open_cifar10(
     elif absent:
         log.info("downloading CIFAR10 to %s", printable(root))
     try:
-        with _quiet_network():
+        with quiet_network():
             data = CIFAR10(str(root), train=True, download=absent)
     except Exception as error:  # torchvision and its download raise what the network, the disk and the files do
         raise DataError(
@@ -60,15 +55,3 @@ def open_cifar10(
         ) from None
     labels = np.asarray(data.targets, dtype=np.int64)
     return from_pictures(name, preprocessing, data.data, where=printable(root), labels=labels, num_classes=10)
-
-
-@contextlib.contextmanager
-def _quiet_network() -> Iterator[None]:
-    """Give up on a silent server, and keep what torchvision prints off the terminal."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        socket.setdefaulttimeout(before)

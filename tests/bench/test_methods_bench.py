@@ -25,7 +25,7 @@ def row(name: str, seconds: float, date: str) -> MethodRow:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run takes 7 seconds, on another day."""
-    monkeypatch.setattr(methods, "_pretrain", lambda: None)
+    monkeypatch.setattr(methods, "pretrain", lambda: None)
     monkeypatch.setattr(methods, "run", lambda name, *_: row(name, 7.0, "2026-02-02"))
 
 

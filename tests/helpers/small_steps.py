@@ -43,6 +43,7 @@ _AMP: dict[str, Any] = {"amp": True}
 _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "gfmn": {
         "ama-authors": {"ama_variant": "authors"},
+        "ama-authors-0.3": {"ama_variant": "authors-0.3"},
         "ma": {"averager": "ma"},
         "ma-authors": {"averager": "ma", "ma_variant": "authors"},
         "ma-authors-smooth": {"averager": "ma", "ma_variant": "authors", "ma_alpha": 0.3},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,30 @@ def make_cifar10(root: Path, photos: list[np.ndarray], monkeypatch: pytest.Monke
     monkeypatch.setattr(CIFAR10, "test_list", [[name, files[name]] for name, _ in CIFAR10.test_list])
     monkeypatch.setattr(CIFAR10, "meta", meta | {"md5": md5(folder / meta["filename"])})
     return images[:35], labels[:35]
+
+
+def make_fashion(root: Path, photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[int]]:
+    """Archives in `FashionMNIST/raw` with 21 and 4 grey images, and their checksums in torchvision; returns (training
+    images [21, 28, 28], labels)."""
+    from torchvision.datasets import FashionMNIST
+
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    images = cut(photos, 25, 28, 28)[..., 1]
+    labels = [n * 3 % 10 for n in range(25)]
+    checksums = []
+    for name, part in (("train", slice(21)), ("t10k", slice(21, 25))):
+        count = len(images[part])
+        files = {
+            "images-idx3": struct.pack(">iiii", 0x803, count, 28, 28) + images[part].tobytes(),
+            "labels-idx1": struct.pack(">ii", 0x801, count) + bytes(labels[part]),
+        }
+        for kind, data in files.items():
+            path = folder / f"{name}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(data))
+            checksums.append((path.name, md5(path)))
+    monkeypatch.setattr(FashionMNIST, "resources", checksums)
+    return images[:21], labels[:21]
 
 
 def make_stl10(root: Path, photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> np.ndarray:

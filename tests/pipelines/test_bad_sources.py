@@ -208,6 +208,7 @@ CLOSED = {
     "images": ["closed/photos", "closed/x.zip", "closed/x.npy", "closed/x.parquet", "closed/x.png"],
     "celeba": ["closed/celeba"],
     "cifar10": ["closed/cifar10"],
+    "fashion": ["closed/fashion"],
     "stl10": ["closed/stl10"],
     "lsun": ["closed/bedroom_train_lmdb"],
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_datasets import make_celeba, make_cifar10, make_lsun, make_stl10, md5
+from helpers.tiny_datasets import make_celeba, make_cifar10, make_fashion, make_lsun, make_stl10, md5
 from PIL import Image
 
 import pipelines
@@ -89,6 +89,43 @@ def test_a_cifar10_file_with_a_wrong_checksum_is_never_unpickled(
         open_dataset("cifar10", tmp_path)
     assert str(error.value).startswith(f"{path}: its checksum is wrong")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("where", [".", "FashionMNIST", "FashionMNIST/raw"])
+def test_fashion(photos: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Unpacked from its archives, on black, in three equal channels; the second time from the unpacked files."""
+    images, labels = make_fashion(tmp_path, photos, monkeypatch)
+    for _ in range(2):
+        dataset = open_dataset("fashion", tmp_path / where)
+        assert dataset.images.shape == (21, 32, 32, 3)
+        assert np.array_equal(dataset.images[:, 2:30, 2:30], np.stack([images] * 3, axis=3))
+        assert dataset.images.sum() == 3 * images.sum(dtype=np.int64)
+        assert (dataset.labels.tolist(), dataset.num_classes, dataset.is_grey()) == (labels, 10, True)
+    assert open_dataset("fashion", tmp_path, image_size=64).images.shape == (21, 64, 64, 3)
+
+
+def test_fashion_without_a_path_is_in_the_cache(
+    photos: list[np.ndarray], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_fashion(own_cache / "fashion", photos, monkeypatch)
+    assert len(open_dataset("fashion").images) == 21
+
+
+def test_damaged_fashion_is_one_line(photos: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_fashion(tmp_path, photos, monkeypatch)
+    open_dataset("fashion", tmp_path)
+    raw = tmp_path / "FashionMNIST/raw"
+    file = raw / "train-images-idx3-ubyte"
+    sound = file.read_bytes()
+    file.write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(DataError, match=r"FashionMNIST is damaged \(.*\); put the four files"):
+        open_dataset("fashion", tmp_path)
+    file.write_bytes(sound)
+    archive = raw / "t10k-labels-idx1-ubyte.gz"
+    archive.write_bytes(b"other")
+    with pytest.raises(DataError, match="its checksum is wrong") as error:
+        open_dataset("fashion", tmp_path)
+    assert str(error.value).startswith(f"{archive}: ")
 
 
 def test_cifar10_without_network_is_one_line(

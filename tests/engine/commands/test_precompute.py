@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import start
-from helpers.tiny_datasets import cut, make_celeba, make_cifar10, make_lsun, make_stl10
+from helpers.tiny_datasets import cut, make_celeba, make_cifar10, make_fashion, make_lsun, make_stl10
 from PIL import Image
 
 from engine import precompute, train
@@ -22,7 +22,7 @@ from engine.configuration.command import run_command
 
 FLAGS = ["--weights", "random", "--layers", "2", "--batch-size", "4", "--kernels", "reference"]
 FLAGS += ["--loader", "torch", "--threads", "1"]
-FORMATS = {"digits": 1797, "cifar10": 35, "stl10": 23, "celeba": 19, "lsun": 17, "images": 12, "npy": 20}
+FORMATS = {"digits": 1797, "cifar10": 35, "fashion": 21, "stl10": 23, "celeba": 19, "lsun": 17, "images": 12, "npy": 20}
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +60,8 @@ def test_every_format_precomputes_and_trains_ten_steps(
     elif name == "npy":
         np.save(tmp_path / "data.npy", cut(photos, 20, 32, 32))
         argv = [*FLAGS, "--data", str(tmp_path / "data.npy")]
-    elif name in ("cifar10", "stl10"):
-        (make_cifar10 if name == "cifar10" else make_stl10)(root, photos, monkeypatch)
+    elif name in (makers := {"cifar10": make_cifar10, "fashion": make_fashion, "stl10": make_stl10}):
+        makers[name](root, photos, monkeypatch)
     elif name == "celeba":
         make_celeba(root, photos)
     else:

@@ -146,6 +146,37 @@ class TestPaperAndAuthors:
         plain.averager.v.copy_(v)
         assert relative_error(plain.step(features).a, run.step(features).a) > 0.01
 
+    @pytest.mark.parametrize("kernels", BACKENDS)
+    def test_the_adam_of_pytorch_0_3(self, kernels):
+        """Its recursion on the authors' mean loss, number by number, in double precision:
+
+        p ← p − α √(1−β2^t)/(1−β1^t) · m/(√u + ε), where today's has ε beside √(u/(1−β2^t)).
+        """
+        rate, beta1, beta2, eps = 3e-3, 0.5, 0.999, 1e-3
+        run = Run(AMA(lr=rate, variant="authors-0.3", eps=eps), "ama", rate, kernels)
+        today = Run(AMA(lr=rate, variant="authors", eps=eps), "ama", rate, kernels)
+        today.target = run.target
+        assert torch.equal(run.averager.v, today.averager.v)
+        v = run.averager.v.tolist()
+        m, u = ([[0.0] * FEATURES for _ in range(2)] for _ in range(2))
+        for t in range(1, 13):
+            features = draw_features()
+            numbers = features.T.tolist()
+            for d, column in enumerate(numbers):
+                mean = math.fsum(column) / len(column)
+                variance = math.fsum((x - mean) ** 2 for x in column) / (len(column) - 1)
+                for row, found in enumerate((mean, variance)):
+                    g = (v[row][d] - (float(run.target[row, d]) - found)) * 2 / FEATURES
+                    m[row][d] = beta1 * m[row][d] + (1 - beta1) * g
+                    u[row][d] = beta2 * u[row][d] + (1 - beta2) * g * g
+                    step_size = rate * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+                    v[row][d] -= step_size * m[row][d] / (math.sqrt(u[row][d]) + eps)
+            run.step(features)
+            today.step(features)
+            assert relative_error(run.averager.v, torch.tensor(v, dtype=torch.float64)) <= 1e-12
+            assert relative_error(run.averager.m, torch.tensor(m, dtype=torch.float64) * FEATURES / 2) <= 1e-12
+            assert relative_error(run.averager.v, today.averager.v) > 1e-4, "another Adam"
+
     def test_authors_start_uniform(self):
         """±1/√D, apart for mean and variance, the same for the same seed only."""
         features = 20_000
@@ -337,7 +368,7 @@ class TestManners:
             (lambda: AMA(beta1=-0.1), "beta1: .*-0.1"),
             (lambda: AMA(beta2=1.5), "beta2: .*1.5"),
             (lambda: AMA(eps=-1e-8), "eps: .*-1e-08"),
-            (lambda: AMA(variant="code"), "variant: 'code' .*paper, authors"),
+            (lambda: AMA(variant="code"), "variant: 'code' .*paper, authors, authors-0.3"),
             (lambda: MovingAverage(alpha=0), "alpha: .*0"),
             (lambda: MovingAverage(alpha=1.1), "alpha: .*1.1"),
             (lambda: MovingAverage(variant="ours"), "variant: 'ours'"),

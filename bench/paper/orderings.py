@@ -1,0 +1,186 @@
+"""What others found of two methods, whether it holds in our rows, and the page that compares all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.methods import MethodRow
+from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, read_rows
+from bench.paper.results import WORDS, Summary, smaller, summarise
+from bench.rows import table
+from engine.support.errors import InputError
+from engine.support.files import write_atomically
+
+FIGURE = "comparison.png"
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """Somebody found samples of `better` closer to the real images than those of `worse`: runs of `comparison.runs`."""
+
+    better: str
+    worse: str
+    source: str
+
+
+_LECTURE = "the lecture's comparison of non-adversarial methods, after Hoshen et al. 2019"
+_MIMICRY = "CIFAR10, FID 16.8 against 22.3: torch-mimicry"
+_LIB = "CIFAR10, FID {} against 30.1: torch-mimicry against chainer-gan-lib, so two codes"
+ORDERINGS = (
+    Ordering("glann", "glo", _LECTURE),
+    Ordering("glann", "vae", _LECTURE),
+    Ordering("sngan", "wgan-gp", _MIMICRY),
+    Ordering("sngan", "dfm", _LIB.format("16.8")),
+    Ordering("wgan-gp", "dfm", _LIB.format("22.3")),
+)
+"""Those that this project has a source for."""
+
+
+def names_of(rows: Sequence[MethodRow]) -> list[str]:
+    """Methods, in the rows' order."""
+    return list(dict.fromkeys(row.name for row in rows))
+
+
+def summary(rows: Sequence[MethodRow], name: str, field: str, factor: float = 1.0) -> Summary | None:
+    """Of a field over the seeds of a method; None if it was not measured."""
+    values = [getattr(row, field) for row in rows if row.name == name]
+    return None if any(value is None for value in values) else summarise([factor * value for value in values])
+
+
+_COLUMNS = (
+    ("read", "confident", 100.0),
+    ("rarest digit", "least_share", 100.0),
+    ("kernel distance · 1000", "kernel_distance", 1000.0),
+    ("Fréchet distance", "frechet_distance", 1.0),
+    ("precision", "precision", 1.0),
+    ("recall", "recall", 1.0),
+    ("distinct neighbours", "distinct", 1.0),
+    ("colour", "chroma", 1.0),
+    ("edge", "edge_level", 1.0),
+    ("CPU s", "cpu_seconds", 1.0),
+    ("MiB", "mebibytes", 1.0),
+)
+"""Heading, field and factor of the table's numbers."""
+
+
+def results_table(rows: Sequence[MethodRow]) -> str:
+    """A line a method: mean and deviation over the seeds of everything that was measured."""
+    columns = [column for column in _COLUMNS if all(getattr(row, column[1]) is not None for row in rows)]
+    lines = []
+    for name in names_of(rows):
+        own = [row for row in rows if row.name == name]
+        steps = " or ".join(f"{count:,}" for count in sorted({row.steps for row in own}))
+        cells = [str(summary(rows, name, field, factor)) for _, field, factor in columns]
+        lines.append([name, group(name), f"{steps} × {own[0].minibatch}", *cells, len(own)])
+    return table(["method", "group", "steps × minibatch", *(heading for heading, *_ in columns), "seeds"], lines)
+
+
+def holds(rows: Sequence[MethodRow], ordering: Ordering) -> str | None:
+    """A sentence: does the ordering hold in these rows, by the kernel distance? None if a method is missing."""
+    better, worse = (
+        summary(rows, name, "kernel_distance", 1000.0) if name in names_of(rows) else None
+        for name in (ordering.better, ordering.worse)
+    )
+    if better is None or worse is None:
+        return None
+    numbers = f"{ordering.better} {better}, {ordering.worse} {worse}"
+    word = WORDS[smaller(better, worse)]
+    return f"{ordering.better} before {ordering.worse} ({ordering.source}): **{word}** ({numbers})"
+
+
+def best_of_groups(rows: Sequence[MethodRow]) -> list[str]:
+    """A sentence on the smallest mean kernel distance in each group of the paper's Table 4, the nearest group first."""
+    found = []
+    for kind in (NO_GAME, GAME, SUPERVISED):
+        means = {name: summary(rows, name, "kernel_distance", 1000.0) for name in names_of(rows) if group(name) == kind}
+        known = {name: entry for name, entry in means.items() if entry is not None}
+        if known:
+            name = min(known, key=lambda method: known[method].mean)
+            found.append((known[name].mean, f"{kind}: {name} is closest ({known[name]}, of {len(known)} methods)"))
+    return [sentence for _, sentence in sorted(found)]
+
+
+def findings(rows: Sequence[MethodRow]) -> list[str]:
+    """What the rows say, a line of a list each."""
+    sentences = [sentence for ordering in ORDERINGS if (sentence := holds(rows, ordering)) is not None]
+    return [f"- {sentence}" for sentence in (*sentences, *best_of_groups(rows))]
+
+
+def document(page_file: Path, files: Sequence[Path]) -> None:
+    """Write the page from files of rows, one a scale; InputError if there is no picture beside it."""
+    results = [read_rows(path) for path in files]
+    if not (page_file.parent / FIGURE).exists():
+        raise InputError("document", f"{page_file.parent / FIGURE} does not exist; draw it with --figure")
+    write_atomically(page_file, page(results).encode())
+
+
+def page(results: Sequence[Sequence[MethodRow]]) -> str:
+    """docs/comparison.md: the methods side by side, a scale a section."""
+    parts = [_INTRODUCTION]
+    if not results:
+        parts.append(
+            _NOT_RUN.format(orderings="\n".join(f"- {o.better} before {o.worse} ({o.source})" for o in ORDERINGS))
+        )
+    for number, rows in enumerate(results):
+        parts.append(_section(rows, figure=number == 0))
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(rows: Sequence[MethodRow], figure: bool) -> str:
+    first = rows[0]
+    said = {
+        "agrees": "Orderings that hold here",
+        "disagrees": "Orderings that don't hold here",
+        "undecided": "Orderings that these runs leave open",
+    }
+    parts = [f"## {first.scale}", _conditions(rows)]
+    parts += [f"![Samples of every method, seed {first.seed}]({FIGURE})"] if figure else []
+    parts.append(results_table(rows))
+    sentences = [sentence for ordering in ORDERINGS if (sentence := holds(rows, ordering)) is not None]
+    for word, heading in said.items():
+        own = [f"- {sentence}" for sentence in sentences if f"**{word}**" in sentence]
+        parts.append(f"### {heading}\n\n" + ("\n".join(own) or "None."))
+    parts.append("### The groups of the paper's Table 4\n\n" + "\n".join(f"- {line}" for line in best_of_groups(rows)))
+    return "\n\n".join(parts)
+
+
+def _conditions(rows: Sequence[MethodRow]) -> str:
+    seen = [row.environment for row in rows]
+    told = {
+        key: ", ".join(sorted({str(entry[key]) for entry in seen}))
+        for key in ("processor", "threads", "commit", "date")
+    }
+    torch = ", ".join(sorted({entry["versions"]["torch"] for entry in seen}))
+    seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows if row.seed is not None}))
+    minutes = sum(row.seconds for row in rows) / 60
+    return (
+        f"{rows[0].budget} seconds of training for each method, seeds {seeds}; distances, precision and recall by "
+        f"{rows[0].judge}. {told['processor']}, threads of the judge: {told['threads']}; torch {torch}, commit "
+        f"{told['commit']}, {told['date']}; {minutes:.0f} minutes of training in all."
+    )
+
+
+_INTRODUCTION = """# All methods under one budget
+
+`python -m bench.paper --experiment methods --jobs 2` trains every method of the engine with three seeds, each for the
+same time, and judges their samples; `--document docs/comparison.md ROWS.json` writes this page from the rows. No number
+in it is typed by hand. The budget is seconds of training, CPU seconds on a CPU: what a method costs whoever uses it.
+Steps and generated images count something else in every family, as a step may train a critic five times, draw a pool
+of samples, or only reconstruct. Two short runs of each method say how many steps the budget buys. Pretraining the
+matched network, and starting, are not counted. All other settings are the presets', which were found with other
+numbers of steps.
+
+No judge was trained on by any method. *Read* is the share of samples, in percent, that a support vector machine fitted
+to real 8×8 digits reads with confidence, and *rarest digit* the smallest share of the ten. *Distinct neighbours* counts
+the real images that are nearest to some sample, in pixels. *Colour* and *edge* are how far the colour on ink and the
+level of the outermost pixels are from the real images', of 255. *CPU s* and *MiB* are of the whole command. An
+ordering that others found "agrees" or "disagrees" if the mean kernel distances differ by more than two standard errors
+over the seeds; otherwise it is "undecided"."""
+
+_NOT_RUN = """## Not run yet
+
+Nobody has run this comparison yet. These orderings will be looked at:
+
+{orderings}"""

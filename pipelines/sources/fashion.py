@@ -1,0 +1,73 @@
+"""FashionMNIST from the files of its authors, whose archives are checked against torchvision's checksums."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.dataset import ArrayDataset
+from pipelines.decoding.preprocessing import Preprocessing
+from pipelines.digests import cached, printable
+from pipelines.errors import DataError, one_line
+from pipelines.sources.arrays import from_pictures
+from pipelines.sources.downloads import quiet_network
+from pipelines.sources.paths import check_files, is_file
+
+log = logging.getLogger("gfmn")
+
+_FOLDER = "FashionMNIST"
+_SIDE, _MARGIN = 28, 2
+
+
+def open_fashion(
+    name: str, path: Path | None, preprocessing: Preprocessing, *, skip_bad_images: bool = False
+) -> ArrayDataset:
+    """The 60,000 training images of FashionMNIST (Xiao et al. 2017), 28×28 and grey, with labels 0..9.
+
+    Each is centred on black in 32×32, in three equal channels: nothing is resampled at the usual size.
+
+    Args:
+        name: name of the dataset.
+        path: the folder that holds `FashionMNIST/raw`, or is `FashionMNIST` or `raw`, with the four files `*-ubyte` or
+            their archives `*-ubyte.gz`; downloaded into it when absent. None is a folder in the cache.
+        preprocessing: other sizes than 32 are resized with PIL.
+        skip_bad_images: changes nothing: the archives' checksums say whether every picture is good.
+
+    Raises:
+        DataError: an archive's checksum is wrong, a file is damaged, or the download fails.
+    """
+    from torchvision.datasets import FashionMNIST
+
+    root = cached("fashion") if path is None else _root(path)
+    raw = root / _FOLDER / "raw"
+    check_files(raw, FashionMNIST.resources)
+    absent = any(not is_file(raw / Path(file).stem) for file, _ in FashionMNIST.resources)
+    if absent and any(not is_file(raw / file) for file, _ in FashionMNIST.resources):
+        log.info("downloading FashionMNIST to %s", printable(root))
+    try:
+        with quiet_network():
+            data = FashionMNIST(str(root), train=True, download=absent)
+        pictures, labels = data.data.numpy(), data.targets.numpy()
+        whole = pictures.shape[1:] == (_SIDE, _SIDE) and len(pictures) == len(labels) > 0
+    except Exception as error:  # torchvision and its download raise what the network, the disk and the files do
+        what = "is not there and cannot be downloaded" if absent else "is damaged"
+        raise DataError(
+            f"{printable(root)}: FashionMNIST {what} ({one_line(error)}); put the four files *-ubyte.gz into "
+            f"{_FOLDER}/raw there"
+        ) from None
+    if not whole:
+        raise DataError(f"{printable(raw)}: FashionMNIST is damaged; delete its files, and download them again")
+    padded = np.pad(pictures, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))
+    images = np.repeat(padded[..., None], 3, axis=3)
+    return from_pictures(
+        name, preprocessing, images, where=printable(root), labels=labels.astype(np.int64), num_classes=10
+    )
+
+
+def _root(path: Path) -> Path:
+    """The folder that torchvision calls root, whether `path` is it or one of the two in it."""
+    if path.name == "raw" and path.parent.name == _FOLDER:
+        return path.parent.parent
+    return path.parent if path.name == _FOLDER else path

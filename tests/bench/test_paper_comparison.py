@@ -1,0 +1,227 @@
+"""bench.paper --experiment methods: the budget, the orderings that others found, and the page of its rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.runs import command
+
+from bench.commands import Usage
+from bench.methods import RUNS, MethodRow
+from bench.paper import comparison, orderings
+from bench.paper.__main__ import main
+from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, runs, steps_for, training_flags
+from bench.paper.experiments import SCALES
+from bench.paper.orderings import ORDERINGS, Ordering, best_of_groups, holds, page, results_table
+from bench.paper.runs import ExperimentPlan
+from bench.rows import newest_file, write_json
+from engine.configuration.config import Config
+from engine.configuration.flags import given_flags
+from engine.support.errors import InputError
+from engine.train import parser
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"processor": "P", "threads": 1, "commit": "abc", "date": "2026-01-02", "versions": {"torch": "2"}}
+
+
+def plan_in(folder: Path, scale: str = "digits", **given) -> ExperimentPlan:
+    values = {"seeds": (0, 1), "steps": None, "smoke": False, "data": None, "device": "cpu"}
+    return ExperimentPlan(scale=SCALES[scale], folder=folder, **{**values, **given})
+
+
+def row(name: str, seed: int, distance: float, **other) -> MethodRow:
+    values = {
+        "flags": "", "summary": "", "steps": 30, "minibatch": 64, "seconds": 60.0, "chroma": 1.0, "edge_level": 2.0,
+        "kernel_distance": distance / 1000, "frechet_distance": 3.0, "precision": 0.5, "recall": 0.25, "distinct": 700,
+        "confident": 0.5, "least_share": 0.04, "cpu_seconds": 100.0, "mebibytes": 900.0, "judge": "the judge",
+        "scale": "digits", "budget": 100, "smoke": False, "environment": ENVIRONMENT,
+    }  # fmt: skip
+    return MethodRow(name=name, seed=seed, **{**values, **other})
+
+
+def rows_of(**distances: list[float]) -> list[MethodRow]:
+    return [row(name.replace("_", "-"), seed, x) for name, found in distances.items() for seed, x in enumerate(found)]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_method_is_a_run_of_engine_train(scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "pretrained", lambda name, plan: Path(f"{name}.safetensors"))
+    plan = plan_in(tmp_path, scale)
+    found = runs(plan)
+    everything = {*RUNS["comparing"], *RUNS["critics"], *RUNS["codes"], "mm-gan"}
+    assert set(found) - {"improved-gan-labels"} == everything
+    assert ("improved-gan-labels" in found) is (scale in ("digits", "cifar10", "fashion"))
+    datasets = set()
+    for name in found if scale == "digits" else ("gfmn", "gmmn", "glann", "wgan", "mm-gan"):
+        arguments = parser().parse_args(training_flags(name, plan, 7, 90))
+        config = Config.build(arguments.preset, given_flags(arguments))
+        assert (config.training.steps, config.training.seed) == (90, 7)
+        datasets.add((config.data.dataset, config.data.image_size))
+    assert len(datasets) == 1
+
+
+def test_groups() -> None:
+    assert [group(name) for name in ("gfmn", "glann", "wae-mmd", "wae-gan", "began", "improved-gan-labels")] == [
+        NO_GAME, NO_GAME, NO_GAME, GAME, GAME, SUPERVISED,
+    ]  # fmt: skip
+
+
+def test_first_stages_keep_their_share(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    for name, flag in (("glann", "--glo-steps"), ("gmmn-ae", "--autoencoder-steps")):
+        flags = training_flags(name, plan, 0, 300)
+        assert flags[flags.index(flag) + 1] == "200"  # two thirds, as in the preset
+    assert "--glo-steps" not in training_flags("glo", plan, 0, 300)
+
+
+def test_a_step_s_cost_is_the_difference_of_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[int] = []
+
+    def train(flags: list[str], folder: Path, threads: int | None) -> Usage:
+        steps = int(flags[flags.index("--steps") + 1])
+        trained.append(steps)
+        start = 50.0 if len(trained) == 1 else 9.0  # the first run compiles
+        return Usage(2 * (start + 0.25 * steps), start + 0.25 * steps, 100.0)
+
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison, "pretrained", lambda name, plan: Path(f"{name}.safetensors"))
+    plan = plan_in(tmp_path)
+    assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
+    assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
+    assert len(trained) == 3
+    assert comparison.step_cost("vae", plan_in(tmp_path, "cifar10", device="cuda")) == pytest.approx(0.5)
+    assert (steps_for(100, 0.25), steps_for(100, 0.26), steps_for(1, 5)) == (400, 380, 10)
+    file = next((tmp_path / "methods-digits/costs").glob("gfmn.json"))
+    file.write_text('{"seconds": -0.1}')
+    with pytest.raises(InputError, match=r"other work disturbed .*; delete"):
+        comparison.step_cost("gfmn", plan)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Nothing is trained or judged; the flags of what would be."""
+    found: list[list[str]] = []
+
+    def train(flags: list[str], folder: Path, threads: int | None) -> Usage:
+        found.append(list(flags))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Usage(60.0, 100.0, 900.0)
+
+    def judged(name: str, flags: list[str], *_, seed: int, budget: int, smoke: bool, **__) -> MethodRow:
+        return row(name, seed, 1.0, flags=" ".join(flags), budget=budget, smoke=smoke)
+
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison, "judged", judged)
+    monkeypatch.setattr(comparison, "pretrain", lambda: None)
+    monkeypatch.setattr(comparison, "draw", lambda *_: None)
+    monkeypatch.setattr(comparison, "step_cost", lambda name, plan: {"vae": 0.5, "gfmn": 0.25}.get(name, 1.0))
+
+    class Settings:
+        class data:
+            image_size = 32
+
+    monkeypatch.setattr(comparison.Config, "load", lambda _: Settings)
+    monkeypatch.setattr(comparison, "evaluation_network", lambda *_, **__: type("Network", (), {"label": "judge"}))
+    return found
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_rows_are_merged_and_finished_runs_stay(
+    jobs: str, trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    argv = ["--experiment", "methods", "--device", "cpu", "--runs", str(tmp_path), "--json", str(file), "--jobs", jobs]
+    main([*argv, "--seeds", "1", "--only", "vae"])
+    main([*argv, "--seeds", "2", "--only", "gfmn", "vae"])
+    shown = [(entry["name"], entry["seed"]) for entry in json.loads(file.read_text())]
+    assert shown == [("gfmn", 0), ("gfmn", 1), ("vae", 0), ("vae", 1)]
+    assert len(trained) == 4
+    steps = {flags[flags.index("--method") + 1] if "--method" in flags else "gfmn": flags for flags in trained}
+    assert {name: flags[flags.index("--steps") + 1] for name, flags in steps.items()} == {"gfmn": "400", "vae": "200"}
+    code, text = command(main, [*argv, "--budget", "50", "--only", "vae"], capsys)
+    assert (code, len(text.splitlines())) == (2, 1)
+    assert "rows of digits and 100 seconds; give another file" in text
+    code, text = command(main, [*argv[:-4], "--budget", "50", "--only", "vae"], capsys)
+    assert "was run with other flags" in text
+
+
+@pytest.mark.parametrize(
+    ("distances", "word"),
+    [
+        ({"glann": [1.0, 1.1, 0.9], "glo": [2.0, 2.1, 1.9]}, "agrees"),
+        ({"glann": [2.0, 2.1, 1.9], "glo": [1.0, 1.1, 0.9]}, "disagrees"),
+        ({"glann": [1.0, 3.0, 2.0], "glo": [2.0, 2.4, 2.8]}, "undecided"),
+        ({"glann": [1.0], "glo": [2.0]}, "undecided"),
+    ],
+)
+def test_orderings_need_two_standard_errors(distances: dict[str, list[float]], word: str) -> None:
+    sentence = holds(rows_of(**distances), Ordering("glann", "glo", "the source"))
+    assert sentence is not None
+    assert sentence.startswith(f"glann before glo (the source): **{word}** (glann ")
+    assert holds(rows_of(glann=[1.0, 2.0]), Ordering("glann", "glo", "the source")) is None
+
+
+def test_orderings_are_of_methods_that_run_and_have_sources(tmp_path: Path) -> None:
+    names = set(runs(plan_in(tmp_path)))
+    assert {name for entry in ORDERINGS for name in (entry.better, entry.worse)} <= names
+    assert all(entry.source for entry in ORDERINGS)
+
+
+def test_the_page_is_its_rows() -> None:
+    rows = rows_of(
+        gfmn=[1.0, 1.2], glann=[3.0, 3.1], glo=[2.0, 2.1], vae=[9.0, 9.2], sngan=[4.0, 4.1], wgan_gp=[4.0, 4.2]
+    )
+    text = page([rows])
+    held, rest = text.split("### Orderings that don't hold here")
+    lost, left = rest.split("### Orderings that these runs leave open")
+    assert "glann before vae" in held
+    assert "glann before glo" in lost
+    assert "sngan before wgan-gp" in left
+    assert "dfm" not in text
+    assert "![Samples of every method, seed 0](comparison.png)" in text
+    assert "| gfmn | no adversarial training | 30 × 64 | 50.0 ± 0.0 | 4.000 ± 0.000 | 1.100 ± 0.141 |" in text
+    assert "100 seconds of training for each method, seeds 0, 1; distances, precision and recall by the judge." in text
+    assert best_of_groups(rows) == [
+        "no adversarial training: gfmn is closest (1.100 ± 0.141, of 4 methods)",
+        "adversarial: sngan is closest (4.050 ± 0.071, of 2 methods)",
+    ]
+    without = [row("gfmn", 0, 1.0, confident=None)]
+    assert "| read |" not in results_table(without)
+
+
+def test_the_committed_page_is_what_the_committed_rows_say() -> None:
+    file = newest_file(ROOT / "bench/results", "comparison_digits")
+    results = [] if file is None else [comparison.read_rows(file)]
+    assert (ROOT / "docs/comparison.md").read_text() == page(results)
+
+
+def test_a_document_needs_sound_rows_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, document = tmp_path / "rows.json", tmp_path / "page.md"
+    write_json(file, rows_of(gfmn=[1.0]))
+    code, text = command(main, ["--document", str(document), str(file)], capsys)
+    assert code == 2
+    assert "comparison.png does not exist; draw it with --figure" in text
+    (tmp_path / orderings.FIGURE).touch()
+    main(["--document", str(document), str(file)])
+    assert document.read_text() == page([comparison.read_rows(file)])
+    write_json(file, [row("gfmn", 0, 1.0, smoke=True)])
+    code, text = command(main, ["--document", str(document), str(file)], capsys)
+    assert "comes from a --smoke run" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--experiment", "methods", "--only", "mdd"], "--only: mdd is none of the methods (gfmn, "),
+        (["--experiment", "methods", "--steps", "5"], "--steps: the --budget says"),
+        (["--experiment", "layers", "--budget", "5"], "--budget: only --experiment methods has one"),
+        (["--experiment", "layers", "--jobs", "0"], "--jobs: must be at least 1"),
+        (["--experiment", "averaging", "--only", "AMA, 32"], "--only: AMA, 32 is no setting, nor a part of one"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = command(main, argv, capsys)
+    assert (code, len(text.splitlines())) == (2, 1)
+    assert said in text

@@ -1,0 +1,221 @@
+"""bench.paper's search: who takes part, what is taken, and that finished trials and runs are not trained again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.runs import command
+from sklearn.datasets import load_digits
+
+from bench.commands import Ended, Usage, check, in_turn, run_module
+from bench.digit_judge import DigitJudge, edge_level
+from bench.paper import runs, training
+from bench.paper.__main__ import main
+from bench.paper.experiments import EXPERIMENTS, SCALES
+from bench.paper.results import searched_table
+from bench.paper.runs import ExperimentPlan, RunRow, chosen, pixel_distance, run_experiment, steps_of
+from bench.paper.search import best, readability
+from engine.support.errors import InputError
+
+AVERAGING = EXPERIMENTS["averaging"]
+SCALE = SCALES["digits"]
+
+
+def plan_in(folder: Path, **given) -> ExperimentPlan:
+    values = {"seeds": (0, 1), "steps": None, "smoke": False, "data": None, "device": "cpu"}
+    return ExperimentPlan(scale=SCALE, folder=folder, **{**values, **given})
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_averager_has_as_many_candidates_and_the_same_generator(scale: str) -> None:
+    settings = AVERAGING.settings(SCALES[scale])
+    assert {name.rpartition(", ")[2] for name in (setting.name for setting in settings)} == {"16", "64", "256"}
+    assert len(settings) == 15
+    for setting in settings:
+        assert len(set(setting.candidates)) == 6
+        for candidate in setting.candidates:
+            assert candidate[0::2][0] == "--lr"
+            assert candidate[-2] == "--beta2"
+        assert setting.flags[setting.flags.index("--upsampling") + 1] == "transposed"
+    assert AVERAGING.small_steps >= 4000
+
+
+def test_a_trial_is_a_quarter(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    assert (steps_of(AVERAGING, plan), steps_of(AVERAGING, plan, trial=True)) == (4000, 1000)
+    assert steps_of(AVERAGING, plan_in(tmp_path, steps=30), trial=True) == 7
+
+
+def test_the_best_has_the_largest_finite_score() -> None:
+    scores = {"--lr 1": float("nan"), "--lr 2": 0.2, "--lr 3 --beta2 .9": 0.7, "--lr 4": 0.7, "--lr 5": -1.0}
+    entries = [{"flags": flags, "score": score} for flags, score in scores.items()]
+    assert best(entries) == ("--lr", "3", "--beta2", ".9")
+    with pytest.raises(InputError, match="not finite"):
+        best(entries[:1])
+
+
+def test_readability_wants_all_ten_digits() -> None:
+    pixels, classes = load_digits(return_X_y=True)
+    images = np.zeros((len(pixels), 32, 32, 3), dtype=np.uint8)
+    images[:, 4:28, 4:28] = np.kron(pixels.reshape(-1, 8, 8), np.ones((3, 3)))[..., None] * (255 / 16)
+    judge = DigitJudge()
+    assert readability(judge, images) > 0.95
+    alone = readability(judge, images[classes == 0])
+    assert 0 < alone < 0.11  # 1 − ½ (.9 + 9 · .1)
+
+
+def test_the_edge_is_the_outermost_ring() -> None:
+    images = np.zeros((2, 5, 4, 3), dtype=np.uint8)
+    images[:, 1:-1, 1:-1] = 200
+    assert edge_level(images) == 0
+    images[0, 0, 0] = 140  # one of 14 places, in one of two images
+    assert edge_level(images) == pytest.approx(140 / 14 / 2)
+
+
+def test_distance_of_pixels_in_closed_form() -> None:
+    black, white = torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.full((5, 3, 4, 4), 255, dtype=torch.uint8)
+    assert pixel_distance(black, white) == pytest.approx(2, abs=1e-5)
+    mixed = torch.cat((black[:2], white[:2]))
+    # Half of either against black: 2 · ½ − ½ − 0.
+    assert pixel_distance(mixed, black) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_only_names_settings_or_parts() -> None:
+    settings = AVERAGING.settings(SCALE)
+    assert [setting.name for setting in chosen(settings, ["AMA", "none, 16"])] == [
+        "none, 16", "AMA, 16", "AMA, 64", "AMA, 256",
+    ]  # fmt: skip
+    assert len(chosen(settings, ["64"])) == 5
+    assert chosen(settings, []) == list(settings)
+    with pytest.raises(InputError, match="32 is no setting"):
+        chosen(settings, ["64", "32"])
+
+
+class Engine:
+    """Stands for `python -m engine.train` and the judges: notes the flags, and makes what is looked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trained: list[list[str]] = []
+        self.status = 0
+        monkeypatch.setattr(training, "run_module", self.run)
+        monkeypatch.setattr(runs, "pretrained", lambda name, plan: Path(name))
+        monkeypatch.setattr(runs, "scorer", lambda *_: self.score)
+        monkeypatch.setattr(runs, "Judge", lambda *_: None)
+        monkeypatch.setattr(runs.Config, "load", lambda *_: None)
+        monkeypatch.setattr(runs, "_row", self.row)
+
+    def run(self, module: str, flags: list[str], threads: int | None = None) -> Ended:
+        assert module == "engine.train"
+        self.trained.append(flags)
+        folder = Path(flags[flags.index("--out") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(flags))
+        return Ended(Usage(1.0, 2.0, 3.0), self.status, "it burned")
+
+    def score(self, folder: Path) -> float:
+        flags = json.loads((folder / "config.json").read_text())
+        return {"0.1": 0.9}.get(flags[flags.index("--ma-alpha") + 1], 0.5) + 0.01 * ("0.999" in flags)
+
+    def row(self, experiment, setting, plan, seed, flags, usage, judge, searched) -> RunRow:
+        return RunRow(
+            experiment=experiment.name, scale=plan.scale.name, setting=setting.name, seed=seed, steps=4000,
+            minibatch=64, extractor="", flags=flags, network="", is_inception=False, samples=1, real=1,
+            metrics={"kernel_distance": 0.1, "frechet_distance": 0.2}, curve=[], seconds=usage.seconds,
+            smoke=plan.smoke, cpu_seconds=usage.cpu_seconds, searched=searched, searched_by="the eye", trial_steps=1000,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_runs_take_what_the_trials_found(jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    plan = plan_in(tmp_path, only=("MA, 64",), jobs=jobs)
+    rows = list(run_experiment(AVERAGING, plan))
+    assert len(engine.trained) == 6 + 2
+    trials, long = [flags for flags in engine.trained if "1000" in flags], [f for f in engine.trained if "4000" in f]
+    assert (len(trials), len(long)) == (6, 2)
+    assert all(flags[flags.index("--seed") + 1] == "0" for flags in trials)
+    for flags in long:
+        assert flags[flags.index("--ma-alpha") + 1] == "0.1"
+    assert [row.seed for row in rows] == [0, 1]
+    assert [len(row.searched or ()) for row in rows] == [6, 6]
+    table = searched_table(rows)
+    assert "| MA, 64 | `--lr 1e-3 --ma-alpha 0.1 --beta2 0.999` |" in table
+    assert "`--lr 1e-3 --ma-alpha 0.03 --beta2 0.999` 0.5" in table
+    again = list(run_experiment(AVERAGING, plan))
+    assert len(engine.trained) == 8
+    assert [row.as_json() for row in again] == [row.as_json() for row in rows]
+
+
+def test_an_interrupted_run_goes_on_and_its_pieces_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    folder = tmp_path / "run"
+    engine.status = 130
+    with pytest.raises(KeyboardInterrupt):
+        training.train(["--steps", "5"], folder)
+    engine.status = 0
+    assert training.train(["--steps", "5"], folder) == Usage(2.0, 4.0, 3.0)
+    assert engine.trained == [
+        ["--steps", "5", "--out", str(folder)],
+        ["--resume", "--steps", "5", "--out", str(folder)],
+    ]
+    assert training.train(["--steps", "5"], folder) == Usage(2.0, 4.0, 3.0)
+    assert len(engine.trained) == 2
+    with pytest.raises(InputError, match="other flags") as error:
+        training.train(["--steps", "6"], folder)
+    assert error.value.argument == "runs"
+    engine.status = 2
+    with pytest.raises(InputError, match="failed: it burned"):
+        training.train(["--steps", "5"], tmp_path / "other")
+
+
+def test_rows_of_other_invocations_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Engine(monkeypatch)
+    monkeypatch.setattr("bench.paper.__main__.draw", lambda *_: None)
+    file = tmp_path / "rows.json"
+    argv = ["--experiment", "averaging", "--device", "cpu", "--runs", str(tmp_path), "--json", str(file)]
+    for more in (["MA, 256"], ["MA, 16"]):
+        main([*argv, "--seeds", "1", "--only", *more])
+    main([*argv, "--seeds", "2", "--only", "MA, 16"])
+    shown = [(entry["setting"], entry["seed"]) for entry in json.loads(file.read_text())]
+    assert shown == [("MA, 16", 0), ("MA, 256", 0), ("MA, 16", 1)]
+    code, text = command(main, [*argv, "--steps", "9", "--only", "MA, 16"], capsys)
+    assert code == 2
+    assert "--json: " in text
+    assert "4000 steps; give another file" in text
+
+
+def test_a_process_tells_what_it_used_and_why_it_failed() -> None:
+    ended = run_module("timeit", ["-n", "1", "-r", "1", "sum(range(10**6))"], threads=1)
+    assert ended.status == 0
+    assert ended.usage.cpu_seconds > 0
+    assert ended.usage.mebibytes > 1
+    failed = run_module("no_such_module", [])
+    assert failed.status == 1
+    with pytest.raises(InputError, match=r"^that failed: .*No module named no_such_module$"):
+        check(failed, "that")
+    assert Usage(1, 2, 3) + Usage(10, 20, 2) == Usage(11, 22, 3)
+
+
+def test_in_turn_keeps_the_order_and_ends_at_the_first_failure() -> None:
+    assert list(in_turn(lambda x: x * x, range(20), 4)) == [x * x for x in range(20)]
+    begun: list[int] = []
+
+    def work(x: int) -> int:
+        begun.append(x)
+        if x == 1:
+            raise InputError("no")
+        time.sleep(0.01)
+        return x
+
+    for jobs in (1, 2):
+        begun.clear()
+        with pytest.raises(InputError, match="no"):
+            list(in_turn(work, range(200), jobs))
+        assert len(begun) < 200
