@@ -151,9 +151,8 @@ def build(
         entries = reference.fingerprint or {}
     else:
         entries = check_images(config, dataset, device, was, run.path, ranks)
-    method = make_method(
-        config, generator, extractor, reference, ranks, networks=networks, **of_images(config, dataset)
-    )
+    known = of_images(config, dataset, ranks, device=device, started=checkpoint is not None)
+    method = make_method(config, generator, extractor, reference, ranks, networks=networks, **known)
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**entries, **config.fixed()}
     validation = make_validation(config, device, ranks)

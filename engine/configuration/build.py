@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.comparison.reference.cache import cached_reference, exclusive, handed_out
 from engine.comparison.reference.protocols import Kind, Reference
@@ -30,6 +30,7 @@ from engine.configuration.objectives import check_features, make_objective, refe
 from engine.configuration.targets import check_target
 from engine.generation.networks import Generator, build_generator
 from engine.generation.priors import make_prior
+from engine.methods.code_starts import principal_codes
 from engine.methods.matching import Matching
 from engine.methods.protocols import Method
 from engine.representation.build import build_extractor
@@ -45,7 +46,8 @@ from pipelines.dataset import ArrayDataset
 log = logging.getLogger("gfmn")
 
 _TINTED_EPOCHS = 12
-
+_FIRST_CODES = 256
+"""Images that are read at a time for their first codes."""
 
 Networks = Mapping[str, nn.Module]
 
@@ -233,12 +235,37 @@ def bare_networks(config: Config) -> Networks:
     return make_networks(config.replaced(settings))
 
 
-def of_images(config: Config, dataset: ImageDataset) -> dict[str, Any]:
-    """What the configured method takes of the data set besides its images, as options of `make_method`."""
+def of_images(
+    config: Config,
+    dataset: ImageDataset,
+    ranks: Ranks = ALONE,
+    *,
+    device: torch.device | None = None,
+    started: bool = False,
+) -> dict[str, Any]:
+    """What the configured method takes of the data set besides its images, as options of `make_method`.
+
+    Args:
+        ranks, device: those that the method is made for.
+        started: whether a checkpoint has what the method learnt since, so that no pass over the images is needed.
+    """
     if config.method.method in WITH_TABLE:
-        return {"images": len(dataset)}
+        start = None
+        if config.latent.code_start == "pca" and not started:
+            start = _first_codes(config, dataset, ranks).to(device or "cpu")
+            ranks.sum_([start])  # all have rank 0's
+        return {"images": len(dataset), "start": start}
     labels = real_labels(config, dataset)
     return {} if labels is None else {"labels": labels}
+
+
+def _first_codes(config: Config, dataset: ImageDataset, ranks: Ranks) -> Tensor:
+    """The principal components of the images [M, nz] on rank 0, zeros on the others."""
+    nz = config.networks.nz
+    if ranks.rank:
+        return torch.zeros(len(dataset), nz)
+    images = ImageLoader(dataset, _FIRST_CODES, backend=config.data.loader, seed=config.training.seed)
+    return principal_codes(images, len(dataset), nz, radius=config.latent.code_radius)
 
 
 def pass_batch_size(config: Config) -> int:

@@ -11,6 +11,7 @@ from engine.configuration.options import MOST_IMAGES, Settings, option, require
 if TYPE_CHECKING:
     from engine.configuration.config import Config
 
+CODE_STARTS = ("random", "pca")
 SEARCHES = ("pixels", "pyramid", "features")
 
 
@@ -35,6 +36,13 @@ class LatentConfig(Settings):
         above=0,
         at_most=1e6,
         metavar="R",
+        methods=WITH_TABLE,
+        since="0.2",
+    )
+    code_start: str = option(
+        "random",
+        "codes at first: 'random' in the ball, or 'pca', the images' whitened principal components",
+        choices=CODE_STARTS,
         methods=WITH_TABLE,
         since="0.2",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.configuration.autoencoders import PERCEPTUAL, make_errors, make_perceptual, perceptual_pass
 from engine.configuration.autoencoding import needs_perceptual
@@ -38,6 +38,7 @@ def make_latent(
     networks: Mapping[str, nn.Module],
     ranks: Ranks = ALONE,
     images: int | None = None,
+    start: Tensor | None = None,
 ) -> Glo | Imle | Glann:
     """The configured method.
 
@@ -45,6 +46,7 @@ def make_latent(
         generator, networks: on their device; see `make_latents`.
         ranks: the processes that share every minibatch.
         images: how many real ones there are; None for a minibatch's.
+        start: codes [images, nz] that the table begins with, on the generator's device; None for random ones.
     """
     own, codes, settings = config.latent, config.autoencoder, config.networks
     training, updates, method = config.training, config.updates, config.method.method
@@ -74,7 +76,7 @@ def make_latent(
     device = next(generator.parameters()).device
     with arguments_as(radius="code_radius"):
         count = images or training.batch_size
-        table = CodeTable(count, settings.nz, radius=own.code_radius, seed=training.seed, device=device)
+        table = CodeTable(count, settings.nz, radius=own.code_radius, seed=training.seed, start=start, device=device)
     glo = Glo(generator, table, images=images, code_lr=own.code_lr, **options)
     if method == "glo":
         return glo

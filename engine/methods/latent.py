@@ -32,17 +32,26 @@ class CodeTable(nn.Module):
     """One code in the ball of `radius` for each of `count` real images.
 
     Attributes:
-        codes: [count, nz], a parameter. They begin uniform in the ball, by `seed`.
+        codes: [count, nz], a parameter. They begin at `start` (`principal_codes`), or uniform in the ball, by `seed`.
 
     Raises:
         InputError: "radius" isn't positive.
     """
 
-    def __init__(self, count: int, nz: int, *, radius: float = 1.0, seed: int = 0, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        count: int,
+        nz: int,
+        *,
+        radius: float = 1.0,
+        seed: int = 0,
+        start: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
         check_radius(radius)
         self.radius = radius
-        self.codes = nn.Parameter(Ball(nz, radius).draw(count, seed).to(device))
+        self.codes = nn.Parameter((Ball(nz, radius).draw(count, seed) if start is None else start).to(device))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As every module's; ValueError if the codes are those of other images, or of another length."""

@@ -145,7 +145,7 @@ _OF_LATENT: dict[str, dict[str, dict[str, Any]]] = {
         "pixels": {"pool_size": 7, "search": "pixels", "recompute_generator": True},
         "features": {"pool_size": 7, "search": "features", "perceptual": "pixels"},
     },
-    "glann": {"float32": {"pool_size": 9, "glo_steps": 1}},
+    "glann": {"float32": {"pool_size": 9, "glo_steps": 1, "code_start": "pca"}},
 }
 _FEW_STEPS = {"critic_steps": 1, "critic_warmup": 0, "critic_every": None, "critic": "dcgan", "generator": "dcgan"}
 

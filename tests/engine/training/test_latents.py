@@ -79,7 +79,11 @@ def test_gradients_of_codes_are_without_the_loss_scale() -> None:
 
 
 FLAGS = "--batch-size 4 --nz 8 --loader torch --log-every 1 --checkpoint-every 2 --threads 1 --upsampling transposed"
-OWN = {"glo": [], "imle": ["--pool-size", "6"], "glann": ["--pool-size", "6", "--glo-steps", "1"]}
+OWN = {
+    "glo": [],
+    "imle": ["--pool-size", "6"],
+    "glann": ["--pool-size", "6", "--glo-steps", "1", "--code-start", "pca"],
+}
 PRIORS = {"glo": "fitted", "imle": "gaussian", "glann": "mapped"}
 
 
