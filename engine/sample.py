@@ -30,7 +30,7 @@ from engine.support.pixels import pixel_grid, save_png, to_float, to_uint8
 from engine.training.planner import shown_bytes
 from engine.training.progress import Progress
 from engine.training.run_folder import RunFolder
-from pipelines import DataError, read_files
+from pipelines import DataError, read_files, usual_crop
 from pipelines.decoding.preprocessing import MAX_PIXELS, Preprocessing
 
 log = logging.getLogger("gfmn")
@@ -116,8 +116,9 @@ def _encode(arguments: Any, sampler: SavedSampler) -> None:
     if out.suffix == ".png":
         _check_picture(2 * count, columns, side, "encode")
     data = Config.load(RunFolder(arguments.run).config).data
+    crop = usual_crop(data.dataset, data.center_crop)
     try:
-        pixels = read_files(arguments.encode, Preprocessing(image_size=side, center_crop=data.center_crop))
+        pixels = read_files(arguments.encode, Preprocessing(image_size=side, center_crop=crop))
     except DataError as error:
         raise InputError("encode", str(error)) from None
     codes = sampler.encode(to_float(pixels))

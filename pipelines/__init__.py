@@ -12,7 +12,7 @@ from pipelines.errors import BadImage, DataError
 from pipelines.in_memory import read_files, read_numbered, read_pixels
 from pipelines.loading.loader import Batch, ImageLoader, release_pools
 from pipelines.loading.stream import ImageStream
-from pipelines.registry import DATASETS, open_dataset
+from pipelines.registry import DATASETS, open_dataset, usual_crop
 
 __all__ = [
     "DATASETS",
@@ -33,4 +33,5 @@ __all__ = [
     "release_pools",
     "sent",
     "temporary_folder",
+    "usual_crop",
 ]

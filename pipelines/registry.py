@@ -10,7 +10,7 @@ from pipelines.dataset import ImageDataset
 from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import printable
 from pipelines.errors import DataError, one_line
-from pipelines.sources.celeba import open_celeba
+from pipelines.sources.celeba import CENTER_CROP, open_celeba
 from pipelines.sources.cifar10 import open_cifar10
 from pipelines.sources.digits import open_digits
 from pipelines.sources.fashion import open_fashion
@@ -39,6 +39,11 @@ DATASETS: dict[str, Opener] = {
     "images": open_images,
 }
 """Every data set by its name. To add one, write its opener in `pipelines/sources/` and name it here."""
+
+
+def usual_crop(name: str, center_crop: int | None) -> int | None:
+    """The side of the centre square that `open_dataset` cuts out, given its argument."""
+    return CENTER_CROP if center_crop is None and name == "celeba" else center_crop
 
 
 def open_dataset(

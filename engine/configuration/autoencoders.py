@@ -121,4 +121,5 @@ def make_autoencoding(
         lr=training.lr if own.mapping_lr is None else own.mapping_lr,
         betas=betas,
         optimizer=updates.optimizer,
+        weight_decay=updates.weight_decay,
     )

@@ -252,8 +252,8 @@ def of_images(
     if config.method.method in WITH_TABLE:
         start = None
         if config.latent.code_start == "pca" and not started:
-            start = _first_codes(config, dataset, ranks).to(device or "cpu")
-            ranks.sum_([start])  # all have rank 0's
+            start = ranks.first("codes", lambda: _first_codes(config, dataset, ranks)).to(device or "cpu")
+            ranks.sum_([start])  # all have rank 0's; begun together, as collectives are waited for 10 minutes at most
         return {"images": len(dataset), "start": start}
     labels = real_labels(config, dataset)
     return {} if labels is None else {"labels": labels}

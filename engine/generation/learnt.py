@@ -180,6 +180,8 @@ def _network(state: Mapping[str, Tensor]) -> MappingNetwork:
     weights = [state[name] for index in range(len(state)) if (name := f"layers.{index}.weight") in state]
     if not weights or any(weight.dim() != 2 or not weight.numel() for weight in weights):
         raise ValueError("the prior's network has no layers")
+    if any(len(before) != weight.shape[1] for before, weight in itertools.pairwise(weights)):
+        raise ValueError("the prior's network has weights that don't fit together")  # before there is memory for them
     network = MappingNetwork([weights[0].shape[1], *(len(weight) for weight in weights)]).double()
     try:
         network.load_state_dict(dict(state))

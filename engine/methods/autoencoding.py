@@ -61,7 +61,8 @@ class Autoencoding:
         reconstruction: errors of drawn and real images.
         code_critic: of "gan".
         batch_size: N, over all ranks.
-        lr, betas, optimizer, weight_decay, clip_grad: of both networks; see `GradientStep`.
+        lr, clip_grad: of both networks; see `GradientStep`.
+        betas, optimizer, weight_decay: of these and the critic of codes.
         critic_lr: of the critic of codes; None for half of `lr`, as published.
         amp_dtype: low precision of encoder and decoder, None for their own.
         recompute_generator: compute the decoder's activations again in backward instead of keeping them.
@@ -114,8 +115,8 @@ class Autoencoding:
         self.device, self.dtype = weights.device, weights.dtype
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
         scaled = amp_dtype is torch.float16
-        options: dict[str, Any] = {"betas": betas, "optimizer": optimizer, "ranks": ranks}
-        of_both = GradientStep(both, lr=lr, weight_decay=weight_decay, clip=clip_grad, scaled=scaled, **options)
+        options: dict[str, Any] = {"betas": betas, "optimizer": optimizer, "weight_decay": weight_decay, "ranks": ranks}
+        of_both = GradientStep(both, lr=lr, clip=clip_grad, scaled=scaled, **options)
         self.updates, self.modules = {"generator": of_both}, both
         if code_critic is not None:
             self.modules = nn.ModuleDict({**both, "code_critic": code_critic})
@@ -230,7 +231,7 @@ class CodeMatching:
         noise: the law of T's noise.
         autoencoder_steps: steps of the first phase.
         bandwidths: of `root_mmd_of_codes`.
-        lr, betas, optimizer: of T.
+        lr, betas, optimizer, weight_decay: of T.
 
     Attributes:
         capturable: never; the two phases have different steps.
@@ -250,10 +251,12 @@ class CodeMatching:
         lr: float,
         betas: tuple[float, float] = (0.5, 0.999),
         optimizer: str = "adam",
+        weight_decay: float | None = None,
     ):
         self.autoencoding, self.mapping, self.noise = autoencoding, mapping, noise
         self.autoencoder_steps, self.bandwidths = autoencoder_steps, tuple(bandwidths)
-        self.update = GradientStep(mapping, lr=lr, betas=betas, optimizer=optimizer, ranks=autoencoding.ranks)
+        options: dict[str, Any] = {"betas": betas, "optimizer": optimizer, "weight_decay": weight_decay}
+        self.update = GradientStep(mapping, lr=lr, ranks=autoencoding.ranks, **options)
         self.modules = nn.ModuleDict({**autoencoding.modules, "mapping": mapping})
         self.optimizers = {**autoencoding.optimizers, "mapping": self.update.optimizer}
         self.steps = 0
@@ -271,7 +274,7 @@ class CodeMatching:
         z = noise.draw(self.noise, own.batch_size)[own.share].to(own.dtype)
         loss = root_mmd_of_codes(everywhere(self.mapping(z), ranks), codes, self.bandwidths)
         skipped = self.update.take(loss / ranks.size)
-        return {"loss": loss.detach(), SKIPPED: skipped}
+        return {"loss": loss.detach(), f"mapping_{SKIPPED}": skipped}
 
     def sampler(self) -> Sampler:
         """See `Method.sampler`: mapped noise, or in the first phase the autoencoder's."""

@@ -69,7 +69,8 @@ def codes_section(
     shown = torch.arange(count) * len(pixels) // count  # evenly spaced
     z = sampler.prior.draw(count, seed)
     nearest = nearest_rows(z, codes, 1)[0][:, 0]
-    ends = torch.arange(2 * _PATHS if columns == COLUMNS else _PATHS) * len(pixels) // (2 * _PATHS)
+    chosen_ends = 2 * _PATHS if columns == COLUMNS else _PATHS
+    ends = torch.arange(chosen_ends) * len(pixels) // chosen_ends
     return CodesSection(
         learnt=sampler.encoder is None,
         reconstructions=_pairs(pixels[shown], _drawn(sampler, codes[shown]), columns),

@@ -45,6 +45,8 @@ GRID = 64
 """Images of a sample grid."""
 # Evaluations draw from seeds far apart from each other and from the run's own.
 _EVALUATION_SEEDS = 1_000_003
+_RATES = {GENERATOR: "lr", "encoder": "lr", "codes": "code_lr"}
+"""The setting of a network's learning rate, where it is not called after the network."""
 
 
 class Trainer:
@@ -259,7 +261,8 @@ class Trainer:
             for name, optimizer in self.method.optimizers.items():
                 restore_optimizer(optimizer, parts[f"optimizer.{name}"])
             self.rates.load_state_dict(parts["rates"])
-            self.method.load_state_dict(parts.get("method", {}))
+            with repeatable():  # a pool of samples is drawn again, to the bit
+                self.method.load_state_dict(parts.get("method", {}))
             self.noise.load_state_dict(parts["random"])
             self.images.load_state_dict(parts.get("images", {}))
             self.ema.load_parts(parts)
@@ -290,7 +293,7 @@ class Trainer:
         # Its loss is of the critic's outputs, so that either may be the reason.
         whose = ", its own or the critic's," if network == GENERATOR and "critic" in self.method.optimizers else ","
         return InputError(
-            "lr" if network == GENERATOR else f"{network}_lr",
+            _RATES.get(network, f"{network}_lr"),
             f"{what} became NaN or infinite at step {step}; {kept}; try a lower learning rate{whose} in another folder",
         )
 
