@@ -58,8 +58,8 @@ class Recipe:
 
     Attributes:
         networks: what it needs besides the generator, by name, on the CPU and initialised from torch's random state
-            (the seed's, and the same on every rank). Nothing else of the method may have weights: whoever models
-            a step puts networks without memory in their place.
+            (the seed's, and the same on every rank). But for codes of the images nothing else of the method may have
+            weights: whoever models a step puts networks without memory in their place.
         method: from the settings, the generator, these networks, all on their device, the ranks, and by name what it
             takes of `make_method`'s options.
     """

@@ -15,6 +15,7 @@ from engine.configuration.build import bare_extractor, bare_networks, make_gener
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import amp_dtype, choose_device
+from engine.configuration.methods import WITH_TABLE
 from engine.configuration.modelling import CPU, is_captured, libraries, predict
 from engine.representation.feature_pass import RECOMPUTE
 from engine.support.errors import InputError
@@ -247,6 +248,8 @@ def print_plans(config: Config, device: torch.device, ranks: Ranks = ALONE) -> N
     if device.type == "cuda":
         beside = sum(libraries(ranks.size).values())
         included += f", and what must be free beside it for libraries ({shown_bytes(beside)}), samples and evaluations"
+    if config.method.method in WITH_TABLE:
+        included += f", but for the codes of the real images ({12 * networks.nz} bytes each, with their moments)"
     print(
         f"{networks.extractor if frozen else config.method.method} "
         f"at {config.data.image_size}×{config.data.image_size}, {networks.generator} generator, "

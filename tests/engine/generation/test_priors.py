@@ -166,6 +166,10 @@ DAMAGED = {
     "one too many": ("fitted", lambda state: {**state, "more": state["mean"]}),
     "no layers": ("mapped", lambda state: {}),
     "a layer less": ("mapped", lambda state: {name: value for name, value in state.items() if "1." not in name}),
+    "layers that don't fit": (
+        "mapped",
+        lambda state: {name: value[:-1] if "0." in name else value for name, value in state.items()},
+    ),
     "no radius": ("ball", lambda state: {}),
     "a negative radius": ("ball", lambda state: {"radius": -state["radius"]}),
     "two radii": ("ball", lambda state: {"radius": state["radius"].repeat(2)}),

@@ -115,7 +115,7 @@ def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys:
     np.save(data, np.load(data)[1:])
     code, errors = command(train.main, ["--resume", "--steps", "3", "--out", str(run)], capsys)
     assert code == 2
-    assert "data" in errors.splitlines()[-1]
+    assert "data set's pictures" in errors.splitlines()[-1]
 
 
 def test_a_table_of_another_size_is_refused() -> None:
