@@ -258,10 +258,13 @@ def check_adversarial(config: Config) -> None:
     require(drawing, "critic", f"encoder-decoder has a decoder, which learns by --penalty autoencode alone; {more}")
     starts = critic.critic_weights is None or critic.critic in ARCHITECTURE_CRITICS
     extractors = ", ".join(ARCHITECTURE_CRITICS)
-    none = f"--critic {critic.critic} has none to start from; leave them out, or choose one of {extractors}"
+    others = "" if method == "began" else f", or choose one of {extractors}"
+    none = f"--critic {critic.critic} has none to start from; leave them out{others}"
     require(starts, "critic_weights", none)
     if method == "mcgan" and game.match == "covariance":
-        more = f"{game.match_directions} are more than the critic's {needed} outputs"
+        more = (
+            f"{game.match_directions} are more than the critic's {needed} outputs; give fewer, or more --critic-outputs"
+        )
         require(game.match_directions <= needed, "match_directions", more)
 
 

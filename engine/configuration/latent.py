@@ -82,6 +82,9 @@ def check_latent(config: Config) -> None:
     if method != "glo":
         fewer = f"is smaller than the minibatch: {own.pool_size} < {batch}; give at least so many"
         require(own.pool_size >= batch, "pool_size", fewer)
+    if method in WITH_TABLE and own.code_start == "pca":
+        most = 3 * min(config.data.image_size, 16) ** 2  # see `principal_codes`
+        require(config.networks.nz <= most, "nz", f"--code-start pca has at most {most} dimensions")
     if method == "glann":
         steps, first = config.training.steps, own.glo_steps
         left = f"{first} leave none of {steps} --steps for the network that draws codes"

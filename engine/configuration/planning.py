@@ -39,7 +39,7 @@ _NOTICEABLE = 256
 
 TIME_MODEL = (
     "relative time: forward and backward of the whole minibatch = 1, two or more chunks + 0.5, stages + 0.5; "
-    "the generator's second forward is not counted"
+    "the generator's further forwards are not counted"
 )
 _LAUNCHES = {False: 512, True: 64}
 """Images of a chunk that a GPU computes for as long as launching the chunk's kernels takes, without and with a CUDA

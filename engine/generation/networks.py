@@ -282,7 +282,7 @@ def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 @contextlib.contextmanager
 def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm updates copies of its running statistics, which nobody sees again."""
+    """Once, inside, BatchNorm updates copies of its running statistics, which nobody sees again."""
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     buffers = [dict(norm._buffers) for norm in norms]
     for norm in norms:

@@ -277,7 +277,10 @@ class Adversarial:
         passed = None
         if self.at_real:  # in a pass of their own: its derivative is not to go through the generated images
             leaf = real.detach().requires_grad_()
-            of_real, of_fake = self.scored(leaf), self.scored(fake)
+            of_real = self.scored(leaf)
+            self.critic.eval()  # one critic scores both: the second pass moves no power iteration
+            of_fake = self.scored(fake)
+            self.critic.train()
             passed = leaf, of_real
         elif self.critic.per_image:
             of_real, of_fake = self.scored(torch.cat([real, fake])).split(len(real))

@@ -67,7 +67,6 @@ from bench.kernels.audit import specialisation
 from bench.kernels.workloads import Recorder
 import torch
 from kernels import triton as kernels_triton
-from kernels.rules import RULES
 for aligned in (True, False):
     with Recorder() as recorder:
         for rows in (1, 2, 16, 61, 64):

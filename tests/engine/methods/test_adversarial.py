@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from engine.comparison.games import GAMES, Game
 from engine.comparison.games.penalties import PENALTIES, Penalty
 from engine.generation.priors import Noise
 from engine.methods.adversarial import Adversarial, CriticSteps
+from engine.representation.critics import build_critic
 from engine.training.ranks import Ranks
 
 N, SEED = 5, 21
@@ -284,3 +286,20 @@ def test_ranks_take_the_steps_of_one_process(name: str, size: int) -> None:
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def test_one_critic_scores_real_and_generated_images() -> None:
+    """With spectral norms, where a pass in training moves the power iteration: outputs and u, v of one joint pass."""
+    critic = build_critic("dcgan", image_size=32, outputs=3, norm="spectral").double()
+    twin = copy.deepcopy(critic)
+    method = Adversarial(
+        tiny_networks(1)[0], critic, DoubleGaussian(NZ), GAMES["mmd"](kernel=KERNEL), [PENALTIES["r1"]()],
+        batch_size=N, **RATES,
+    )  # fmt: skip
+    real, fake = torch.randn(2, N, 3, 32, 32, dtype=torch.float64)
+    (of_real, of_fake), _ = method._both(real, fake)
+    expected = twin(torch.cat([real, fake]))
+    torch.testing.assert_close(torch.cat([of_real, of_fake]), expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(critic.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert critic.training

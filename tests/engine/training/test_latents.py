@@ -137,6 +137,7 @@ GLO, IMLE, GLANN = (["--method", name] for name in ("glo", "imle", "glann"))
         ([*GLO, "--code-radius", "-1"], "--code-radius: must be positive"),
         ([*GLO, "--prior", "uniform"], "--prior: --method glo draws images from a Gaussian that it fits to its codes"),
         ([*GLO, "--pool-size", "9"], "--pool-size: belongs to --method imle or glann, and this is --method glo"),
+        ([*GLO, "--code-start", "pca", "--nz", "800"], "--nz: --code-start pca has at most 768 dimensions"),
         ([*IMLE, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
         ([*IMLE, "--code-lr", "1"], "--code-lr: belongs to --method glo or glann, and this is --method imle"),
         ([*IMLE, "--search", "sound"], "--search: invalid choice: 'sound'"),
