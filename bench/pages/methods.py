@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from bench.pages.regions import Results, Writer
 from bench.rows import table
 
@@ -19,17 +22,23 @@ _HEADINGS = (
 )
 
 
+def _cell(row: Mapping[str, Any], field: str, shown: str, factor: float = 1.0) -> str:
+    """A number as the format `shown` says; a dash where it was not measured."""
+    value = row.get(field)
+    return "–" if value is None else format(value * factor, shown)
+
+
 def methods(results: Results) -> str:
     lines = [
         [
             f"`{row['flags']}`" if row["flags"] else "none",
             f"{row['steps']} × {row['minibatch']}",
             f"{row['seconds'] / 60:.1f}",
-            f"{row['cpu_seconds'] / 60:.1f}",
+            _cell(row, "cpu_seconds", ".1f", 1 / 60),
             f"{row['confident']:.1%}",
             f"{row['least_share']:.1%}–{row['largest_share']:.1%}",
             f"{row['least_variety']:.2f}–{row['largest_variety']:.2f}",
-            f"{row['distinct']}",
+            _cell(row, "distinct", ".0f"),
             f"{row['chroma']:.1f}",
             f"{row['kernel_distance'] * 1000:.2f}·10⁻³",
         ]
