@@ -15,12 +15,14 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from bench.commands import interruptible
 from bench.paper import comparison, orderings
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Experiment
 from bench.paper.results import draw, findings, page, read_rows, results_table, settings_of
@@ -88,22 +90,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         only=arguments.only,
         jobs=arguments.jobs,
     )
-    if of_methods:
-        _methods(arguments, plan)
-    else:
-        _experiment(EXPERIMENTS[arguments.experiment], arguments, plan)
+    with interruptible():
+        if of_methods:
+            _methods(arguments, plan)
+        else:
+            _experiment(EXPERIMENTS[arguments.experiment], arguments, plan)
 
 
 def _methods(arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
     budget = arguments.budget or comparison.budget(plan)
     rows = comparison.kept_rows(arguments.json, plan, budget)
-    for row in comparison.compare(plan, budget):
-        rows[row.name, row.seed] = row
-        print(
-            f"{row.name}, seed {row.seed}: kernel distance {row.kernel_distance:.4g}  ({row.seconds:.0f} s)", flush=True
-        )
-        if arguments.json is not None:
-            write_json(arguments.json, comparison.ordered(rows, plan))
+    with contextlib.closing(comparison.compare(plan, budget)) as found_rows:
+        for row in found_rows:
+            rows[row.name, row.seed] = row
+            told = f"kernel distance {row.kernel_distance:.4g}  ({row.seconds:.0f} s)"
+            print(f"{row.name}, seed {row.seed}: {told}", flush=True)
+            if arguments.json is not None:
+                write_json(arguments.json, comparison.ordered(rows, plan))
     found = comparison.ordered(rows, plan)
     print(f"\n{orderings.results_table(found)}\n")
     print("--smoke: these numbers mean nothing" if plan.smoke else "\n".join(orderings.findings(found)))
@@ -115,12 +118,13 @@ def _methods(arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
 def _experiment(experiment: Experiment, arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
     settings = experiment.settings(plan.scale)
     kept = _kept_rows(arguments.json, experiment, plan)
-    for row in run_experiment(experiment, plan):
-        kept[row.setting, row.seed] = row
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
-        print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
-        if arguments.json is not None:
-            write_json(arguments.json, _ordered(kept, experiment, plan))
+    with contextlib.closing(run_experiment(experiment, plan)) as found_rows:
+        for row in found_rows:
+            kept[row.setting, row.seed] = row
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
+            print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
+            if arguments.json is not None:
+                write_json(arguments.json, _ordered(kept, experiment, plan))
     rows = _ordered(kept, experiment, plan)
     print(f"\n{results_table(rows)}\n")
     if plan.smoke:

@@ -173,6 +173,19 @@ def test_an_interrupted_run_goes_on_and_its_pieces_add_up(tmp_path: Path, monkey
         training.train(["--steps", "5"], tmp_path / "other")
 
 
+def test_what_a_killed_piece_used_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+
+    def killed(*_, **__) -> Ended:
+        raise SystemExit  # this process, too: nothing is written any more
+
+    monkeypatch.setattr(training, "run_module", killed)
+    with pytest.raises(SystemExit):
+        training.train(["--steps", "5"], tmp_path / "run")
+    monkeypatch.setattr(training, "run_module", engine.run)
+    assert training.train(["--steps", "5"], tmp_path / "run") == Usage(1.0, None, 3.0)
+
+
 def test_rows_of_other_invocations_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +213,6 @@ def test_a_process_tells_what_it_used_and_why_it_failed() -> None:
     assert failed.status == 1
     with pytest.raises(InputError, match=r"^that failed: .*No module named no_such_module$"):
         check(failed, "that")
-    assert Usage(1, 2, 3) + Usage(10, 20, 2) == Usage(11, 22, 3)
 
 
 def test_in_turn_keeps_the_order_and_ends_at_the_first_failure() -> None:
