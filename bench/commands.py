@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import FrameType
@@ -139,15 +139,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+class RunFailed(InputError):
+    """A command of the engine ended with an error; its run may have diverged."""
+
+
 def check(ended: Ended, what: str) -> None:
-    """KeyboardInterrupt if the process was interrupted, InputError that begins with `what` if it failed."""
+    """KeyboardInterrupt if the process was interrupted, RunFailed that begins with `what` if it failed."""
     if ended.interrupted or ended.status - 128 in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
     if ended.status:
-        raise InputError(f"{what} failed: {ended.message or 'see above'}")
+        raise RunFailed(f"{what} failed: {ended.message or 'see above'}")
 
 
-def in_turn(work: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Iterator[Result]:
+def in_turn(work: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Generator[Result, None, None]:
     """The results of `work`, in the order of `items`, of which `jobs` at a time are worked at.
 
     If one fails nothing else is begun; what runs already is waited for. At KeyboardInterrupt, and when the iterator is

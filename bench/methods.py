@@ -103,6 +103,7 @@ class MethodRow(Row):
         judge: the second judge's network; None for `JUDGE`.
         scale, seed, budget, smoke: of `bench.paper`: the data set, the run's seed, seconds of training that were given
             to every method, and whether its numbers mean nothing.
+        settings: of `bench.paper`: digest of all settings of the run.
     """
 
     name: str
@@ -130,6 +131,7 @@ class MethodRow(Row):
     seed: int | None = None
     budget: int | None = None
     smoke: bool | None = None
+    settings: str | None = None
 
 
 def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: bool = False) -> MethodRow:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -187,8 +188,13 @@ def searched_table(rows: Sequence[RunRow]) -> str:
     lines = []
     for name, entries in trials.items():
         taken = " ".join(best(entries))
-        lines.append([name, f"`{taken}`", "; ".join(f"`{entry['flags']}` {entry['score']:.3f}" for entry in entries)])
+        lines.append([name, f"`{taken}`", "; ".join(map(_trial, entries))])
     return table(["setting", "taken", "trials and their scores"], lines)
+
+
+def _trial(entry: Mapping[str, Any]) -> str:
+    score = entry["score"]
+    return f"`{entry['flags']}` " + ("failed" if score is None else f"{score:.3f}")
 
 
 def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
@@ -198,6 +204,8 @@ def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
     """
     names = settings_of(rows)
     labels = _INCEPTION_NAMES if rows[0].is_inception else _OTHER_NAMES
+    if not folders:
+        raise InputError("runs", "has no run of these rows, so nothing to draw")
     height = 3.2 + 0.62 * len(folders)
     figure = Figure(figsize=(9, height), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
