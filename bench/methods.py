@@ -103,7 +103,7 @@ class MethodRow(Row):
         judge: the second judge's network; None for `JUDGE`.
         scale, seed, budget, smoke: of `bench.paper`: the data set, the run's seed, seconds of training that were given
             to every method, and whether its numbers mean nothing.
-        settings: of `bench.paper`: digest of all settings of the run.
+        settings, preset_steps: of `bench.paper`: digest of all settings of the run, and its preset's training steps.
     """
 
     name: str
@@ -132,6 +132,7 @@ class MethodRow(Row):
     budget: int | None = None
     smoke: bool | None = None
     settings: str | None = None
+    preset_steps: int | None = None
 
 
 def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: bool = False) -> MethodRow:

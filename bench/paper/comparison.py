@@ -134,7 +134,7 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str]) -> Generato
             row = judged(
                 name, flags_of(name, seed), folder, found, network, count=_count(plan), metrics=plan.scale.metrics,
                 judge=network.label, scale=plan.scale.name, seed=seed, budget=seconds, smoke=plan.smoke,
-                settings=settings_digest(flags_of(name, seed)),
+                settings=settings_digest(flags_of(name, seed)), preset_steps=_config(name, plan).training.steps,
             )  # fmt: skip
             text = json.dumps(row.as_json(), indent=1) + "\n"
             write_atomically(folder / "row.json", text.encode())
