@@ -27,7 +27,7 @@ from bench.paper.runs import ExperimentPlan, pretrained
 from bench.paper.training import check_same, configured, settings_digest, train
 from bench.rows import read_json, save_figure
 from engine.configuration.config import Config
-from engine.configuration.inputs import load_run_sampler
+from engine.configuration.inputs import load_run_sampler, open_data
 from engine.configuration.methods import COMPARING
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.representation.zoo import brings_weights
@@ -96,6 +96,8 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str]) -> Generato
     else:
         for name in chosen:
             _weights(name, plan)
+    if plan.jobs > 1:  # the first that opens the data set may download and unpack it: none beside it
+        open_data(configured(training_flags(next(iter(chosen)), plan, 0, 10)))
     costs: dict[str, float] = {}
     if not plan.smoke:
         _warm(next(iter(chosen)), plan)

@@ -32,7 +32,7 @@ class Scale:
     layers: tuple[int, ...] = _VGG19_LAYERS
     network: str | None = None
     samples: int = 50_000
-    metrics: tuple[str, ...] = ("fid", "kid", "is")
+    metrics: tuple[str, ...] = ("fid", "kid", "is", "prc")
     preset: str | None = None
     data: tuple[str, ...] = ()
     classes: int | None = None

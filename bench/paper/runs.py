@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.commands import RunFailed, Usage, check, in_turn, run_module
 from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
 from bench.paper.search import SEED, best, judged_by, kept_score, scorer
-from bench.paper.training import check_same, settings_digest, train
+from bench.paper.training import check_same, configured, settings_digest, train
 from bench.rows import Row, environment
 from engine.comparison.distances import kernels, mmd
 from engine.configuration.config import Config
@@ -124,6 +124,8 @@ def run_experiment(experiment: Experiment, plan: ExperimentPlan, failures: list[
     settings = chosen(experiment.settings(plan.scale), plan.only)
     for name in {name for setting in settings for name in setting.extractor.split("+")}:
         pretrained(name, plan)
+    if plan.jobs > 1:  # the first that opens the data set may download and unpack it: none beside it
+        open_data(configured(training_flags(experiment, settings[0], plan, 0, _weights(settings[0], plan))))
     searched = _search(experiment, settings, plan)
     runs = [(seed, setting) for seed in plan.seeds for setting in settings]
 
