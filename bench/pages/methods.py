@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from bench.pages.regions import Results, Writer
-from bench.rows import table
+from bench.rows import newest_file, table
 
 _HEADINGS = (
     "flags",
@@ -47,10 +48,14 @@ def methods(results: Results) -> str:
     return f"{table(_HEADINGS, lines)}\n\n{results.conditions()}"
 
 
-TABLES: dict[str, tuple[str, Writer]] = {
-    "methods": ("methods_digits", methods),
-    "methods-codes": ("codes_digits", methods),
-    "methods-imagenet": ("methods_imagenet", methods),
-    "methods-critics": ("critics_digits", methods),
+_KINDS = {
+    "methods": "methods_digits",
+    "methods-codes": "codes_digits",
+    "methods-imagenet": "methods_imagenet",
+    "methods-critics": "critics_digits",
 }
-"""Region → the kind of rows that it shows, and who writes it."""
+_RESULTS = Path(__file__).parents[1] / "results"
+TABLES: dict[str, tuple[str, Writer]] = {
+    region: (kind, methods) for region, kind in _KINDS.items() if newest_file(_RESULTS, kind) is not None
+}
+"""Region → the kind of rows that it shows, and who writes it; those that were measured."""
