@@ -3,7 +3,8 @@
 `--experiment layers|extractors|averaging|loss-vs-quality|fidelity` runs on the digits in minutes (`averaging` in
 hours), and `--experiment methods` compares all methods with one another; `--scale cifar10` (or another data set) at
 the paper's scale. Finished runs in `--runs` are not run again, and an interrupted one is resumed. `--only` runs a
-part; rows of other runs that the file of `--json` has are kept. `--jobs 2` trains two at a time, with one thread each.
+part; rows of other runs that the file of `--json` has are kept, and commands may share it. `--jobs 2` trains two
+at a time on a CPU, with one thread each. What fails is named at the end, with exit code 2, and the others go on.
 `--document PAGE ROWS…` writes the page with all results; the rows of `methods` have a page of their own.
 """
 
