@@ -24,16 +24,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.commands import Usage, check, run_module
-from bench.digit_judge import DigitJudge, chroma, edge_level
+from bench.digit_judge import INK, DigitJudge, chroma, edge_level
 from bench.rows import Row, environment, newest_file, print_rows, read_json, write_json
 from engine.comparison.distances.nearest import nearest_rows
 from engine.configuration.build import pretrained_files
@@ -81,6 +82,10 @@ SAMPLES, SHOWN, COLUMNS = 1_797, 48, 16
 """Samples that are judged, as many as there are real digits; samples in the picture, and in a row of it."""
 
 
+_BLOCK = 8_192
+"""Images that are looked at at a time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodRow(Row):
     """One method on the digits.
@@ -103,6 +108,7 @@ class MethodRow(Row):
         judge: the second judge's network; None for `JUDGE`.
         scale, seed, budget, smoke: of `bench.paper`: the data set, the run's seed, seconds of training that were given
             to every method, and whether its numbers mean nothing.
+        settings, preset_steps: of `bench.paper`: digest of all settings of the run, and its preset's training steps.
     """
 
     name: str
@@ -130,6 +136,8 @@ class MethodRow(Row):
     seed: int | None = None
     budget: int | None = None
     smoke: bool | None = None
+    settings: str | None = None
+    preset_steps: int | None = None
 
 
 def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: bool = False) -> MethodRow:
@@ -194,17 +202,48 @@ def measure(
     digits: bool,
 ) -> dict[str, Any]:
     """The fields of a `MethodRow` that say what `samples`, uint8 [N, 3, H, W], are worth beside all `real` images."""
-    pixels, others = (images.permute(0, 2, 3, 1).contiguous().cpu().numpy() for images in (samples, real))
     subset = min(KID_SUBSET, len(samples), len(real))
     found = compute_metrics(samples, real, network, metrics, device=device, kid_subset_size=subset)
-    nearest, _ = nearest_rows(samples.cpu().flatten(1).float(), real.flatten(1).float())
     return {
-        **(_read(pixels) if digits else {}),
-        "chroma": abs(chroma(pixels) - chroma(others)),
-        "edge_level": abs(edge_level(pixels) - edge_level(others)),
-        "distinct": len(nearest.unique()),
+        **(_read(_pixels(samples)) if digits else {}),
+        "chroma": abs(_mean(samples, chroma, _ink) - _mean(real, chroma, _ink)),
+        "edge_level": abs(_mean(samples, edge_level, len) - _mean(real, edge_level, len)),
+        "distinct": distinct_neighbours(samples, real, device),
         **{key: found[key] for key in ("kernel_distance", "frechet_distance", "precision", "recall") if key in found},
     }
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """uint8 [N, H, W, 3] of images uint8 [N, 3, H, W]."""
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _mean(images: Tensor, measured: Callable[[np.ndarray], float], weight: Callable[[np.ndarray], int]) -> float:
+    """`measured` of all images, from blocks of them: its mean with the weights of the blocks."""
+    total, weights = 0.0, 0
+    for block in map(_pixels, images.split(_BLOCK)):
+        total += measured(block) * weight(block)
+        weights += weight(block)
+    return total / max(weights, 1)
+
+
+def _ink(pixels: np.ndarray) -> int:
+    return int((pixels.max(axis=3) > INK).sum())
+
+
+def distinct_neighbours(samples: Tensor, real: Tensor, device: torch.device) -> int:
+    """How many of the `real` images are the nearest one, in pixels, to some sample; a block at a time is float32."""
+    found = torch.zeros(len(real), dtype=torch.bool)
+    for rows in samples.split(_BLOCK):
+        x = rows.to(device).flatten(1).float()
+        best = torch.full((len(x),), float("inf"), device=device)
+        nearest = torch.zeros(len(x), dtype=torch.int64, device=device)
+        for number, block in enumerate(real.split(_BLOCK)):
+            index, squares = nearest_rows(x, block.to(device).flatten(1).float())
+            nearest = torch.where(squares < best, index + number * _BLOCK, nearest)
+            best = torch.minimum(best, squares)
+        found[nearest.cpu()] = True
+    return int(found.sum())
 
 
 def _read(pixels: Any) -> Mapping[str, float]:

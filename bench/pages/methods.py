@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from bench.pages.regions import Results, Writer
-from bench.rows import table
+from bench.rows import newest_file, table
 
 _HEADINGS = (
     "flags",
@@ -19,17 +23,23 @@ _HEADINGS = (
 )
 
 
+def _cell(row: Mapping[str, Any], field: str, shown: str, factor: float = 1.0) -> str:
+    """A number as the format `shown` says; a dash where it was not measured."""
+    value = row.get(field)
+    return "–" if value is None else format(value * factor, shown)
+
+
 def methods(results: Results) -> str:
     lines = [
         [
             f"`{row['flags']}`" if row["flags"] else "none",
             f"{row['steps']} × {row['minibatch']}",
             f"{row['seconds'] / 60:.1f}",
-            f"{row['cpu_seconds'] / 60:.1f}",
+            _cell(row, "cpu_seconds", ".1f", 1 / 60),
             f"{row['confident']:.1%}",
             f"{row['least_share']:.1%}–{row['largest_share']:.1%}",
             f"{row['least_variety']:.2f}–{row['largest_variety']:.2f}",
-            f"{row['distinct']}",
+            _cell(row, "distinct", ".0f"),
             f"{row['chroma']:.1f}",
             f"{row['kernel_distance'] * 1000:.2f}·10⁻³",
         ]
@@ -38,10 +48,14 @@ def methods(results: Results) -> str:
     return f"{table(_HEADINGS, lines)}\n\n{results.conditions()}"
 
 
-TABLES: dict[str, tuple[str, Writer]] = {
-    "methods": ("methods_digits", methods),
-    "methods-codes": ("codes_digits", methods),
-    "methods-imagenet": ("methods_imagenet", methods),
-    "methods-critics": ("critics_digits", methods),
+_KINDS = {
+    "methods": "methods_digits",
+    "methods-codes": "codes_digits",
+    "methods-imagenet": "methods_imagenet",
+    "methods-critics": "critics_digits",
 }
-"""Region → the kind of rows that it shows, and who writes it."""
+_RESULTS = Path(__file__).parents[1] / "results"
+TABLES: dict[str, tuple[str, Writer]] = {
+    region: (kind, methods) for region, kind in _KINDS.items() if newest_file(_RESULTS, kind) is not None
+}
+"""Region → the kind of rows that it shows, and who writes it; those that were measured."""

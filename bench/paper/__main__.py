@@ -3,7 +3,8 @@
 `--experiment layers|extractors|averaging|loss-vs-quality|fidelity` runs on the digits in minutes (`averaging` in
 hours), and `--experiment methods` compares all methods with one another; `--scale cifar10` (or another data set) at
 the paper's scale. Finished runs in `--runs` are not run again, and an interrupted one is resumed. `--only` runs a
-part; rows of other runs that the file of `--json` has are kept. `--jobs 2` trains two at a time, with one thread each.
+part; rows of other runs that the file of `--json` has are kept, and commands may share it. `--jobs 2` trains two
+at a time on a CPU, with one thread each. What fails is named at the end, with exit code 2, and the others go on.
 `--document PAGE ROWS…` writes the page with all results; the rows of `methods` have a page of their own.
 """
 
@@ -15,20 +16,23 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import argparse
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from bench.commands import interruptible
+from bench.methods import MethodRow
 from bench.paper import comparison, orderings
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Experiment
 from bench.paper.results import draw, findings, page, read_rows, results_table, settings_of
-from bench.paper.runs import ExperimentPlan, RunRow, chosen, run_experiment, run_folder, steps_of
-from bench.rows import write_json
+from bench.paper.runs import ExperimentPlan, RunRow, run_experiment, run_folder, steps_of
+from bench.rows import Row, write_json
 from engine.configuration.command import Parser, output_file, run_command
 from engine.support.errors import InputError
-from engine.support.files import write_atomically
+from engine.support.files import locked, write_atomically
 
 
 def parser() -> Parser:
@@ -77,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser().error(f"--budget: only --experiment {comparison.NAME} has one")
     if arguments.steps is not None and of_methods:
         parser().error("--steps: the --budget says how many steps each method takes")
+    if arguments.jobs > 1 and arguments.device == "cuda":
+        parser().error("--jobs: runs that share a GPU wait for each other, so times mean nothing; leave it at 1")
     plan = ExperimentPlan(
         scale=SCALES[arguments.scale],
         folder=arguments.runs,
@@ -88,48 +94,78 @@ def main(argv: Sequence[str] | None = None) -> None:
         only=arguments.only,
         jobs=arguments.jobs,
     )
-    if of_methods:
-        _methods(arguments, plan)
-    else:
-        _experiment(EXPERIMENTS[arguments.experiment], arguments, plan)
+    with interruptible():
+        if of_methods:
+            _methods(arguments, plan)
+        else:
+            _experiment(EXPERIMENTS[arguments.experiment], arguments, plan)
 
 
 def _methods(arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
     budget = arguments.budget or comparison.budget(plan)
-    rows = comparison.kept_rows(arguments.json, plan, budget)
-    for row in comparison.compare(plan, budget):
-        rows[row.name, row.seed] = row
-        print(
-            f"{row.name}, seed {row.seed}: kernel distance {row.kernel_distance:.4g}  ({row.seconds:.0f} s)", flush=True
-        )
-        if arguments.json is not None:
-            write_json(arguments.json, comparison.ordered(rows, plan))
-    found = comparison.ordered(rows, plan)
-    print(f"\n{orderings.results_table(found)}\n")
-    print("--smoke: these numbers mean nothing" if plan.smoke else "\n".join(orderings.findings(found)))
-    figure = arguments.figure or plan.folder / f"{comparison.NAME}-{plan.scale.name}.png"
-    comparison.draw(figure, plan)
-    print(f"\nfigure: {figure}")
+    own: comparison.Rows = {}
+    failures: list[str] = []
+
+    def found() -> list[MethodRow]:
+        return comparison.ordered({**comparison.kept_rows(arguments.json, plan, budget), **own}, plan)
+
+    found()  # a file of other rows is refused before anything is trained
+    with contextlib.closing(comparison.compare(plan, budget, failures)) as rows:
+        for row in rows:
+            own[row.name, row.seed] = row
+            told = f"kernel distance {row.kernel_distance:.4g}  ({row.seconds:.0f} s)"
+            print(f"{row.name}, seed {row.seed}: {told}", flush=True)
+            _write(arguments.json, found)
+    if own:
+        print(f"\n{orderings.results_table(found())}\n")
+        print("--smoke: these numbers mean nothing" if plan.smoke else "\n".join(orderings.findings(found())))
+        figure = arguments.figure or plan.folder / f"{comparison.NAME}-{plan.scale.name}.png"
+        comparison.draw(figure, plan)
+        print(f"\nfigure: {figure}")
+    _check(failures)
+
+
+def _write(file: Path | None, rows: Callable[[], Sequence[Row]]) -> None:
+    """`rows`, which reads what `file` has now: another command may have written there since."""
+    if file is not None:
+        with locked(file.with_name(file.name + ".lock"), busy=lambda: None):
+            write_json(file, rows())
+
+
+def _check(failures: Sequence[str]) -> None:
+    if failures:
+        raise InputError(f"{len(failures)} failed, the others are done: {'; '.join(failures)}")
 
 
 def _experiment(experiment: Experiment, arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
-    settings = experiment.settings(plan.scale)
-    kept = _kept_rows(arguments.json, experiment, plan)
-    for row in run_experiment(experiment, plan):
-        kept[row.setting, row.seed] = row
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
-        print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
-        if arguments.json is not None:
-            write_json(arguments.json, _ordered(kept, experiment, plan))
-    rows = _ordered(kept, experiment, plan)
+    own: Rows = {}
+    failures: list[str] = []
+
+    def found() -> list[RunRow]:
+        return _ordered({**_kept_rows(arguments.json, experiment, plan), **own}, experiment, plan)
+
+    found()  # a file of other rows is refused before anything is trained
+    with contextlib.closing(run_experiment(experiment, plan, failures)) as rows:
+        for row in rows:
+            own[row.setting, row.seed] = row
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
+            print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
+            _write(arguments.json, found)
+    if own:
+        _tell(experiment, plan, found(), arguments.figure)
+    _check(failures)
+
+
+def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], figure: Path | None) -> None:
     print(f"\n{results_table(rows)}\n")
     if plan.smoke:
         print("--smoke: these numbers mean nothing")
     else:
         print("\n".join(f"- {sentence}" for sentence in findings(rows)))
-    figure = arguments.figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
-    shown = {setting.name: run_folder(experiment, setting, plan, 0) for setting in chosen(settings, plan.only)}
-    draw(figure, rows, {name: shown[name] for name in settings_of(rows) if name in shown})
+    figure = figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
+    settings = {setting.name: setting for setting in experiment.settings(plan.scale)}
+    folders = {name: run_folder(experiment, settings[name], plan, plan.seeds[0]) for name in settings_of(rows)}
+    draw(figure, rows, {name: folder for name, folder in folders.items() if (folder / "row.json").exists()})
     print(f"\nfigure: {figure}")
 
 

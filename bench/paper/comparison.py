@@ -8,23 +8,26 @@ method before. Pretraining of the extractor, and what a command does before its 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.commands import Usage, in_turn
+from bench.commands import Result, RunFailed, Usage, in_turn
 from bench.methods import RUNS, SAMPLES, MethodRow, judged, pretrain
 from bench.paper.experiments import SMALL
 from bench.paper.runs import ExperimentPlan, pretrained
-from bench.paper.training import train
+from bench.paper.training import check_same, configured, settings_digest, train
 from bench.rows import read_json, save_figure
 from engine.configuration.config import Config
-from engine.configuration.inputs import load_run_sampler
+from engine.configuration.inputs import load_run_sampler, open_data
 from engine.configuration.methods import COMPARING
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.representation.zoo import brings_weights
@@ -37,8 +40,11 @@ NAME = "methods"
 NO_GAME, GAME, SUPERVISED = "no adversarial training", "adversarial", "supervised"
 """The groups of the paper's Table 4. Methods that learn codes are in the first, but for the ones with a critic."""
 _ADVERSARIAL_CODES = ("wae-gan",)
-_WARM, _FEW, _MORE = 2, 20, 80
-"""Steps of the runs that find out what a step costs: the first compiles kernels, the others' difference counts."""
+_WARM, _SHORT, _LONG = 2, (20, 80), (200, 300)
+"""Steps of the runs that find out what a step costs: the first compiles kernels, and the difference of two others
+counts; of two long ones, but for the digits, where a method's first steps are not like its later ones."""
+_PERIODS = ("critic_warmup", "critic_every", "moment_every")
+"""Settings that say how many steps are not like others."""
 _STAGES = {"gmmn-ae": "autoencoder_steps", "glann": "glo_steps"}
 """Methods whose training has a first stage, and the setting that says how long it is."""
 _SHOWN = 20
@@ -79,49 +85,74 @@ def budget(plan: ExperimentPlan) -> int:
     return plan.scale.budget
 
 
-def compare(plan: ExperimentPlan, seconds: int) -> Iterator[MethodRow]:
-    """A row for each method and seed, seed by seed, so that an early end leaves whole comparisons."""
+def compare(plan: ExperimentPlan, seconds: int, failures: list[str]) -> Generator[MethodRow, None, None]:
+    """A row for each method and seed, seed by seed, so that an early end leaves whole comparisons.
+
+    What fails, as a method that diverges, is noted in `failures`, and the others go on.
+    """
     chosen = chosen_runs(plan)
     if plan.scale.name == SMALL:
         pretrain()
     else:
         for name in chosen:
             _weights(name, plan)
+    if plan.jobs > 1:  # the first that opens the data set may download and unpack it: none beside it
+        open_data(configured(training_flags(next(iter(chosen)), plan, 0, 10)))
     costs: dict[str, float] = {}
     if not plan.smoke:
-        costs = dict(zip(chosen, in_turn(lambda name: step_cost(name, plan), chosen, plan.jobs)))
-    wanted = [(name, seed) for seed in plan.seeds for name in chosen]
+        _warm(next(iter(chosen)), plan)
+        for name, cost in zip(chosen, in_turn(lambda name: _tried(step_cost, name, plan), chosen, plan.jobs)):
+            if isinstance(cost, RunFailed):
+                _note(failures, f"{name}: {cost}")
+            else:
+                costs[name] = cost
+    wanted = [(name, seed) for seed in plan.seeds for name in chosen if plan.smoke or name in costs]
 
     def flags_of(name: str, seed: int) -> list[str]:
         steps = 3 if plan.smoke else steps_for(seconds, costs[name])
         return training_flags(name, plan, seed, steps)
 
-    def trained(run: tuple[str, int]) -> MethodRow | Usage:
-        folder = run_folder(*run, plan)
-        done = folder.with_name(folder.name + ".row.json")
-        if done.exists():
-            row = MethodRow(**json.loads(done.read_text()))
-            if row.flags != " ".join(flags_of(*run)):
-                raise InputError("runs", f"{folder} was run with other flags; delete it or choose another folder")
+    def trained(run: tuple[str, int]) -> MethodRow | Usage | RunFailed:
+        folder, flags = run_folder(*run, plan), flags_of(*run)
+        if (folder / "row.json").exists():
+            row = MethodRow(**json.loads((folder / "row.json").read_text()))
+            check_same(folder, (row.flags, row.settings), (" ".join(flags), settings_digest(flags)))
             return row
-        return train(flags_of(*run), folder, plan.threads)
+        return _tried(train, flags, folder, plan.threads)
 
     network: EvaluationNetwork | None = None
-    for (name, seed), found in zip(wanted, in_turn(trained, wanted, plan.jobs)):
-        if isinstance(found, MethodRow):
-            yield found
-            continue
-        folder = run_folder(name, seed, plan)
-        if network is None:
-            size = Config.load(RunFolder(folder).config).data.image_size
-            network = evaluation_network(plan.scale.network, image_size=size)
-        row = judged(
-            name, flags_of(name, seed), folder, found, network, count=_count(plan), metrics=plan.scale.metrics,
-            judge=network.label, scale=plan.scale.name, seed=seed, budget=seconds, smoke=plan.smoke,
-        )  # fmt: skip
-        text = json.dumps(row.as_json(), indent=1) + "\n"
-        write_atomically(folder.with_name(folder.name + ".row.json"), text.encode())
-        yield row
+    with contextlib.closing(in_turn(trained, wanted, plan.jobs)) as all_found:
+        for (name, seed), found in zip(wanted, all_found):
+            if isinstance(found, MethodRow):
+                yield found
+                continue
+            if isinstance(found, RunFailed):
+                _note(failures, f"{name}, seed {seed}: {found}")
+                continue
+            folder = run_folder(name, seed, plan)
+            if network is None:
+                size = Config.load(RunFolder(folder).config).data.image_size
+                network = evaluation_network(plan.scale.network, image_size=size)
+            row = judged(
+                name, flags_of(name, seed), folder, found, network, count=_count(plan), metrics=plan.scale.metrics,
+                judge=network.label, scale=plan.scale.name, seed=seed, budget=seconds, smoke=plan.smoke,
+                settings=settings_digest(flags_of(name, seed)), preset_steps=_config(name, plan).training.steps,
+            )  # fmt: skip
+            text = json.dumps(row.as_json(), indent=1) + "\n"
+            write_atomically(folder / "row.json", text.encode())
+            yield row
+
+
+def _tried(work: Callable[..., Result], *given: Any) -> Result | RunFailed:
+    try:
+        return work(*given)
+    except RunFailed as error:
+        return error
+
+
+def _note(failures: list[str], failure: str) -> None:
+    failures.append(failure)
+    print(failure, file=sys.stderr, flush=True)
 
 
 def _count(plan: ExperimentPlan) -> int:
@@ -160,12 +191,7 @@ def _method_flags(name: str, plan: ExperimentPlan) -> list[str]:
 
 def _config(name: str, plan: ExperimentPlan) -> Config:
     """What the flags of the method alone say at the scale."""
-    # Here, because the front door imports all settings' flags.
-    from engine.configuration.flags import given_flags
-    from engine.train import parser
-
-    arguments = parser().parse_args(_method_flags(name, plan))
-    return Config.build(arguments.preset, given_flags(arguments))
+    return configured(_method_flags(name, plan))
 
 
 def _weights(name: str, plan: ExperimentPlan) -> list[Path]:
@@ -180,20 +206,56 @@ def _weights(name: str, plan: ExperimentPlan) -> list[Path]:
 
 
 def step_cost(name: str, plan: ExperimentPlan) -> float:
-    """Seconds of a training step: from the difference of two short runs, kept in the plan's folder."""
+    """Seconds of a training step: from the difference of two short runs, kept in the plan's folder.
+
+    InputError if what is kept there is of other flags or settings.
+    """
     file = _folder(plan) / "costs" / f"{name}.json"
+    few, more = _counts(name, plan)
+    flags = training_flags(name, plan, 0, more)
+    asked = {"flags": flags, "settings": settings_digest(flags), "device": plan.device}
     if not file.exists():
-        used = []
-        for steps in (_WARM, _FEW, _MORE):
-            folder = file.with_name(f"{name}-{steps}")
-            used.append(train(training_flags(name, plan, 0, steps), folder, plan.threads))
-        few, more = (usage.cpu_seconds if plan.device == "cpu" else usage.seconds for usage in used[1:])
-        write_atomically(file, (json.dumps({"seconds": (more - few) / (_MORE - _FEW)}) + "\n").encode())
-    found = float(json.loads(file.read_text())["seconds"])
+        if plan.device != "cpu":
+            _cost_run(name, plan, _WARM)  # every method has kernels of its own
+        first, second = (_cost_run(name, plan, steps) for steps in (few, more))
+        seconds = (_spent(second, plan) - _spent(first, plan)) / (more - few)
+        write_atomically(file, (json.dumps({**asked, "seconds": seconds}) + "\n").encode())
+    known = json.loads(file.read_text())
+    check_same(file, {key: known.get(key) for key in asked}, asked)
+    found = float(known["seconds"])
     if found <= 0:
         raise InputError(f"{file}: a step took no time, as other work disturbed the measurement; delete {file.parent}")
     print(f"{name}: {found:.3g} s a step", file=sys.stderr, flush=True)
     return found
+
+
+def _spent(usage: Usage, plan: ExperimentPlan) -> float:
+    if plan.device != "cpu":
+        return usage.seconds
+    assert usage.cpu_seconds is not None  # the run is of one piece
+    return usage.cpu_seconds
+
+
+def _counts(name: str, plan: ExperimentPlan) -> tuple[int, int]:
+    groups = _config(name, plan).groups().values()
+    periods = [getattr(group, key, None) or 0 for group in groups for key in _PERIODS]
+    return _LONG if plan.scale.name != SMALL and max(periods) > _SHORT[0] else _SHORT
+
+
+def _cost_run(name: str, plan: ExperimentPlan, steps: int) -> Usage:
+    """Of a run in one piece: what an interruption left is deleted, as set-up would count twice."""
+    folder = _folder(plan) / "costs" / f"{name}-{steps}"
+    record = folder.with_name(folder.name + ".json")
+    if record.exists() and not json.loads(record.read_text())["done"]:
+        shutil.rmtree(folder, ignore_errors=True)
+        record.unlink()
+    return train(training_flags(name, plan, 0, steps), folder, plan.threads)
+
+
+def _warm(name: str, plan: ExperimentPlan) -> None:
+    """A run of two steps, once before all: what the machine reads for the first time is not counted."""
+    if plan.device == "cpu":
+        _tried(_cost_run, name, plan, _WARM)
 
 
 def steps_for(seconds: float, cost: float) -> int:
@@ -247,10 +309,12 @@ def ordered(rows: Mapping[tuple[str, int | None], MethodRow], plan: ExperimentPl
     )
 
 
-def draw(path: Path, plan: ExperimentPlan, names: Sequence[str] = ()) -> None:
-    """A strip of samples of each method's first seed, of those whose runs are there."""
-    folders = {name: run_folder(name, plan.seeds[0], plan) for name in names or runs(plan)}
-    shown = [name for name, folder in folders.items() if RunFolder(folder).generator.exists()]
+def draw(path: Path, plan: ExperimentPlan) -> None:
+    """A strip of samples of each method's first seed, of those whose runs have a row; none at all is InputError."""
+    folders = {name: run_folder(name, plan.seeds[0], plan) for name in runs(plan)}
+    shown = [name for name, folder in folders.items() if (folder / "row.json").exists()]
+    if not shown:
+        raise InputError("runs", f"{_folder(plan)} has no run that was judged, so nothing to draw")
     figure = Figure(figsize=(9, 0.42 * len(shown) + 0.1), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     for axis, name in zip(np.atleast_1d(figure.subplots(len(shown), 1)), shown):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.methods import MethodRow
 from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, read_rows
-from bench.paper.results import WORDS, Summary, smaller, summarise
+from bench.paper.results import WORDS, Summary, next_to, smaller, summarise
 from bench.rows import table
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
@@ -46,7 +46,7 @@ def names_of(rows: Sequence[MethodRow]) -> list[str]:
 def summary(rows: Sequence[MethodRow], name: str, field: str, factor: float = 1.0) -> Summary | None:
     """Of a field over the seeds of a method; None if it was not measured."""
     values = [getattr(row, field) for row in rows if row.name == name]
-    return None if any(value is None for value in values) else summarise([factor * value for value in values])
+    return None if not values or None in values else summarise([factor * value for value in values])
 
 
 _COLUMNS = (
@@ -67,14 +67,18 @@ _COLUMNS = (
 
 def results_table(rows: Sequence[MethodRow]) -> str:
     """A line a method: mean and deviation over the seeds of everything that was measured."""
-    columns = [column for column in _COLUMNS if all(getattr(row, column[1]) is not None for row in rows)]
+    columns = [column for column in _COLUMNS if any(getattr(row, column[1]) is not None for row in rows)]
     lines = []
     for name in names_of(rows):
         own = [row for row in rows if row.name == name]
         steps = " or ".join(f"{count:,}" for count in sorted({row.steps for row in own}))
-        cells = [str(summary(rows, name, field, factor)) for _, field, factor in columns]
-        lines.append([name, group(name), f"{steps} × {own[0].minibatch}", *cells, len(own)])
-    return table(["method", "group", "steps × minibatch", *(heading for heading, *_ in columns), "seeds"], lines)
+        usual = own[0].preset_steps
+        share = f"{own[0].steps / usual:.0%}" if usual else "–"
+        cells = [str(summary(rows, name, field, factor) or "–") for _, field, factor in columns]
+        settings = [own[0].summary, f"{steps} × {own[0].minibatch}", share]
+        lines.append([name, group(name), *settings, *cells, len(own)])
+    fixed = ["method", "group", "settings", "steps × minibatch", "of the preset's steps"]
+    return table([*fixed, *(heading for heading, *_ in columns), "seeds"], lines)
 
 
 def holds(rows: Sequence[MethodRow], ordering: Ordering) -> str | None:
@@ -91,15 +95,16 @@ def holds(rows: Sequence[MethodRow], ordering: Ordering) -> str | None:
 
 
 def best_of_groups(rows: Sequence[MethodRow]) -> list[str]:
-    """A sentence on the smallest mean kernel distance in each group of the paper's Table 4, the nearest group first."""
-    found = []
+    """A sentence on the smallest mean kernel distances in each group of the paper's Table 4, and one on the groups'."""
+    found, best = [], {}
     for kind in (NO_GAME, GAME, SUPERVISED):
         means = {name: summary(rows, name, "kernel_distance", 1000.0) for name in names_of(rows) if group(name) == kind}
         known = {name: entry for name, entry in means.items() if entry is not None}
         if known:
             name = min(known, key=lambda method: known[method].mean)
-            found.append((known[name].mean, f"{kind}: {name} is closest ({known[name]}, of {len(known)} methods)"))
-    return [sentence for _, sentence in sorted(found)]
+            best[f"{name} ({kind})"] = known[name]
+            found.append(f"{kind}, {len(known)} method{'s'[: len(known) > 1]}: {next_to(known)}")
+    return [*found, f"of the groups' closest, {next_to(best)}"] if len(best) > 1 else found
 
 
 def findings(rows: Sequence[MethodRow]) -> list[str]:
@@ -118,7 +123,9 @@ def document(page_file: Path, files: Sequence[Path]) -> None:
 
 def page(results: Sequence[Sequence[MethodRow]]) -> str:
     """docs/comparison.md: the methods side by side, a scale a section."""
-    parts = [_INTRODUCTION]
+    claims = sum(holds(rows, ordering) is not None for rows in results for ordering in ORDERINGS)
+    told = f" There are {claims} here, each tested by itself." if claims else ""
+    parts = [_INTRODUCTION + told]
     if not results:
         parts.append(
             _NOT_RUN.format(orderings="\n".join(f"- {o.better} before {o.worse} ({o.source})" for o in ORDERINGS))
@@ -172,12 +179,14 @@ of samples, or only reconstruct. Two short runs of each method say how many step
 matched network, and starting, are not counted. All other settings are the presets', which were found with other
 numbers of steps.
 
-No judge was trained on by any method. *Read* is the share of samples, in percent, that a support vector machine fitted
-to real 8×8 digits reads with confidence, and *rarest digit* the smallest share of the ten. *Distinct neighbours* counts
-the real images that are nearest to some sample, in pixels. *Colour* and *edge* are how far the colour on ink and the
-level of the outermost pixels are from the real images', of 255. *CPU s* and *MiB* are of the whole command. An
-ordering that others found "agrees" or "disagrees" if the mean kernel distances differ by more than two standard errors
-over the seeds; otherwise it is "undecided"."""
+Distances, precision and recall are by the features of a network that no method was trained on. *Read* is the share of
+samples, in percent, that a support vector machine fitted to real 8×8 digits reads with confidence, and *rarest digit*
+the smallest share of the ten. *Distinct neighbours* counts the real images that are nearest to some sample, in pixels;
+imle and the autoencoders train on distances of pixels, so that it is not independent of them. *Colour* and *edge* are
+how far the colour on ink and the level of the outermost pixels are from the real images', of 255; on the digits, gfmn
+matches a second network, `opponent`, which was made to see colours, so that *colour* is not independent of it. *CPU s*
+and *MiB* are of the whole command, and a dash is what is not known. An ordering that others found "agrees" or
+"disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%; otherwise it is "undecided"."""
 
 _NOT_RUN = """## Not run yet
 

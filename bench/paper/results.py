@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 
-from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Claim
+from bench.paper.experiments import EARLIER_AVERAGING, EXPERIMENTS, SCALES, SMALL, Claim, Experiment
 from bench.paper.runs import RunRow
 from bench.paper.search import best
 from bench.rows import read_json, save_figure, table
@@ -37,7 +39,7 @@ _OTHER_NAMES = {
     "precision": "precision",
     "recall": "recall",
 }
-_STANDARD_ERRORS = 2
+_CONFIDENCE = 0.95
 _THOUSANDTHS = ("kernel_distance", "pixel_distance")
 
 
@@ -95,13 +97,28 @@ def closer(
 def smaller(first: Summary, second: Summary) -> int:
     """1 if the first mean is the smaller one, −1 if the second is, 0 if that is undecided.
 
-    Means differ if it is by more than two standard errors of the difference, √(s₁²/n₁ + s₂²/n₂).
+    By Welch's t-test, two-sided at 95%: |x̄₁ − x̄₂| > t · √(e₁ + e₂), where eᵢ = sᵢ²/nᵢ, and t is of
+    (e₁ + e₂)² / (e₁²/(n₁−1) + e₂²/(n₂−1)) degrees of freedom (Welch 1947; Satterthwaite 1946).
     """
-    error = (first.deviation**2 / first.count + second.deviation**2 / second.count) ** 0.5
-    difference = second.mean - first.mean
-    if min(first.count, second.count) < 2 or abs(difference) <= _STANDARD_ERRORS * error:
+    if min(first.count, second.count) < 2:
         return 0
-    return 1 if difference > 0 else -1
+    squares = [found.deviation**2 / found.count for found in (first, second)]
+    difference, needed = second.mean - first.mean, 0.0
+    if any(squares):
+        weights = [square**2 / (found.count - 1) for square, found in zip(squares, (first, second))]
+        freedom = sum(squares) ** 2 / sum(weights)
+        needed = float(student.ppf((1 + _CONFIDENCE) / 2, freedom)) * sum(squares) ** 0.5
+    return 0 if abs(difference) <= needed else 1 if difference > 0 else -1
+
+
+def next_to(names: Mapping[str, Summary]) -> str:
+    """A part of a sentence: which name has the smallest mean, which the next one, and whether the difference counts."""
+    (one, first), *rest = sorted(names.items(), key=lambda pair: pair[1].mean)
+    if not rest:
+        return f"{one} is closest ({first}), and alone"
+    other, second = rest[0]
+    clear = "" if smaller(first, second) else "; no difference that counts"
+    return f"{one} is closest ({first}), then {other} ({second}){clear}"
 
 
 WORDS = {1: "agrees", -1: "disagrees", 0: "undecided"}
@@ -148,9 +165,7 @@ def closest(rows: Sequence[RunRow]) -> list[str]:
         own = [row for row in rows if row.minibatch == minibatch]
         means = {name: summarise(of_setting(own, name, "kernel_distance")) for name in settings_of(own)}
         if len(means) > 1:
-            (one, first), (other, second), *_ = sorted(means.items(), key=lambda pair: pair[1].mean)
-            clear = "" if smaller(first, second) else "; no difference that counts"
-            sentences.append(f"at minibatch {minibatch}, {one} is closest ({first}), then {other} ({second}){clear}")
+            sentences.append(f"at minibatch {minibatch}, {next_to(means)}")
     return sentences
 
 
@@ -162,9 +177,15 @@ def trend(rows: Sequence[RunRow]) -> str:
     return f"rank correlation of the number of layers with the mean kernel distance: {value:.2f} (−1: more is better)"
 
 
+def experiment_of(rows: Sequence[RunRow]) -> Experiment:
+    """The experiment whose rows these are; those of averagers that were not searched are the earlier one's."""
+    earlier = rows[0].experiment == EARLIER_AVERAGING.name and not any(row.searched for row in rows)
+    return EARLIER_AVERAGING if earlier else EXPERIMENTS[rows[0].experiment]
+
+
 def findings(rows: Sequence[RunRow]) -> list[str]:
     """What the rows say of the paper's claims, a sentence each."""
-    experiment, scale = EXPERIMENTS[rows[0].experiment], SCALES[rows[0].scale]
+    experiment, scale = experiment_of(rows), SCALES[rows[0].scale]
     present = set(settings_of(rows))
     claims = [claim for claim in experiment.claims(scale) if {claim.better, claim.worse} <= present]
     sentences = [verdict(rows, claim) for claim in claims]
@@ -187,8 +208,13 @@ def searched_table(rows: Sequence[RunRow]) -> str:
     lines = []
     for name, entries in trials.items():
         taken = " ".join(best(entries))
-        lines.append([name, f"`{taken}`", "; ".join(f"`{entry['flags']}` {entry['score']:.3f}" for entry in entries)])
+        lines.append([name, f"`{taken}`", "; ".join(map(_trial, entries))])
     return table(["setting", "taken", "trials and their scores"], lines)
+
+
+def _trial(entry: Mapping[str, Any]) -> str:
+    score = entry["score"]
+    return f"`{entry['flags']}` " + ("failed" if score is None else f"{score:.3f}")
 
 
 def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
@@ -198,6 +224,8 @@ def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
     """
     names = settings_of(rows)
     labels = _INCEPTION_NAMES if rows[0].is_inception else _OTHER_NAMES
+    if not folders:
+        raise InputError("runs", "has no run of these rows, so nothing to draw")
     height = 3.2 + 0.62 * len(folders)
     figure = Figure(figsize=(9, height), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
@@ -273,8 +301,9 @@ def read_rows(path: Path, *, smoke: bool = False) -> list[RunRow]:
 
 def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
     """docs/experiments.md: what was tried, measured and found, an experiment a section."""
-    parts = [_INTRODUCTION]
     agreements = [sentence for rows in results for sentence in findings(rows)]
+    claims = sum(f"**{word}**" in sentence for sentence in agreements for word in WORDS.values())
+    parts = [_INTRODUCTION.format(claims=claims)]
     for word, heading in (
         ("disagrees", "Where these runs disagree with the paper"),
         ("undecided", "What these runs leave open"),
@@ -282,7 +311,8 @@ def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
         chosen = [sentence for sentence in agreements if f"**{word}**" in sentence]
         parts.append(f"## {heading}\n\n" + ("\n".join(f"- {sentence}" for sentence in chosen) or "Nothing."))
     parts += [_section(rows, figure) for rows, figure in zip(results, figures)]
-    missing = [name for name in EXPERIMENTS if name not in {rows[0].experiment for rows in results}]
+    found = {experiment_of(rows).title for rows in results}
+    missing = [name for name, experiment in EXPERIMENTS.items() if experiment.title not in found]
     if missing:
         commands = (f"- {EXPERIMENTS[name].title}: `python -m bench.paper --experiment {name}`" for name in missing)
         parts.append("## Not run yet\n\n" + "\n".join(commands))
@@ -300,18 +330,21 @@ small training, and no more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, the
 with its first seed.)
 
 A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
-and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim
-"agrees" or "disagrees" if the mean kernel distances differ by more than two standard errors over the seeds; otherwise
-it is "undecided". The matched networks are trained on the digits once and are the same for all seeds."""
+and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim "agrees"
+or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%; otherwise it is "undecided".
+There are {claims} claims below, and each is tested by itself: about one in twenty tests decides where there is nothing
+to decide. What is said of rank correlations is no test. The matched networks are trained on the digits once and are the
+same for all seeds. Where rates were searched, the search ran once."""
 
 
 def _section(rows: Sequence[RunRow], figure: str) -> str:
-    experiment = EXPERIMENTS[rows[0].experiment]
+    experiment = experiment_of(rows)
+    command = f"```\npython -m bench.paper --experiment {experiment.name}{_scale_flag(rows[0])}\n```"
     sentences = "\n".join(f"- {sentence}" for sentence in findings(rows))
     return "\n\n".join(
         (
             f"## {experiment.title} ({experiment.source})",
-            f"```\npython -m bench.paper --experiment {experiment.name}{_scale_flag(rows[0])}\n```",
+            *([command] if experiment is not EARLIER_AVERAGING else []),
             _conditions(rows),
             f"![{experiment.title}]({figure})",
             results_table(rows),
@@ -342,7 +375,7 @@ def _conditions(rows: Sequence[RunRow]) -> str:
     threads = sorted({entry.environment["threads"] for entry in rows})
     judge = row.network if row.is_inception else f"features of {row.network} (not FID and KID)"
     minibatches = sorted({entry.minibatch for entry in rows})
-    changed = " ".join(EXPERIMENTS[row.experiment].small_flags) if row.scale == SMALL else ""
+    changed = " ".join(experiment_of(rows).small_flags) if row.scale == SMALL else ""
     rates = f" with `{changed}`" if changed else ""
     return (
         f"{row.steps:,} steps{rates}, minibatch {' and '.join(map(str, minibatches))}, "

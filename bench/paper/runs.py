@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.commands import Usage, check, in_turn, run_module
+from bench.commands import RunFailed, Usage, check, in_turn, run_module
 from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
-from bench.paper.search import best, judged_by, kept_score, scorer
-from bench.paper.training import train
+from bench.paper.search import SEED, best, judged_by, kept_score, scorer
+from bench.paper.training import check_same, configured, settings_digest, train
 from bench.rows import Row, environment
 from engine.comparison.distances import kernels, mmd
 from engine.configuration.config import Config
@@ -41,9 +42,11 @@ class RunRow(Row):
         seconds: of training, on the machine of `environment`, whatever else it did.
         smoke: a try of the machinery, whose numbers mean nothing.
         cpu_seconds: of training, of all threads together.
-        searched: the trials that decided for a part of the flags: the candidate's flags, and its score.
+        searched: the trials that decided for a part of the flags: the candidate's flags, and its score; None for one
+            that failed, with its message.
         searched_by: what gave the scores, the larger the better.
         trial_steps: training steps of a trial.
+        settings: digest of all settings of the run.
     """
 
     experiment: str
@@ -66,6 +69,7 @@ class RunRow(Row):
     searched: list[dict[str, Any]] | None = None
     searched_by: str | None = None
     trial_steps: int | None = None
+    settings: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,16 @@ def chosen(settings: Sequence[ExperimentSetting], only: Sequence[str]) -> list[E
     return [setting for setting in settings if not only or parts[setting.name] & set(only)]
 
 
-def run_experiment(experiment: Experiment, plan: ExperimentPlan) -> Iterator[RunRow]:
-    """All runs of `experiment`, seed by seed, so that an early end leaves whole comparisons."""
+def run_experiment(experiment: Experiment, plan: ExperimentPlan, failures: list[str]) -> Generator[RunRow, None, None]:
+    """All runs of `experiment`, seed by seed, so that an early end leaves whole comparisons.
+
+    What fails, as a run that diverges, is noted in `failures`, and the others go on.
+    """
     settings = chosen(experiment.settings(plan.scale), plan.only)
     for name in {name for setting in settings for name in setting.extractor.split("+")}:
         pretrained(name, plan)
+    if plan.jobs > 1:  # the first that opens the data set may download and unpack it: none beside it
+        open_data(configured(training_flags(experiment, settings[0], plan, 0, _weights(settings[0], plan))))
     searched = _search(experiment, settings, plan)
     runs = [(seed, setting) for seed in plan.seeds for setting in settings]
 
@@ -124,32 +133,39 @@ def run_experiment(experiment: Experiment, plan: ExperimentPlan) -> Iterator[Run
         seed, setting = run
         return training_flags(experiment, setting, plan, seed, _weights(setting, plan), _found(searched, setting))
 
-    def trained(run: tuple[int, ExperimentSetting]) -> Usage | RunRow:
+    def trained(run: tuple[int, ExperimentSetting]) -> Usage | RunRow | RunFailed:
         seed, setting = run
         folder = run_folder(experiment, setting, plan, seed)
-        done = _done_row(folder, flags_of(run))
-        return train(flags_of(run), folder, plan.threads) if done is None else done
+        try:
+            done = _done_row(folder, flags_of(run))
+            return train(flags_of(run), folder, plan.threads) if done is None else done
+        except RunFailed as error:
+            return error
 
     judge: Judge | None = None
-    for run, found in zip(runs, in_turn(trained, runs, plan.jobs)):
-        if isinstance(found, RunRow):
-            yield found
-            continue
-        seed, setting = run
-        folder = run_folder(experiment, setting, plan, seed)
-        judge = judge or Judge(plan, Config.load(RunFolder(folder).config))
-        row = _row(experiment, setting, plan, seed, flags_of(run), found, judge, searched.get(setting.name))
-        write_atomically(folder / "row.json", (json.dumps(row.as_json(), indent=1) + "\n").encode())
-        yield row
+    with contextlib.closing(in_turn(trained, runs, plan.jobs)) as all_found:
+        for run, found in zip(runs, all_found):
+            seed, setting = run
+            if isinstance(found, RunRow):
+                yield found
+                continue
+            if isinstance(found, RunFailed):
+                failures.append(f"{setting.name}, seed {seed}: {found}")
+                print(failures[-1], file=sys.stderr, flush=True)
+                continue
+            folder = run_folder(experiment, setting, plan, seed)
+            judge = judge or Judge(plan, Config.load(RunFolder(folder).config))
+            row = _row(experiment, setting, plan, seed, flags_of(run), found, judge, searched.get(setting.name))
+            write_atomically(folder / "row.json", (json.dumps(row.as_json(), indent=1) + "\n").encode())
+            yield row
 
 
 def _done_row(folder: Path, flags: list[str]) -> RunRow | None:
-    """The row of a run that was judged; InputError if it was run with other flags."""
+    """The row of a run that was judged; InputError if it was run with other flags or settings."""
     if not (folder / "row.json").exists():
         return None
     row = RunRow(**json.loads((folder / "row.json").read_text()))
-    if row.flags != flags:
-        raise InputError("runs", f"{folder} was run with other flags; delete it or choose another folder")
+    check_same(folder, (row.flags, row.settings), (flags, settings_digest(flags)))
     return row
 
 
@@ -160,25 +176,34 @@ def _found(searched: Mapping[str, Sequence[Mapping[str, Any]]], setting: Experim
 def _search(
     experiment: Experiment, settings: Sequence[ExperimentSetting], plan: ExperimentPlan
 ) -> dict[str, list[dict[str, Any]]]:
-    """Setting → its trials, of those that have candidates: short runs with seed 0."""
+    """Setting → its trials, of those that have candidates: short runs with a seed of their own."""
     trials = [(setting, candidate) for setting in settings for candidate in setting.candidates]
     if not trials:
         return {}
     folder = _experiment_folder(experiment, plan) / "trials"
     score = scorer(plan.scale, plan.samples, plan.device)
 
-    def trained(trial: tuple[ExperimentSetting, tuple[str, ...]]) -> Path:
+    def trained(trial: tuple[ExperimentSetting, tuple[str, ...]]) -> Path | RunFailed:
         setting, candidate = trial
         own = folder / f"{_file_name(setting)}-{setting.candidates.index(candidate)}"
-        flags = training_flags(experiment, setting, plan, 0, _weights(setting, plan), candidate, trial=True)
-        train(flags, own, plan.threads)
+        flags = training_flags(experiment, setting, plan, SEED, _weights(setting, plan), candidate, trial=True)
+        try:
+            train(flags, own, plan.threads, retry=False)
+        except RunFailed as error:
+            return error
         return own
 
     found: dict[str, list[dict[str, Any]]] = {}
-    for (setting, candidate), own in zip(trials, in_turn(trained, trials, plan.jobs)):
-        entry = {"flags": " ".join(candidate), "score": kept_score(own, score)}
-        print(f"trial: {setting.name}, {entry['flags']}: {entry['score']:.4g}", file=sys.stderr, flush=True)
-        found.setdefault(setting.name, []).append(entry)
+    with contextlib.closing(in_turn(trained, trials, plan.jobs)) as folders:
+        for (setting, candidate), own in zip(trials, folders):
+            entry: dict[str, Any] = {"flags": " ".join(candidate)}
+            if isinstance(own, RunFailed):
+                entry |= {"score": None, "message": str(own)}
+            else:
+                entry["score"] = kept_score(own, score)
+            told = entry.get("message") or entry["score"]
+            print(f"trial: {setting.name}, {entry['flags']}: {told}", file=sys.stderr, flush=True)
+            found.setdefault(setting.name, []).append(entry)
     return found
 
 
@@ -330,6 +355,7 @@ def _row(
         searched=searched,
         searched_by=None if searched is None else judged_by(plan.scale),
         trial_steps=None if searched is None else steps_of(experiment, plan, trial=True),
+        settings=settings_digest(flags),
         environment=environment(plan.device),
     )
 

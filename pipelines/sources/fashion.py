@@ -19,6 +19,10 @@ log = logging.getLogger("gfmn")
 
 _FOLDER = "FashionMNIST"
 _SIDE, _MARGIN = 28, 2
+_DAMAGED = "FashionMNIST is damaged"
+_REMEDY = (
+    "delete its files *-ubyte: they are unpacked again from *-ubyte.gz, which are downloaded where they are missing"
+)
 
 
 def open_fashion(
@@ -52,13 +56,14 @@ def open_fashion(
         pictures, labels = data.data.numpy(), data.targets.numpy()
         whole = pictures.shape[1:] == (_SIDE, _SIDE) and len(pictures) == len(labels) > 0
     except Exception as error:  # torchvision and its download raise what the network, the disk and the files do
-        what = "is not there and cannot be downloaded" if absent else "is damaged"
+        if not absent:
+            raise DataError(f"{printable(raw)}: {_DAMAGED} ({one_line(error)}); {_REMEDY}") from None
         raise DataError(
-            f"{printable(root)}: FashionMNIST {what} ({one_line(error)}); put the four files *-ubyte.gz into "
-            f"{_FOLDER}/raw there"
+            f"{printable(root)}: FashionMNIST is not there and cannot be downloaded ({one_line(error)}); put the four "
+            f"files *-ubyte.gz into {_FOLDER}/raw there"
         ) from None
     if not whole:
-        raise DataError(f"{printable(raw)}: FashionMNIST is damaged; delete its files, and download them again")
+        raise DataError(f"{printable(raw)}: {_DAMAGED}; {_REMEDY}")
     padded = np.pad(pictures, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))
     images = np.repeat(padded[..., None], 3, axis=3)
     return from_pictures(

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.judging import digits, write_weights
 from helpers.runs import command
 
 from bench import method_steps, methods
 from bench.methods import MethodRow
 from bench.rows import newest_file, write_json
+from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.support.errors import InputError
 
 
@@ -82,6 +85,50 @@ def test_mistakes_are_one_line(main, flags: str, message: str, capsys: pytest.Ca
     assert code == 2
     assert message in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> EvaluationNetwork:
+    weights = write_weights(tmp_path_factory.mktemp("judge") / "weights.safetensors")
+    return evaluation_network("vgg-small", weights=weights, image_size=32)
+
+
+def measured(samples: torch.Tensor, real: torch.Tensor, network: EvaluationNetwork) -> dict[str, float]:
+    return methods.measure(samples, real, network, ("kid", "prc"), torch.device("cpu"), digits=True)
+
+
+def test_real_images_as_samples(network: EvaluationNetwork) -> None:
+    real = digits(0, 60)
+    real[7] = real[3]
+    found = measured(real, real, network)
+    assert (found["chroma"], found["edge_level"]) == (0, 0)
+    assert found["distinct"] == len(real.flatten(1).unique(dim=0)) == 59
+    assert (found["precision"], found["recall"]) == (1, 1)
+    assert found["confident"] > 0.9
+    assert measured(real[:1].expand(60, -1, -1, -1), real, network)["distinct"] == 1
+
+
+def test_a_tint_and_a_frame_are_measured(network: EvaluationNetwork) -> None:
+    real = digits(0, 60)
+    tinted = real.clone()
+    tinted[:, 0] = tinted[:, 0] // 2
+    level = real.max() - real.max() // 2
+    assert 0 < measured(tinted, real, network)["chroma"] <= level
+    framed = real.clone()
+    framed[..., 0] = 200
+    assert measured(framed, real, network)["edge_level"] == pytest.approx(200 * 32 / 124)  # 4 · 31 places
+
+
+def test_blocks_change_nothing(network: EvaluationNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    real = torch.randint(0, 256, (37, 3, 32, 32), generator=random, dtype=torch.uint8)
+    samples = torch.randint(0, 256, (41, 3, 32, 32), generator=random, dtype=torch.uint8)
+    samples[::2, 1] //= 3
+    whole = measured(samples, real, network)
+    monkeypatch.setattr(methods, "_BLOCK", 7)
+    assert measured(samples, real, network) == pytest.approx(whole)
+    nearest = torch.cdist(samples.flatten(1).double(), real.flatten(1).double()).argmin(1)
+    assert whole["distinct"] == len(set(nearest.tolist()))
 
 
 def test_steps_are_beside_gfmns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import ttest_ind
 
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
-from bench.paper.results import closest, correlations, findings, page, read_rows, results_table, summarise, verdict
+from bench.paper.results import (
+    closest,
+    correlations,
+    findings,
+    page,
+    read_rows,
+    results_table,
+    smaller,
+    summarise,
+    verdict,
+)
 from bench.paper.runs import ExperimentPlan, RunRow, training_flags
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
@@ -66,20 +77,25 @@ def rows_of(a: list[float], b: list[float]) -> list[RunRow]:
         ([1.0], [2.0], "undecided"),  # one seed says nothing
     ],
 )
-def test_verdict_needs_two_standard_errors(a: list[float], b: list[float], word: str) -> None:
+def test_verdict_needs_more_than_the_seeds_spread(a: list[float], b: list[float], word: str) -> None:
     sentence = verdict(rows_of(a, b), CLAIM)
     assert f"**{word}**" in sentence
     if len(a) > 1:
         assert f"{np.mean(a):.3f} ± {np.std(a, ddof=1):.3f}" in sentence
 
 
-def test_two_standard_errors_to_the_digit() -> None:
-    a, b = [1.0, 1.2, 1.1], [1.3, 1.1, 1.5]
-    error = (np.var(a, ddof=1) / 3 + np.var(b, ddof=1) / 3) ** 0.5
-    gap = np.mean(b) - np.mean(a)
-    just_enough, too_little = (2 * error - gap) * 1.01, (2 * error - gap) * 0.99
-    assert "**agrees**" in verdict(rows_of(a, [value + just_enough for value in b]), CLAIM)
-    assert "**undecided**" in verdict(rows_of(a, [value + too_little for value in b]), CLAIM)
+def test_verdicts_are_welch_s_test() -> None:
+    random = np.random.default_rng(0)
+    found = {0: 0, 1: 0}
+    for counts in ((3, 3), (2, 5), (4, 2)) * 40:
+        a, b = random.normal(0, 1, counts[0]), random.normal(random.uniform(-4, 4), 0.3, counts[1])
+        test = ttest_ind(a, b, equal_var=False)
+        sign = 0 if test.pvalue >= 0.05 else 1 if test.statistic < 0 else -1
+        assert smaller(summarise(a), summarise(b)) == sign
+        found[abs(sign)] += 1
+    assert min(found.values()) > 20
+    assert smaller(summarise([1.0, 1.0]), summarise([2.0, 2.0])) == 1
+    assert smaller(summarise([1.0, 1.0]), summarise([1.0, 1.0])) == 0
 
 
 def test_side_by_side_names_the_closer_one() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import command
 
-from bench.commands import Usage
+from bench.commands import RunFailed, Usage
 from bench.methods import RUNS, MethodRow
 from bench.paper import comparison, orderings
 from bench.paper.__main__ import main
@@ -33,7 +33,8 @@ def plan_in(folder: Path, scale: str = "digits", **given) -> ExperimentPlan:
 
 def row(name: str, seed: int, distance: float, **other) -> MethodRow:
     values = {
-        "flags": "", "summary": "", "steps": 30, "minibatch": 64, "seconds": 60.0, "chroma": 1.0, "edge_level": 2.0,
+        "flags": "", "summary": "moments", "preset_steps": 300,
+        "steps": 30, "minibatch": 64, "seconds": 60.0, "chroma": 1.0, "edge_level": 2.0,
         "kernel_distance": distance / 1000, "frechet_distance": 3.0, "precision": 0.5, "recall": 0.25, "distinct": 700,
         "confident": 0.5, "least_share": 0.04, "cpu_seconds": 100.0, "mebibytes": 900.0, "judge": "the judge",
         "scale": "digits", "budget": 100, "smoke": False, "environment": ENVIRONMENT,
@@ -76,27 +77,55 @@ def test_first_stages_keep_their_share(tmp_path: Path) -> None:
     assert "--glo-steps" not in training_flags("glo", plan, 0, 300)
 
 
-def test_a_step_s_cost_is_the_difference_of_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[int] = []
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Nothing is trained; folders and steps of what would be, at a quarter of a second a step after nine of set-up."""
+    found: list[tuple[str, int]] = []
 
     def train(flags: list[str], folder: Path, threads: int | None) -> Usage:
         steps = int(flags[flags.index("--steps") + 1])
-        trained.append(steps)
-        start = 50.0 if len(trained) == 1 else 9.0  # the first run compiles
-        return Usage(2 * (start + 0.25 * steps), start + 0.25 * steps, 100.0)
+        found.append((folder.name, steps))
+        return Usage(2 * (9 + 0.25 * steps), 9 + 0.25 * steps, 100.0)
 
     monkeypatch.setattr(comparison, "train", train)
     monkeypatch.setattr(comparison, "pretrained", lambda name, plan: Path(f"{name}.safetensors"))
+    return found
+
+
+def test_a_step_s_cost_is_the_difference_of_two_runs(measured: list[tuple[str, int]], tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
     assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
     assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
-    assert len(trained) == 3
+    assert measured == [("gfmn-20", 20), ("gfmn-80", 80)]
     assert comparison.step_cost("vae", plan_in(tmp_path, "cifar10", device="cuda")) == pytest.approx(0.5)
     assert (steps_for(100, 0.25), steps_for(100, 0.26), steps_for(1, 5)) == (400, 380, 10)
     file = next((tmp_path / "methods-digits/costs").glob("gfmn.json"))
-    file.write_text('{"seconds": -0.1}')
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "seconds": -0.1}))
     with pytest.raises(InputError, match=r"other work disturbed .*; delete"):
         comparison.step_cost("gfmn", plan)
+    for other in ({"settings": "another"}, {"device": "cuda"}, {"flags": kept["flags"][:-1]}):
+        file.write_text(json.dumps({**kept, **other}))
+        with pytest.raises(InputError, match="was run with other flags"):
+            comparison.step_cost("gfmn", plan)
+
+
+def test_costs_of_methods_whose_first_steps_are_unlike_others(measured: list[tuple[str, int]], tmp_path: Path) -> None:
+    plan = plan_in(tmp_path, "cifar10", device="cuda")
+    for name, steps in (("wgan", [2, 200, 300]), ("molm", [2, 200, 300]), ("sngan", [2, 20, 80]), ("vae", [2, 20, 80])):
+        measured.clear()
+        assert comparison.step_cost(name, plan) == pytest.approx(0.5)
+        assert [count for _, count in measured] == steps
+
+
+def test_an_interrupted_cost_run_begins_anew(measured: list[tuple[str, int]], tmp_path: Path) -> None:
+    folder = tmp_path / "methods-digits/costs/gfmn-20"
+    folder.mkdir(parents=True)
+    record = folder.with_name("gfmn-20.json")
+    record.write_text(json.dumps({"done": False, "used": [None]}))
+    comparison.step_cost("gfmn", plan_in(tmp_path))
+    assert not folder.exists()
+    assert not record.exists()
 
 
 @pytest.fixture
@@ -106,16 +135,19 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def train(flags: list[str], folder: Path, threads: int | None) -> Usage:
         found.append(list(flags))
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if "frechet" in flags:
+            raise RunFailed("the loss is nan")
+        folder.mkdir(parents=True, exist_ok=True)
         return Usage(60.0, 100.0, 900.0)
 
-    def judged(name: str, flags: list[str], *_, seed: int, budget: int, smoke: bool, **__) -> MethodRow:
-        return row(name, seed, 1.0, flags=" ".join(flags), budget=budget, smoke=smoke)
+    def judged(name: str, flags: list[str], *_, seed: int, budget: int, smoke: bool, settings: str, **__) -> MethodRow:
+        return row(name, seed, 1.0, flags=" ".join(flags), budget=budget, smoke=smoke, settings=settings)
 
     monkeypatch.setattr(comparison, "train", train)
     monkeypatch.setattr(comparison, "judged", judged)
     monkeypatch.setattr(comparison, "pretrain", lambda: None)
     monkeypatch.setattr(comparison, "draw", lambda *_: None)
+    monkeypatch.setattr(comparison, "_warm", lambda *_: None)
     monkeypatch.setattr(comparison, "step_cost", lambda name, plan: {"vae": 0.5, "gfmn": 0.25}.get(name, 1.0))
 
     class Settings:
@@ -147,6 +179,35 @@ def test_rows_are_merged_and_finished_runs_stay(
     assert "was run with other flags" in text
 
 
+def test_a_method_that_fails_is_named_at_the_end(
+    trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    argv = ["--experiment", "methods", "--device", "cpu", "--runs", str(tmp_path), "--json", str(file), "--seeds", "1"]
+    code, text = command(main, [*argv, "--only", "gfmn", "frechet", "vae"], capsys)
+    assert code == 2
+    assert "1 failed, the others are done: frechet, seed 0: the loss is nan" in text
+    assert [entry["name"] for entry in json.loads(file.read_text())] == ["gfmn", "vae"]
+
+
+def test_rows_that_another_command_wrote_meanwhile_are_kept(
+    trained: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.json"
+    argv = ["--experiment", "methods", "--device", "cpu", "--json", str(file), "--seeds", "1", "--runs"]
+    judged = comparison.judged
+
+    def meanwhile(name: str, *given, **more) -> MethodRow:
+        if name == "vae":
+            monkeypatch.setattr(comparison, "judged", judged)
+            main([*argv, str(tmp_path / "other"), "--only", "gfmn"])
+        return judged(name, *given, **more)
+
+    monkeypatch.setattr(comparison, "judged", meanwhile)
+    main([*argv, str(tmp_path / "own"), "--only", "vae", "ae"])
+    assert [entry["name"] for entry in json.loads(file.read_text())] == ["gfmn", "ae", "vae"]
+
+
 @pytest.mark.parametrize(
     ("distances", "word"),
     [
@@ -156,7 +217,7 @@ def test_rows_are_merged_and_finished_runs_stay(
         ({"glann": [1.0], "glo": [2.0]}, "undecided"),
     ],
 )
-def test_orderings_need_two_standard_errors(distances: dict[str, list[float]], word: str) -> None:
+def test_orderings_need_more_than_the_seeds_spread(distances: dict[str, list[float]], word: str) -> None:
     sentence = holds(rows_of(**distances), Ordering("glann", "glo", "the source"))
     assert sentence is not None
     assert sentence.startswith(f"glann before glo (the source): **{word}** (glann ")
@@ -181,14 +242,22 @@ def test_the_page_is_its_rows() -> None:
     assert "sngan before wgan-gp" in left
     assert "dfm" not in text
     assert "![Samples of every method, seed 0](comparison.png)" in text
-    assert "| gfmn | no adversarial training | 30 × 64 | 50.0 ± 0.0 | 4.000 ± 0.000 | 1.100 ± 0.141 |" in text
+    assert (
+        "| gfmn | no adversarial training | moments | 30 × 64 | 10% | 50.0 ± 0.0 | 4.000 ± 0.000 | 1.100 ± 0.141 |"
+        in text
+    )
     assert "100 seconds of training for each method, seeds 0, 1; distances, precision and recall by the judge." in text
     assert best_of_groups(rows) == [
-        "no adversarial training: gfmn is closest (1.100 ± 0.141, of 4 methods)",
-        "adversarial: sngan is closest (4.050 ± 0.071, of 2 methods)",
+        "no adversarial training, 4 methods: gfmn is closest (1.100 ± 0.141), then glo (2.050 ± 0.071)",
+        "adversarial, 2 methods: sngan is closest (4.050 ± 0.071), then wgan-gp (4.100 ± 0.141); no difference that "
+        "counts",
+        "of the groups' closest, gfmn (no adversarial training) is closest (1.100 ± 0.141), then sngan (adversarial) "
+        "(4.050 ± 0.071)",
     ]
+    assert "There are 3 here, each tested by itself." in text
     without = [row("gfmn", 0, 1.0, confident=None)]
     assert "| read |" not in results_table(without)
+    assert "| – | 900.0 | 1 |" in results_table([row("gfmn", 0, 1.0, cpu_seconds=None), row("vae", 0, 1.0)])
 
 
 def test_the_committed_page_is_what_the_committed_rows_say() -> None:

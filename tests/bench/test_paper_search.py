@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from bench.paper.experiments import EXPERIMENTS, SCALES
 from bench.paper.results import searched_table
 from bench.paper.runs import ExperimentPlan, RunRow, chosen, pixel_distance, run_experiment, steps_of
 from bench.paper.search import best, readability
+from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError
 
 AVERAGING = EXPERIMENTS["averaging"]
@@ -38,9 +40,11 @@ def test_every_averager_has_as_many_candidates_and_the_same_generator(scale: str
     assert len(settings) == 15
     for setting in settings:
         assert len(set(setting.candidates)) == 6
-        for candidate in setting.candidates:
-            assert candidate[0::2][0] == "--lr"
-            assert candidate[-2] == "--beta2"
+        flags = [dict(zip(candidate[::2], candidate[1::2])) for candidate in setting.candidates]
+        counts = {flag: len({candidate[flag] for candidate in flags}) for flag in flags[0]}
+        own = sum(flag not in ("--lr", "--beta2") for flag in counts)  # one, but for "none"
+        assert (counts["--lr"], counts["--beta2"]) == ((2, 1) if own else (3, 2))
+        assert all(count == 3 for flag, count in counts.items() if flag not in ("--lr", "--beta2"))
         assert setting.flags[setting.flags.index("--upsampling") + 1] == "transposed"
     assert AVERAGING.small_steps >= 4000
 
@@ -52,7 +56,7 @@ def test_a_trial_is_a_quarter(tmp_path: Path) -> None:
 
 
 def test_the_best_has_the_largest_finite_score() -> None:
-    scores = {"--lr 1": float("nan"), "--lr 2": 0.2, "--lr 3 --beta2 .9": 0.7, "--lr 4": 0.7, "--lr 5": -1.0}
+    scores = {"--lr 1": None, "--lr 2": 0.2, "--lr 3 --beta2 .9": 0.7, "--lr 4": 0.7, "--lr 5": -1.0}
     entries = [{"flags": flags, "score": score} for flags, score in scores.items()]
     assert best(entries) == ("--lr", "3", "--beta2", ".9")
     with pytest.raises(InputError, match="not finite"):
@@ -102,6 +106,7 @@ class Engine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: list[list[str]] = []
         self.status = 0
+        self.diverges: tuple[str, ...] = ()
         monkeypatch.setattr(training, "run_module", self.run)
         monkeypatch.setattr(runs, "pretrained", lambda name, plan: Path(name))
         monkeypatch.setattr(runs, "scorer", lambda *_: self.score)
@@ -115,11 +120,12 @@ class Engine:
         folder = Path(flags[flags.index("--out") + 1])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(flags))
-        return Ended(Usage(1.0, 2.0, 3.0), self.status, "it burned")
+        status = 2 if self.diverges and set(self.diverges) <= set(flags) else self.status
+        return Ended(Usage(1.0, 2.0, 3.0), status, "it burned")
 
     def score(self, folder: Path) -> float:
         flags = json.loads((folder / "config.json").read_text())
-        return {"0.1": 0.9}.get(flags[flags.index("--ma-alpha") + 1], 0.5) + 0.01 * ("0.999" in flags)
+        return {"0.1": 0.9}.get(flags[flags.index("--ma-alpha") + 1], 0.5) + 0.01 * ("1e-3" in flags)
 
     def row(self, experiment, setting, plan, seed, flags, usage, judge, searched) -> RunRow:
         return RunRow(
@@ -127,6 +133,7 @@ class Engine:
             minibatch=64, extractor="", flags=flags, network="", is_inception=False, samples=1, real=1,
             metrics={"kernel_distance": 0.1, "frechet_distance": 0.2}, curve=[], seconds=usage.seconds,
             smoke=plan.smoke, cpu_seconds=usage.cpu_seconds, searched=searched, searched_by="the eye", trial_steps=1000,
+            settings=training.settings_digest(flags),
         )  # fmt: skip
 
 
@@ -134,21 +141,74 @@ class Engine:
 def test_runs_take_what_the_trials_found(jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch)
     plan = plan_in(tmp_path, only=("MA, 64",), jobs=jobs)
-    rows = list(run_experiment(AVERAGING, plan))
+    failures: list[str] = []
+    rows = list(run_experiment(AVERAGING, plan, failures))
+    assert not failures
     assert len(engine.trained) == 6 + 2
     trials, long = [flags for flags in engine.trained if "1000" in flags], [f for f in engine.trained if "4000" in f]
     assert (len(trials), len(long)) == (6, 2)
-    assert all(flags[flags.index("--seed") + 1] == "0" for flags in trials)
+    assert all(flags[flags.index("--seed") + 1] == "1000" for flags in trials)
+    assert sorted(flags[flags.index("--seed") + 1] for flags in long) == ["0", "1"]
     for flags in long:
         assert flags[flags.index("--ma-alpha") + 1] == "0.1"
     assert [row.seed for row in rows] == [0, 1]
     assert [len(row.searched or ()) for row in rows] == [6, 6]
     table = searched_table(rows)
-    assert "| MA, 64 | `--lr 1e-3 --ma-alpha 0.1 --beta2 0.999` |" in table
-    assert "`--lr 1e-3 --ma-alpha 0.03 --beta2 0.999` 0.5" in table
-    again = list(run_experiment(AVERAGING, plan))
+    assert "| MA, 64 | `--lr 1e-3 --ma-alpha 0.1 --beta2 0.9` |" in table
+    assert "`--lr 1e-3 --ma-alpha 0.03 --beta2 0.9` 0.5" in table
+    again = list(run_experiment(AVERAGING, plan, failures))
     assert len(engine.trained) == 8
     assert [row.as_json() for row in again] == [row.as_json() for row in rows]
+
+
+def test_what_diverges_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    plan = plan_in(tmp_path, only=("MA, 64",))
+    engine.diverges = ("0.1", "1e-3", "1000")  # what would be the best trial
+    failures: list[str] = []
+    rows = list(run_experiment(AVERAGING, plan, failures))
+    assert not failures
+    assert [row.flags[row.flags.index("--ma-alpha") + 1] for row in rows] == ["0.1", "0.1"]
+    assert [row.flags[row.flags.index("--lr") + 1] for row in rows] == ["3e-4", "3e-4"]
+    (failed,) = (entry for entry in rows[0].searched or () if entry["score"] is None)
+    assert failed["flags"] == "--lr 1e-3 --ma-alpha 0.1 --beta2 0.9"
+    assert failed["message"].endswith("python -m engine.train failed: it burned")
+    assert "`--lr 1e-3 --ma-alpha 0.1 --beta2 0.9` failed" in searched_table(rows)
+    count = len(engine.trained)
+    list(run_experiment(AVERAGING, plan, failures))
+    assert len(engine.trained) == count  # not even the trial that failed
+    engine.diverges = ("--seed", "0")
+    rows = list(run_experiment(AVERAGING, plan_in(tmp_path / "other", only=("MA, 64",)), failures))
+    assert [row.seed for row in rows] == [1]
+    (failure,) = failures
+    assert failure.startswith("MA, 64, seed 0: ")
+    assert failure.endswith("failed: it burned")
+
+
+def test_nothing_is_searched_where_every_trial_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    engine.diverges = ("1000", "--ma-alpha")
+    failures: list[str] = []
+    rows = list(run_experiment(AVERAGING, plan_in(tmp_path, only=("MA, 64",)), failures))
+    assert not rows
+    assert [failure.split(":")[0] for failure in failures] == ["MA, 64, seed 0", "MA, 64, seed 1"]
+
+
+def test_a_preset_s_other_values_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Engine(monkeypatch)
+    plan = plan_in(tmp_path, only=("MA, 64",), seeds=(0,))
+    list(run_experiment(AVERAGING, plan, []))
+    training.train(["--steps", "5"], tmp_path / "run")
+    monkeypatch.setitem(PRESETS["digits"], "nz", 7)
+    assert training.configured(["--steps", "5"]).networks.nz == 7
+    for again in (
+        lambda: list(run_experiment(AVERAGING, plan, [])),
+        lambda: training.train(["--steps", "5"], tmp_path / "run"),
+    ):
+        with pytest.raises(InputError, match="its preset had other values; delete it or give another"):
+            again()
+    shutil.rmtree(tmp_path / "run")
+    training.train(["--steps", "5"], tmp_path / "run")
 
 
 def test_an_interrupted_run_goes_on_and_its_pieces_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +231,20 @@ def test_an_interrupted_run_goes_on_and_its_pieces_add_up(tmp_path: Path, monkey
     engine.status = 2
     with pytest.raises(InputError, match="failed: it burned"):
         training.train(["--steps", "5"], tmp_path / "other")
+
+
+def test_what_a_killed_piece_used_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+
+    def killed(*_, **__) -> Ended:
+        (tmp_path / "run").mkdir()
+        raise SystemExit  # this process, too: nothing is written any more
+
+    monkeypatch.setattr(training, "run_module", killed)
+    with pytest.raises(SystemExit):
+        training.train(["--steps", "5"], tmp_path / "run")
+    monkeypatch.setattr(training, "run_module", engine.run)
+    assert training.train(["--steps", "5"], tmp_path / "run") == Usage(1.0, None, 3.0)
 
 
 def test_rows_of_other_invocations_are_kept(
@@ -200,7 +274,6 @@ def test_a_process_tells_what_it_used_and_why_it_failed() -> None:
     assert failed.status == 1
     with pytest.raises(InputError, match=r"^that failed: .*No module named no_such_module$"):
         check(failed, "that")
-    assert Usage(1, 2, 3) + Usage(10, 20, 2) == Usage(11, 22, 3)
 
 
 def test_in_turn_keeps_the_order_and_ends_at_the_first_failure() -> None:
