@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine.configuration.methods import AUTOENCODING, LATENT
 from engine.configuration.options import Settings, option, require
-from engine.methods.autoencoding import BANDWIDTHS
 from engine.representation.encoders import ENCODERS
 
 if TYPE_CHECKING:
     from engine.configuration.config import Config
 
+CODE_BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 RECONSTRUCTIONS = ("pixels", "pyramid", "perceptual")
 
 
@@ -97,7 +97,7 @@ class AutoencoderConfig(Settings):
         since="0.2",
     )
     code_bandwidths: tuple[float, ...] = option(
-        BANDWIDTHS,
+        CODE_BANDWIDTHS,
         "σ of the Gaussian kernels that compare codes, in units of the root of their mean squared distance",
         above=0,
         at_least=1e-6,

@@ -30,8 +30,6 @@ from engine.training.ranks import ALONE, Ranks
 from pipelines import Batch
 
 DIVERGENCES = ("none", "kl", "mmd", "gan")
-BANDWIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
-"""σ of the Gaussian kernels of codes, in units of the root of their mean squared distance."""
 _RECENT = 2048
 """Codes that a Gaussian is fitted to."""
 
@@ -230,7 +228,7 @@ class CodeMatching:
         mapping: T, noise [N, K] → codes [N, nz].
         noise: the law of T's noise.
         autoencoder_steps: steps of the first phase.
-        bandwidths: of `root_mmd_of_codes`.
+        bandwidths: σ of `root_mmd_of_codes`, in units of the root of codes' mean squared distance.
         lr, betas, optimizer, weight_decay: of T.
 
     Attributes:
@@ -247,7 +245,7 @@ class CodeMatching:
         noise: Prior,
         *,
         autoencoder_steps: int,
-        bandwidths: Sequence[float] = BANDWIDTHS,
+        bandwidths: Sequence[float],
         lr: float,
         betas: tuple[float, float] = (0.5, 0.999),
         optimizer: str = "adam",
