@@ -71,9 +71,10 @@ def test_groups() -> None:
 
 def test_first_stages_keep_their_share(tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
-    for name, flag in (("glann", "--glo-steps"), ("gmmn-ae", "--autoencoder-steps")):
+    # A sixth and two thirds, as in the presets.
+    for name, flag, steps in (("glann", "--glo-steps", "50"), ("gmmn-ae", "--autoencoder-steps", "200")):
         flags = training_flags(name, plan, 0, 300)
-        assert flags[flags.index(flag) + 1] == "200"  # two thirds, as in the preset
+        assert flags[flags.index(flag) + 1] == steps
     assert "--glo-steps" not in training_flags("glo", plan, 0, 300)
 
 
