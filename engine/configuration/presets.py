@@ -82,13 +82,14 @@ _OF_CODES: dict[str, dict[str, Any]] = {
     "gmmn-ae": {"nz": 16},
 }
 _SHORT: dict[str, Any] = {"steps": 1200, "autoencoder_steps": 800, "batch_size": 64, "upsampling": "transposed"}
+_SHORT_OWN: dict[str, dict[str, Any]] = {"vae": {"code_weight": 2.0, "steps": 2000}, "wae": {"code_weight": 30.0}}
 _OF_METHODS |= {
     name: {
         preset: {
             **_AUTOENCODER,
             **values,
             **({"autoencoder_steps": PRESETS[preset]["steps"] // 2}),
-            **(_SHORT if preset == "digits" else {"nz": 128}),
+            **({**_SHORT, **_SHORT_OWN.get(name, {})} if preset == "digits" else {"nz": 128}),
         }
         for preset in PRESETS
     }
