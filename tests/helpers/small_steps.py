@@ -244,6 +244,33 @@ def small_trainer(config: Config, ranks: Ranks = ALONE, graphs: Graphs | None = 
     return Trainer(method, make_schedule(config), RunFolder("nowhere"), {}, graphs=graphs, ranks=ranks, **options)
 
 
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    """All that its checkpoint has, by part and name."""
+    parts = trainer._checkpoint().parts
+    return {f"{part}.{name}": tensor.clone() for part, state in parts.items() for name, tensor in state.items()}
+
+
+def resumed_equals_whole(config: Config) -> set[str]:
+    """Asserts that five steps, and two that are saved and restored with three after them, end in the same bits.
+
+    Returns the names in `everything` that the last three steps changed.
+    """
+    whole, first, second = (small_trainer(config) for _ in range(3))
+    for _ in range(5):
+        whole.train_step()
+    for _ in range(2):
+        first.train_step()
+    second.restore(first._checkpoint())
+    before = everything(second)
+    for _ in range(3):
+        second.train_step()
+    found, expected = everything(second), everything(whole)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert torch.equal(second.picture(), whole.picture())
+    return {key for key in found if key not in before or not torch.equal(before[key], found[key])}
+
+
 def device_step(trainer: Trainer) -> Callable[[AbstractContextManager[Any]], object]:
     """A whole step of `trainer`, with what a CUDA graph captures of it inside the context that the step is given."""
     captured = trainer._step
