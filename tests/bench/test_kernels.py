@@ -174,6 +174,7 @@ class TestBytes:
         assert backward == {"grad": 2 * 30 * 2, "y": 30 * 2, "a": 10 * 4, "b": 10 * 4, "partial": 0}
         assert afterwards == backward, "the counter stops with its context"
 
+    @pytest.mark.slow
     def test_ours_are_near_the_floor_and_others_are_above(self, tmp_path: Path) -> None:
         run = _python(_COUNT, tmp_path / "rows.json", interpret=True)
         assert run.returncode == 0, run.stderr

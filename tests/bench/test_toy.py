@@ -101,6 +101,7 @@ def test_distances_of_point_masses() -> None:
     assert flat == {"total variation", "Jensen-Shannon", "Fisher", "MMD², best σ"}
 
 
+@pytest.mark.slow
 def test_distances_of_gaussians(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distances, "_TRANSPORTED", 80)
     rows = distances.gaussian_rows()

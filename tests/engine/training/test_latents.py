@@ -148,7 +148,7 @@ def test_presets_leave_steps_for_the_mapping(preset: str) -> None:
     assert config.latent.pool_size >= config.training.batch_size
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "imle")) for name in OWN])
 def test_a_step_is_planned(name: str) -> None:
     """On tensors of no memory, as every method's; codes of all images count."""
     config = configuration("digits", {"method": name})
