@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import train
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
 from engine.generation.networks import build_generator
@@ -39,6 +40,15 @@ def command(main: Callable, argv: Sequence[str], capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as exit_:
         run_command(main, argv)
     return int(exit_.value.code or 0), capsys.readouterr().err
+
+
+def refusal(given: Sequence[str], data: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line with which training on the pictures `data` refuses what is `given`; asserts that nothing was begun."""
+    text = f"--data {data} --batch-size 4 --nz 8 --loader torch --threads 1 --steps 1"
+    code, errors = command(train.main, [*text.split(), *given, "--out", str(run)], capsys)
+    assert code == 2
+    assert not (run / "config.json").exists()
+    return errors.splitlines()[-1]
 
 
 def start(
