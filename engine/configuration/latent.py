@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine.configuration.methods import LATENT, WITH_TABLE
 from engine.configuration.options import MOST_IMAGES, Settings, option, require
+from engine.methods.code_starts import most_dimensions
 
 if TYPE_CHECKING:
     from engine.configuration.config import Config
@@ -83,7 +84,7 @@ def check_latent(config: Config) -> None:
         fewer = f"is smaller than the minibatch: {own.pool_size} < {batch}; give at least so many"
         require(own.pool_size >= batch, "pool_size", fewer)
     if method in WITH_TABLE and own.code_start == "pca":
-        most = 3 * min(config.data.image_size, 16) ** 2  # see `principal_codes`
+        most = most_dimensions(config.data.image_size)
         require(config.networks.nz <= most, "nz", f"--code-start pca has at most {most} dimensions")
     if method == "glann":
         steps, first = config.training.steps, own.glo_steps

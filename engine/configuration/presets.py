@@ -88,7 +88,7 @@ _OF_METHODS |= {
         preset: {
             **_AUTOENCODER,
             **values,
-            **({"autoencoder_steps": PRESETS[preset]["steps"] // 2}),
+            "autoencoder_steps": PRESETS[preset]["steps"] // 2,
             **({**_SHORT, **_SHORT_OWN.get(name, {})} if preset == "digits" else {"nz": 128}),
         }
         for preset in PRESETS

@@ -14,6 +14,11 @@ _CELLS, _INSIDE = 16, 0.9
 """Images are averaged to at most so many cells a side; the share of codes that lie inside the ball from the start."""
 
 
+def most_dimensions(image_size: int) -> int:
+    """How many principal components images of this size have here at most: numbers of their cells."""
+    return 3 * min(image_size, _CELLS) ** 2
+
+
 def principal_codes(images: Iterable[tuple[Tensor, Tensor]], count: int, nz: int, *, radius: float = 1.0) -> Tensor:
     """The whitened principal components of the images, scaled to a ball: codes [count, nz] float32, on the CPU.
 
@@ -67,5 +72,4 @@ def principal_codes(images: Iterable[tuple[Tensor, Tensor]], count: int, nz: int
 
 def _cells(images: Tensor) -> Tensor:
     """Averages of cells, [n, F] float64 on the CPU."""
-    side = min(images.shape[-1], _CELLS)
-    return adaptive_avg_pool2d(images.cpu().double(), side).flatten(1)
+    return adaptive_avg_pool2d(images.cpu().double(), min(images.shape[-1], _CELLS)).flatten(1)
