@@ -29,6 +29,7 @@ from engine.configuration.inputs import choose_device
 METHODS: Mapping[str, tuple[str, int | None]] = {
     "gfmn": ("gfmn", None),
     "mmd, 10,000 real images": ("mmd", 10_000),
+    "mmd, 2,000 landmarks": ("mmd", 2_000),
     "frechet, 1,797 real images": ("frechet", 1_797),
     "frechet, any number of real images": ("frechet", None),
     "drifting, 2,000 real images": ("drifting", 2_000),

@@ -200,8 +200,8 @@ class _Taps:
             return
         if shortcut is not None:
             arriving.add_(shortcut)
-        # The sums in float32, if they are stored in less.
-        arriving.copy_(arriving + (own.g if own.slope is None else own.g + own.slope * y))
+        # The sums in the wider dtype of the two, stored in the features' own.
+        arriving.add_(own.g if own.slope is None else torch.addcmul(own.g, own.slope, y))
         mask_(arriving, y, activation)
 
 
