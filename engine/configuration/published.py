@@ -230,7 +230,7 @@ _KERNELS: dict[str, Any] = {"steps": 1300, "lr": 5e-4}
 _CLIPPED: dict[str, Any] = {"critic_steps": 3, "lr": 2e-4, "steps": 700}
 OF_DIGITS: dict[str, dict[str, Any]] = {
     "dcgan": {"steps": 1500},
-    "lsgan": {"steps": 1500, "lr": 5e-4},
+    "lsgan": {"steps": 1750, "lr": 5e-4},
     "wgan": _CLIPPED,
     "wgan-gp": {"steps": 1500, "lr": 5e-4, "critic": "dcgan"},
     "sngan": {"steps": 1700, "lr": 4e-4, "beta1": 0.5, "critic": "dcgan"},
