@@ -61,7 +61,18 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     # Whoever tells digits needs no colours, and leaves fringes of them: the second network sees those.
     "gfmn": {"digits": {"extractor": "vgg-small+opponent"}},
     # Of the last layers, which know digits best: a kernel sees all features at once, and the first layers' blur them.
-    "mmd": {"digits": {"lr": 2e-3, "beta2": 0.9, "layers": 4, "layers_from": "top"}},
+    # The second network sees fringes of colour, and this upsampling begins with fewer of them.
+    "mmd": {
+        "digits": {
+            "extractor": "vgg-small+opponent",
+            "layers": 4,
+            "layers_from": "top",
+            "upsampling": "nearest",
+            "lr": 2e-3,
+            "beta2": 0.9,
+            "steps": 1300,
+        }
+    },
     # A small minibatch is matched to averages of the many real images, which have less variety.
     "sinkhorn": {"digits": {"lr": 2e-3, "batch_size": 256, "steps": 350}},
     # On pixels, as published.
