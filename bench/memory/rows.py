@@ -66,6 +66,7 @@ def _in_chunks(name: str, method: str | None = None, images: int | None = None) 
 METHODS = (
     _in_chunks("gfmn"),
     _in_chunks("mmd, 10,000 real images", "mmd"),
+    _in_chunks("mmd, 2,000 landmarks", "mmd", 2000),
     _in_chunks("sinkhorn, 2,000 real images", "sinkhorn"),
     _in_chunks("drifting, 2,000 real images", "drifting"),
     _in_chunks("frechet, 1,797 real images", "frechet", 1797),

@@ -1,9 +1,8 @@
-"""Sums over all pairs of rows, and nearest rows, in tiles: products by BLAS, everything else in one compiled loop.
+"""Sums over all pairs of rows, and nearest rows, in tiles: products by a library, all else in one compiled loop.
 
-A tile is at most `TILE` rows by `TILE` columns, and lives in two buffers that are allocated once: what BLAS multiplies
-into one, the compiled loop turns into f' in place, and f in the other; BLAS then adds f'·Y to the gradient. Columns
-are the outer loop, so that every tile of y is converted and centred once. Of x against itself only the tiles on and
-above the diagonal are computed, and serve both sides.
+A tile is at most `TILE` rows by `TILE` columns. The compiled loop turns its products into f' in place and writes f into
+another buffer; f'·Y is then added to the gradient. Columns are the outer loop, so that every tile of y is converted
+and centred once. Of x against itself only the tiles on and above the diagonal are computed, and serve both sides.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ from kernels import plain
 from kernels._dynamo import Kernel
 from kernels.layout import accumulation_dtype
 from kernels.operators import operator
+from kernels.products import add_product_, row_products
 from kernels.profiles import PROFILES, rounding_floor
 
 TILE = 1024
-"""Rows and columns of a tile: two buffers of 4 MiB in float32, and sums of no more terms than Inductor adds plainly."""
+"""Rows and columns of a tile: 4 MiB in float32, and sums of no more terms than Inductor adds plainly."""
 
 
 def profile(kernel: str, t: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -137,22 +137,6 @@ class Operands:
         return x.to(self.dtype).contiguous() if self.shift is None else (x.to(self.dtype) - self.shift).contiguous()
 
 
-class Buffers:
-    """Memory of one tile for every use of it, handed out in the shape that is asked for."""
-
-    def __init__(self, like: Tensor, rows: int, columns: int):
-        size = min(rows, TILE) * min(columns, TILE)
-        self.like, self.size = like, size
-        self.held: dict[str, Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int) -> Tensor:
-        """[rows, columns] of the buffer `name`."""
-        if name not in self.held:
-            self.held[name] = self.like.new_empty(self.size)
-        buffer: Tensor = self.held[name]
-        return buffer[: rows * columns].view(rows, columns)
-
-
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
     with torch.no_grad(), plain.full_precision(device):
@@ -183,7 +167,7 @@ def _in_tiles(
     rows, norms = operands.rows, operands.norms
     numbers = constants(kernel, parameters, features, rows.dtype)
     others = count if y is None else len(y)
-    buffers = Buffers(rows, count, others)
+    buffer = rows.new_empty(min(count, TILE) * min(others, TILE) if gradient else 0)
     sums = x.new_zeros(count, dtype=torch.float64)
     slope_sums = rows.new_zeros(count, 1)
     result = torch.zeros_like(rows) if gradient else rows.new_empty(0, features)
@@ -195,12 +179,11 @@ def _in_tiles(
         for own in tiles(count):
             if y is None and own.start > part.start:
                 continue
-            shape = (own.stop - own.start, part.stop - part.start)
-            products = torch.mm(rows[own], columns.T, out=buffers.take("products", *shape))
+            products = row_products(rows[own], columns)
             itself = y is None and own == part
             if itself and norms is not None:
                 products.diagonal().copy_(norms[own, 0])  # a distance of exactly 0
-            values = buffers.take("values", *shape) if gradient else products
+            values = buffer[: products.numel()].view_as(products) if gradient else products
             own_norms = None if norms is None else norms[own]
             evaluate(products, own_norms, column_norms, values if gradient else None, numbers, kernel)
             if itself and not diagonal:
@@ -213,9 +196,9 @@ def _in_tiles(
                 continue
             if itself and (radial or not diagonal):
                 products.fill_diagonal_(0)  # x_i − x_i = 0
-            result[own].addmm_(products, columns)
+            add_product_(result[own], products, columns)
             if mirrored:
-                result[part].addmm_(products.T, rows[own])
+                add_product_(result[part], products.T, rows[own])
             if radial:
                 slope_sums[own] += products.sum(dim=1, keepdim=True)
                 if mirrored:
@@ -230,17 +213,15 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """See `kernels.nearest`."""
     with _plainly(x.device):
         operands = Operands(x, y, radial=True)
-        buffers = Buffers(operands.rows, len(x), len(y))
         best = operands.rows.new_full((len(x),), float("inf"))
         index = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for part in tiles(len(y)):
             columns = operands.columns(part)
             norms = squared_norms(columns)
+            columns.mul_(-2)
             for own in tiles(len(x)):
-                products = buffers.take("products", own.stop - own.start, part.stop - part.start)
                 # ‖x‖² is the same for all columns; without it the smallest is that of the nearest all the same.
-                torch.addmm(norms, operands.rows[own], columns.T, alpha=-2, out=products)
-                smallest, where = products.min(dim=1)
+                smallest, where = row_products(operands.rows[own], columns, norms).min(dim=1)
                 closer = smallest < best[own]
                 index[own] = torch.where(closer, where + part.start, index[own])
                 best[own] = torch.where(closer, smallest, best[own])
