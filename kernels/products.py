@@ -19,7 +19,8 @@ def row_products(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.mm(x, y.T) if bias is None else torch.addmm(bias, x, y.T)
     if not (y.is_contiguous() or y.T.is_contiguous()):
         y = y.contiguous()  # oneDNN takes minutes where rows lie apart
-    return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
+    products: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
+    return products
 
 
 def add_product_(out: Tensor, x: Tensor, y: Tensor) -> None:
@@ -28,7 +29,7 @@ def add_product_(out: Tensor, x: Tensor, y: Tensor) -> None:
         out.addmm_(x, y)
         return
     x = x.contiguous()
-    for part, columns in zip(out.split(_COLUMNS, dim=1), y.split(_COLUMNS, dim=1), strict=True):
+    for part, columns in zip(torch.split(out, _COLUMNS, 1), torch.split(y, _COLUMNS, 1), strict=True):
         part += row_products(x, columns.contiguous().T)
 
 
@@ -36,4 +37,4 @@ def _by_onednn(x: Tensor, y: Tensor) -> bool:
     if x.dtype != torch.float32 or x.device.type != "cpu" or 0 in (*x.shape, *y.shape):
         return False
     differentiated = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return not differentiated and torch.backends.mkldnn.is_available()
+    return not differentiated and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
