@@ -24,7 +24,7 @@ from engine.support.errors import InputError
 from engine.support.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("performance.md", "kernels.md", "methods.md", "photographs.md", "toys.md")
+PAGES = ("performance.md", "kernels.md", "methods.md", "games.md", "photographs.md", "toys.md")
 TABLES = {
     **performance.TABLES,
     **kernels.TABLES,

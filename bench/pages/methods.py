@@ -1,13 +1,13 @@
-"""The rows of docs/methods.md and docs/games.md."""
+"""The tables of docs/methods.md and docs/games.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from bench.pages.performance import GIB
 from bench.pages.regions import Results, Writer
-from bench.rows import newest_file, table
+from bench.rows import table
 
 _HEADINGS = (
     "flags",
@@ -48,14 +48,60 @@ def methods(results: Results) -> str:
     return f"{table(_HEADINGS, lines)}\n\n{results.conditions()}"
 
 
-_KINDS = {
-    "methods": "methods_digits",
-    "methods-codes": "codes_digits",
-    "methods-imagenet": "methods_imagenet",
-    "methods-critics": "critics_digits",
+def steps(results: Results) -> str:
+    """Seconds a step, beside gfmn's."""
+    lines = [
+        [row["name"], *(f"{row[key]:.2f}" for key in ("p20", "p50", "p80")), f"{row['relative']:.2f}"]
+        for row in results.rows
+    ]
+    one = results.rows[0]
+    return (
+        f"{table(('method', 'step p20, s', 'p50', 'p80', '/ gfmn'), lines)}\n\n"
+        f"{one['extractor']} at {one['image_size']}×{one['image_size']}, minibatch {one['minibatch']}, chunks of "
+        f"{one['chunk']}.\n\n{results.conditions()}"
+    )
+
+
+def memory(results: Results) -> str:
+    """What the allocator holds, what the model says, and what the whole process takes."""
+    lines = [
+        [
+            row["variant"],
+            f"{row['measured'] / GIB:.2f}",
+            f"{row['modelled'] / row['measured']:.3f}",
+            f"{(row['resident'] - row['baseline']) / GIB:.2f}",
+        ]
+        for row in results.rows
+    ]
+    headings = ("method", "peak of the allocator, GiB", "modelled / measured", "resident above the baseline, GiB")
+    one = results.rows[0]
+    return (
+        f"{table(headings, lines)}\n\n{one['extractor']} at {one['image_size']}×{one['image_size']} in {one['dtype']}, "
+        f"minibatch {one['minibatch']:,}.\n\n{results.conditions()}"
+    )
+
+
+def critics(results: Results) -> str:
+    """Steps of two models, ours beside torch-mimicry's."""
+    lines = [
+        [
+            row["model"],
+            row["variant"],
+            row["dtype"],
+            *(f"{row[key]:.2f}" for key in ("p20", "p50", "p80")),
+            f"{row['images_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
+        ]
+        for row in results.rows
+    ]
+    headings = ("model", "implementation", "dtype", "step p20, s", "p50", "p80", "images/s", "times torch-mimicry's")
+    return f"{table(headings, lines)}\n\n{results.conditions()}"
+
+
+TABLES: Mapping[str, tuple[str, Writer]] = {
+    "methods": ("methods_digits", methods),
+    "methods-imagenet": ("methods_imagenet", methods),
+    "methods-steps": ("method_steps_cpu", steps),
+    "methods-memory": ("memory_methods_cpu", memory),
+    "critics-steps": ("critics_cpu", critics),
 }
-_RESULTS = Path(__file__).parents[1] / "results"
-TABLES: dict[str, tuple[str, Writer]] = {
-    region: (kind, methods) for region, kind in _KINDS.items() if newest_file(_RESULTS, kind) is not None
-}
-"""Region → the kind of rows that it shows, and who writes it; those that were measured."""
