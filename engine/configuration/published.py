@@ -232,7 +232,7 @@ OF_DIGITS: dict[str, dict[str, Any]] = {
     "dcgan": {"steps": 1500},
     "lsgan": {"steps": 1750, "lr": 5e-4},
     "wgan": _CLIPPED,
-    "wgan-gp": {"steps": 1500, "lr": 5e-4, "critic": "dcgan"},
+    "wgan-gp": {"steps": 1850, "optimizer": "rmsprop", "lr": 3e-4, "critic": "dcgan"},
     "sngan": {"steps": 1700, "lr": 4e-4, "beta1": 0.5, "critic": "dcgan"},
     "r1": {"steps": 1400, "lr": 2e-4, "critic": "dcgan"},
     "mmd-gan-rbf": _CLIPPED,
