@@ -48,6 +48,14 @@ def methods(results: Results) -> str:
     return f"{table(_HEADINGS, lines)}\n\n{results.conditions()}"
 
 
+def pictures(results: Results) -> str:
+    """What each run drew."""
+    lines = [
+        [f"`{row['name']}`", f"![Digits drawn by {row['name']}](methods/{row['name']}.png)"] for row in results.rows
+    ]
+    return table(("run", "its first samples"), lines)
+
+
 def steps(results: Results) -> str:
     """Seconds a step, beside gfmn's."""
     lines = [
@@ -101,6 +109,8 @@ def critics(results: Results) -> str:
 TABLES: Mapping[str, tuple[str, Writer]] = {
     "methods": ("methods_digits", methods),
     "methods-imagenet": ("methods_imagenet", methods),
+    "methods-critics": ("critics_digits", methods),
+    "methods-critics-pictures": ("critics_digits", pictures),
     "methods-steps": ("method_steps_cpu", steps),
     "methods-memory": ("memory_methods_cpu", memory),
     "critics-steps": ("critics_cpu", critics),
