@@ -235,6 +235,7 @@ OF_DIGITS: dict[str, dict[str, Any]] = {
     "wgan-gp": {"steps": 1850, "optimizer": "rmsprop", "lr": 3e-4, "critic": "dcgan"},
     "sngan": {"steps": 1700, "lr": 4e-4, "beta1": 0.5, "critic": "dcgan"},
     "r1": {"steps": 1400, "lr": 2e-4, "critic": "dcgan"},
+    "began": {"batch_size": 16, "steps": 600},
     "mmd-gan-rbf": _CLIPPED,
     "mmd-gan": _KERNELS,
     "mmd-gan-rq": _KERNELS,
