@@ -28,7 +28,7 @@ def add_product_(out: Tensor, x: Tensor, y: Tensor) -> None:
     if not _by_onednn(x, y):
         out.addmm_(x, y)
         return
-    x = x.contiguous()
+    x = x.contiguous()  # once, and not for every part
     for part, columns in zip(torch.split(out, _COLUMNS, 1), torch.split(y, _COLUMNS, 1), strict=True):
         part += row_products(x, columns.contiguous().T)
 

@@ -198,11 +198,13 @@ def _in_tiles(
                 products.fill_diagonal_(0)  # x_i − x_i = 0
             add_product_(result[own], products, columns)
             if mirrored:
-                add_product_(result[part], products.T, rows[own])
+                turned = buffer[: products.numel()].view(products.T.shape).copy_(products.T)  # values are used up
+                add_product_(result[part], turned, rows[own])
             if radial:
                 slope_sums[own] += products.sum(dim=1, keepdim=True)
                 if mirrored:
                     slope_sums[part, 0] += products.sum(dim=0)
+            del products  # before the next tile's are there
     if radial and gradient:
         result.neg_().addcmul_(rows, slope_sums).mul_(2)
     return sums, result
