@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.profiler import profile
 
 from engine.support.files import atomic_file, write_atomically
+from engine.training.precision import cpu_computes_in
 from engine.training.profiling import quiet_profiler
 
 if TYPE_CHECKING:
@@ -74,8 +75,14 @@ def _processor(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} CPUs"
-    return f"{platform.machine()}, {os.cpu_count()} CPUs"
+            return f"{line.split(':', 1)[1].strip()}, {_arithmetic()}, {os.cpu_count()} CPUs"
+    return f"{platform.machine()}, {_arithmetic()}, {os.cpu_count()} CPUs"
+
+
+def _arithmetic() -> str:
+    """The CPU's vector instructions, and whether bf16 is among what it computes in."""
+    name = torch.backends.cpu.get_cpu_capability()
+    return f"{name} with{'' if cpu_computes_in(torch.bfloat16) else 'out'} bf16"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,12 @@ def _torch() -> Any:
     return importlib.import_module("torch")
 
 
+def _arithmetic() -> str:
+    precision, torch = importlib.import_module("engine.training.precision"), _torch()
+    fast = precision.cpu_computes_in(torch.bfloat16)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {'bf16' if fast else 'no fast bf16: float32 beats --amp'}"
+
+
 def _threads() -> str:
     return f"{_torch().get_num_threads()} of PyTorch"
 
@@ -163,6 +169,7 @@ def _cache() -> str:
 _MACHINE: dict[str, Callable[[], str]] = {
     "system": _system,
     "processor": _processor,
+    "arithmetic": _arithmetic,
     "threads": _threads,
     "GPUs": _gpus,
     "CUDA": _cuda,

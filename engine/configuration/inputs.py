@@ -18,7 +18,7 @@ from engine.generation.saved import SavedSampler, load_sampler
 from engine.representation.encoders import build_encoder
 from engine.support.errors import InputError
 from engine.support.files import what_is
-from engine.training.precision import AMP_DTYPES
+from engine.training.precision import AMP_DTYPES, cpu_computes_in
 from engine.training.ranks import Ranks
 from engine.training.run_folder import RunFolder
 from pipelines import ImageDataset, open_dataset
@@ -95,17 +95,22 @@ def amp_dtype(config: Config) -> torch.dtype | None:
     return AMP_DTYPES[config.training.amp_dtype] if config.training.amp else None
 
 
-# The oldest compute capabilities with arithmetic in these dtypes; slower is no error. CPUs compute in both.
+# The oldest compute capabilities with arithmetic in these dtypes; slower is no error.
 _CAPABILITIES = {torch.float16: (5, 3), torch.bfloat16: (8, 0)}
 
 
 def check_precision(dtype: torch.dtype | None, device: torch.device, argument: str = "amp_dtype") -> None:
-    """InputError on `argument` if the low precision `dtype` is one that the GPU has no arithmetic for."""
-    if dtype is None or device.type != "cuda":
+    """InputError on `argument` if the low precision `dtype` is one that the GPU has no arithmetic for; on such a CPU,
+    which computes in it all the same, a warning."""
+    if dtype is None:
+        return
+    name = next(name for name, known in AMP_DTYPES.items() if known == dtype)
+    if device.type != "cuda":
+        if not cpu_computes_in(dtype):
+            log.warning("warning: this CPU has no fast %s: float32 is far faster, without --amp", name)
         return
     own, needed = torch.cuda.get_device_capability(device), _CAPABILITIES[dtype]
     if own < needed:
-        name = next(name for name, known in AMP_DTYPES.items() if known == dtype)
         half = argument == "amp_dtype" and own >= _CAPABILITIES[torch.float16]
         raise InputError(
             argument,

@@ -1,4 +1,4 @@
-"""Low precision by name, and the memory that a process has used."""
+"""Low precision by name, and the CPU's; the memory that a process has used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from contextlib import AbstractContextManager
 import torch
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+def cpu_computes_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for `dtype` on this CPU; without them PyTorch converts one number after the other."""
+    supported = getattr(torch.ops.mkldnn, _SUPPORT[dtype], None) if torch.backends.mkldnn.is_available() else None
+    return supported is not None and bool(supported())
 
 
 def repeatable() -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from engine.generation.priors import Gaussian, Noise
 from engine.methods.matching import Matching
 from engine.support.errors import InputError
 from engine.training.graphs import CudaGraphs
+from engine.training.precision import AMP_DTYPES
 from kernels import reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -146,6 +147,16 @@ class TestPrecision:
         assert (error.value.argument, error.value.message) == ("amp_dtype", message)
         check_precision(dtype, CPU)
         check_precision(None, CUDA)
+
+    @pytest.mark.parametrize("name", ["bf16", "fp16"])
+    def test_a_cpu_without_it_is_warned_of(
+        self, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for supported in (True, False):
+            monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda supported=supported: supported)
+            caplog.clear()
+            check_precision(AMP_DTYPES[name], CPU)
+            assert [f"no fast {name}" in line for line in caplog.messages] == ([] if supported else [True])
 
     @pytest.mark.parametrize(("dtype", "own"), [(torch.bfloat16, (8, 0)), (torch.float16, (5, 3))])
     def test_what_it_has_is_used(self, dtype, own: tuple[int, int], capability) -> None:
