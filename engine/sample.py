@@ -122,7 +122,7 @@ def _encode(arguments: Any, sampler: SavedSampler) -> None:
     except DataError as error:
         raise InputError("encode", str(error)) from None
     codes = sampler.encode(to_float(pixels))
-    drawn = to_uint8(sampler.images(codes))
+    drawn = to_uint8(sampler.decode(codes))
     if out.suffix == ".png":
         pairs = torch.stack((pixels.permute(0, 2, 3, 1), drawn), dim=1).flatten(0, 1)
         save_png(out, pixel_grid(pairs, columns))

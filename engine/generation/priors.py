@@ -94,7 +94,7 @@ class Gaussian(_Plain):
 
 @dataclass(frozen=True)
 class Uniform(_Plain):
-    """z uniform in [-1, 1], as in generative moment matching networks (Li et al. 2015)."""
+    """z uniform in [-1, 1], as in generative moment matching networks (Li et al. 2015). A path is straight."""
 
     nz: int
     name: str = "uniform"
@@ -102,6 +102,10 @@ class Uniform(_Plain):
     def sample(self, count: int, random: torch.Generator) -> Tensor:
         """The next z of `random`."""
         return torch.rand(count, self.nz, generator=random) * 2 - 1
+
+    def between(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        """The straight line: an arc would leave the cube."""
+        return straight(start, end, steps)
 
 
 @dataclass(frozen=True)

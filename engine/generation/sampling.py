@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -101,6 +102,10 @@ class Sampler:
         with torch.no_grad():
             parts = [network(part.to(device)).float().cpu() for part in images.split(self.batch_size)]
         return torch.cat(parts)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """As `images`, but by running statistics, whatever `batch_statistics` says: each depends on its code alone."""
+        return dataclasses.replace(self, batch_statistics=False).images(codes)
 
     def draw(self, count: int, seed: int) -> Tensor:
         """`count` images of random z; `seed` decides them."""

@@ -272,7 +272,7 @@ class CodeMatching:
         z = noise.draw(self.noise, own.batch_size)[own.share].to(own.dtype)
         loss = root_mmd_of_codes(everywhere(self.mapping(z), ranks), codes, self.bandwidths)
         skipped = self.update.take(loss / ranks.size)
-        return {"loss": loss.detach(), f"mapping_{SKIPPED}": skipped}
+        return {"loss": loss.detach(), "mapping_loss": loss.detach(), f"mapping_{SKIPPED}": skipped}
 
     def sampler(self) -> Sampler:
         """See `Method.sampler`: mapped noise, or in the first phase the autoencoder's."""

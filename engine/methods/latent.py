@@ -197,8 +197,8 @@ class Glo:
         gradient = z.grad.new_zeros(len(rows), z.shape[1])
         gradient[own] = z.grad
         self.ranks.sum_([gradient])
-        bad = torch.maximum(skipped, (~gradient.isfinite().all()).to(skipped.dtype))
-        self.row_adam.take(rows, gradient, bad)
+        bad = (~gradient.isfinite().all()).to(skipped.dtype)
+        self.row_adam.take(rows, gradient, torch.maximum(skipped, bad))
         self.table.project_(rows)
         return {"loss": loss, SKIPPED: skipped, f"codes_{SKIPPED}": bad}
 
@@ -365,7 +365,7 @@ class Glann:
         errors = (self.mapping(e[own].to(codes.dtype)) - codes[own]).square().sum(dim=1, keepdim=True)
         loss = everywhere(errors, ranks).mean()
         skipped = self.update.take(loss / ranks.size)
-        return {"loss": loss.detach(), f"mapping_{SKIPPED}": skipped}
+        return {"loss": loss.detach(), "mapping_loss": loss.detach(), f"mapping_{SKIPPED}": skipped}
 
     def sampler(self) -> Sampler:
         """See `Method.sampler`: GLO's in the first phase, then mapped noise."""

@@ -101,7 +101,7 @@ def _codes(sampler: SavedSampler, pixels: Tensor, numbers: Tensor) -> Tensor:
 
 def _drawn(sampler: SavedSampler, codes: Tensor) -> Tensor:
     """uint8 [N, 3, H, W]."""
-    return to_uint8(sampler.images(codes)).permute(0, 3, 1, 2)
+    return to_uint8(sampler.decode(codes)).permute(0, 3, 1, 2)
 
 
 def _pairs(above: Tensor, below: Tensor, columns: int) -> Picture:

@@ -18,6 +18,8 @@ _NEVER = torch.iinfo(torch.int64).max
 class Divergence:
     """Watches the scalars "loss" and `SKIPPED` of the generator, and those of other networks: "critic_loss", ….
 
+    A network that took no step has no `SKIPPED`, and then its loss is not looked at.
+
     All that changes in a step changes in place, and the host waits for nothing, so that a CUDA graph can hold it.
 
     Args:
@@ -43,8 +45,10 @@ class Divergence:
         """One more step; takes what was skipped out of `scalars`."""
         for name in self.skipped:
             prefix = _prefix(name)
-            if (skipped := scalars.pop(prefix + SKIPPED, None)) is not None:
-                self.skipped[name].take_in(skipped)
+            if (skipped := scalars.pop(prefix + SKIPPED, None)) is None:  # it took no step
+                self.steps[name].add_(1)
+                continue
+            self.skipped[name].take_in(skipped)
             if (loss := scalars.get(f"{prefix}loss")) is not None:
                 self.kernels.watch(loss, self.steps[name], self.first_bad[name])
 

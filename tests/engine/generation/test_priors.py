@@ -132,6 +132,8 @@ def test_paths_lead_from_one_likely_z_to_another(name: str) -> None:
     assert float(steps.max()) < float((path[:, 0] - path[:, -1]).norm(dim=1).max())
     if name == "ball":
         assert float(path.norm(dim=2).max()) <= 1.5
+    if name == "uniform":
+        assert float(path.abs().max()) <= 1
 
 
 @pytest.mark.parametrize("name", PRIORS)

@@ -55,6 +55,15 @@ def test_batches_of_images_are_the_images_of_one_call(sampler: Sampler, batch_st
     assert torch.equal(torch.cat(paths), to_uint8(sampler.draw_paths(rows, 8, 4)))
 
 
+def test_an_image_of_a_code_depends_on_no_other(sampler: Sampler) -> None:
+    """Of batch statistics, which draw random z, there is nothing in it."""
+    sampler = Sampler(sampler.prior, sampler.generator, batch_statistics=True)
+    codes = sampler.prior.draw(4, 4)
+    expected = Sampler(sampler.prior, sampler.generator).images(codes)
+    torch.testing.assert_close(torch.cat([sampler.decode(code) for code in codes.split(1)]), expected)
+    assert not torch.allclose(sampler.images(codes), expected, atol=1e-2)
+
+
 def test_larger_images_come_in_smaller_batches_unless_they_depend_on_each_other() -> None:
     sizes = {}
     for side in (32, 64, 128):
