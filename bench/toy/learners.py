@@ -175,6 +175,11 @@ class PlaneCritic(Critic):
             self.decoder = _layers(outputs, 2)
             self.decode = self.decoder.forward
 
+    @property
+    def beside(self) -> list[nn.Module]:
+        """What the outputs do not depend on."""
+        return [self.decoder] if hasattr(self, "decoder") else []
+
     def features(self, images: Tensor) -> Tensor:
         return nn.functional.leaky_relu(self.hidden(images), 0.2)
 

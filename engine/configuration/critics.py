@@ -80,7 +80,7 @@ def make_adversarial(
     Args:
         generator, networks: on their device; see `make_critics`.
         ranks: the processes that share every minibatch.
-        labels: from `real_labels`; a model of a step has none, and needs none.
+        labels: from `real_labels`.
     """
     settings, training, updates, critic = config.critic, config.training, config.updates, networks["critic"]
     assert isinstance(critic, Critic)
@@ -109,7 +109,5 @@ def make_adversarial(
     if config.method.method == "dfm":
         return make_denoising(config, generator, critic, networks["denoiser"], prior, make_penalties(config), options)
     game = make_game(config)
-    if game.reads_labels and labels is None:
-        labels = torch.zeros(1, dtype=torch.int64)
     with arguments_as(labels="classes"):
         return Adversarial(generator, critic, prior, game, make_penalties(config), labels=labels, **options)

@@ -117,17 +117,19 @@ def _modelled_method(
     if config.method.method == "molm":  # whose steps are alike, and so are minibatches whose moments are added
         config = config.replaced({"moment_steps": 1, "moment_images": 2 * config.training.batch_size})
     if extractor is None:
-        counted: dict[str, Any] = {"images": images} if config.method.method in WITH_TABLE else {}
-        return make_method(config, generator, ranks=ranks, networks=networks, **counted)
+        known: dict[str, Any] = {"images": images} if config.method.method in WITH_TABLE else {}
+        if config.method.method == "improved-gan" and config.game.classes is not None:
+            known["labels"] = torch.zeros(1, dtype=torch.int64)
+        return make_method(config, generator, ranks=ranks, networks=networks, **known)
     backend = _plain_kernels() if config.matching.backend == "reference" else reference
     options: dict[str, Any] = {"kernels": backend, "max_chunks": _MODELLED_CHUNKS}
     # Fake tensors have no numbers to make weights or scales of.
-    known = blank_reference(config, extractor, images=images)
+    found = blank_reference(config, extractor, images=images)
     if config.method.method == "gfmn" and config.gfmn.feature_scale != "none":
         options["weights"] = torch.empty(extractor.num_features, dtype=torch.float64)
-    if isinstance(known, FeatureBank):
-        options["scales"] = torch.empty(known.features.shape[1])
-    return make_method(config, generator, extractor, known, ranks=ranks, **options)
+    if isinstance(found, FeatureBank):
+        options["scales"] = torch.empty(found.features.shape[1])
+    return make_method(config, generator, extractor, found, ranks=ranks, **options)
 
 
 def _modelled_images(config: Config, ranks: Ranks) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.comparison.games import Game
-from engine.comparison.games.penalties import Penalty, Play
+from engine.comparison.games.penalties import PENALTY, SCALE, Penalty, Play
 from engine.generation.batch_norm import share_batches
 from engine.generation.low_precision import LowPrecision
 from engine.generation.networks import Generator, run_generator
@@ -236,7 +236,7 @@ class Adversarial:
             if penalty.has_terms:
                 terms = everywhere(penalty.terms(play), self.ranks)
                 loss = penalty.applied(loss, terms)
-                found["penalty"] = terms.detach().mean() + found.get("penalty", 0.0)
+                found[penalty.figure] = terms.detach().mean() + found.get(penalty.figure, 0.0)
         skipped = self.critic_step.take(loss / self.ranks.size)
         for penalty in self.penalties:
             penalty.project_(self.critic)
@@ -250,7 +250,7 @@ class Adversarial:
             fake = everywhere(score(self._draw(noise)), self.ranks)
             real = fake.detach()
             if self.game.reads_real:
-                with torch.no_grad():
+                with torch.no_grad(), self._still():
                     real = everywhere(score(next(batches).images.to(self.dtype)), self.ranks)
             loss = self.game.generator_loss(real, fake)
             skipped = self._take_generator(loss / self.ranks.size)
@@ -278,17 +278,28 @@ class Adversarial:
         if self.at_real:  # in a pass of their own: its derivative is not to go through the generated images
             leaf = real.detach().requires_grad_()
             of_real = self.scored(leaf)
-            self.critic.eval()  # one critic scores both: the second pass moves no power iteration
-            of_fake = self.scored(fake)
-            self.critic.train()
+            with self._still():
+                of_fake = self.scored(fake)
             passed = leaf, of_real
         elif self.critic.per_image:
             of_real, of_fake = self.scored(torch.cat([real, fake])).split(len(real))
         else:
-            of_real, of_fake = self.scored(real), self.scored(fake)
+            of_real = self.scored(real)
+            with self._still():
+                of_fake = self.scored(fake)
         if self.ranks.size > 1:
             of_real, of_fake = everywhere(torch.cat([of_real, of_fake], dim=1), self.ranks).chunk(2, dim=1)
         return (of_real, of_fake), passed
+
+    @contextlib.contextmanager
+    def _still(self) -> Iterator[None]:
+        """Inside, a second pass has the power iterations of the first, so that one critic scores both. BatchNorm, which
+        takes each minibatch's own statistics, stays as it is."""
+        self.critic.train(self.critic.has_batchnorm)
+        try:
+            yield
+        finally:
+            self.critic.train()
 
     def _labels(self, indices: Tensor) -> Tensor:
         """Class numbers of these real images on all ranks, [N]."""
@@ -336,7 +347,9 @@ def _check_critic(critic: Critic, penalties: Sequence[Penalty], ranks: Ranks) ->
     if twice is not None and not critic.per_image:
         raise InputError("critic", f"mixes the images of a minibatch, and {twice} needs each one's own derivative")
     if critic.discrimination is not None and ranks.size > 1:
-        raise InputError("critic", "compares the images of a minibatch, which are not in one process")
+        raise InputError(
+            "minibatch_discrimination", "needs the whole minibatch in one process; leave it out, or start one process"
+        )
 
 
 @contextlib.contextmanager
@@ -354,7 +367,7 @@ def as_it_is(module: nn.Module) -> Iterator[None]:
 
 def _means(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Over the critic's steps; a skipped one is enough for 1."""
-    names = [name for name in ("critic_loss", "penalty") if name in found[0]]
+    names = [name for name in ("critic_loss", PENALTY, SCALE) if name in found[0]]
     means = {name: torch.stack([one[name] for one in found]).mean() for name in names}
     skipped = torch.stack([one[f"critic_{SKIPPED}"] for one in found]).amax()
     return {**means, f"critic_{SKIPPED}": skipped}

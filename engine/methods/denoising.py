@@ -43,7 +43,8 @@ class DenoisingFeatureMatching(Adversarial):
         penalties: of the critic.
         adversarial, denoising: λ_a and λ_d.
         deviation: σ, in units of the critic's features.
-        denoiser_lr: learning rate of the denoiser, which has the generator's β and optimizer; None for the generator's.
+        denoiser_lr: learning rate of the denoiser, which has the generator's β, optimizer and weight decay; None for
+            the generator's.
         options: as of `Adversarial`.
 
     Raises:
@@ -78,6 +79,7 @@ class DenoisingFeatureMatching(Adversarial):
             lr=options["lr"] if denoiser_lr is None else denoiser_lr,
             betas=options.get("betas", (0.5, 0.999)),
             optimizer=options.get("optimizer", "adam"),
+            weight_decay=options.get("weight_decay"),
             ranks=self.ranks,
         )
         self.optimizers["denoiser"] = self.denoiser_step.optimizer

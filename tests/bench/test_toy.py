@@ -20,6 +20,7 @@ from bench.toy.dirac import ADDITIONS, Duel, judge, known_eigenvalue, trajectory
 from bench.toy.planes import PARTS as MODES
 from bench.toy.planes import PLANES
 from bench.toy.planes import judge as judge_points
+from engine.comparison.games.penalties.weights import Clip
 from engine.configuration.command import run_command
 
 
@@ -145,6 +146,17 @@ def test_learners_learn(name: str) -> None:
     after, points = learners.measure("eight-gaussians", name, 120)
     assert points.shape == (learners.SAMPLES, 2)
     assert after.distance < 0.8 * before.distance
+
+
+def test_a_decoder_is_not_clipped() -> None:
+    """Outputs don't depend on it (Li et al. 2017)."""
+    critic = learners.PlaneCritic(4, decodes=True)
+    with torch.no_grad():
+        for weight in critic.parameters():
+            weight.fill_(0.5)
+    Clip(0.1).project_(critic)
+    found = {name.partition(".")[0]: float(weight.detach().abs().max()) for name, weight in critic.named_parameters()}
+    assert found == {"hidden": pytest.approx(0.1), "last": pytest.approx(0.1), "decoder": 0.5}
 
 
 def test_every_learner_takes_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def covariance_distance(real: Tensor, fake: Tensor, components: int = 16) -> Ten
 
     All of it is in float64, whatever the features are in. Cost: products [F, n] · [n, F], and the eigenvectors of an
     [F, F] matrix; finding them waits for a GPU. If they aren't found (LAPACK gives up now and then, on finite matrices
-    too), the distance is NaN, and so is its gradient.
+    too) in two tries, the distance is NaN, and so is its gradient.
 
     Args:
         real: features [n, F] of real images.
@@ -83,16 +83,27 @@ def _second_moment(features: Tensor) -> Tensor:
     return rows.T @ rows / len(rows)
 
 
+def _eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """λ [F] and Q [F, F] of the symmetric matrix Q diag(λ) Qᵀ; NaN if they aren't found."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    except torch.linalg.LinAlgError:
+        pass
+    try:  # the same, with rows and columns in the other order: rounding takes another way
+        values, vectors = torch.linalg.eigh(matrix.flip(0, 1))
+    except torch.linalg.LinAlgError:  # it says nothing of the network and the step, as a loss that is NaN does
+        return torch.full_like(matrix[0], math.nan), torch.full_like(matrix, math.nan)
+    return values, vectors.flip(0)
+
+
 class _LargestSum(Function):
     """The sum of the k largest magnitudes of a symmetric matrix's eigenvalues; its gradient is `_Directions`."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, components: int) -> Tensor:
         # A critic that isn't finite shows in the loss; here it would be an error of LAPACK's.
-        try:
-            values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
-        except torch.linalg.LinAlgError:  # it says nothing of the network and the step, as a loss that is NaN does
-            values, vectors = torch.full_like(matrix[0], math.nan), torch.full_like(matrix, math.nan)
+        values, vectors = _eigenvectors(matrix.nan_to_num(0.0, 0.0, 0.0))
         sizes, chosen = values.abs().topk(components)
         # What is 0 but for rounding has no sign: a direction in which neither set varies has no gradient.
         counts = sizes > sizes[0] * len(values) * torch.finfo(values.dtype).eps

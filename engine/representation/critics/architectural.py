@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from engine.representation.build import load_weights
+from engine.representation.critics.activation import Rectified
 from engine.representation.critics.critic import CriticSpec, LinearCritic
 from engine.representation.extractor import Normalisation
 from engine.representation.tracing.folding import drop_identities, fold_batchnorm
@@ -56,9 +60,23 @@ def _folded(module: nn.Module) -> nn.Module:
     graph_module = fx.symbolic_trace(module)
     drop_identities(graph_module)
     fold_batchnorm(graph_module)
+    _rectify(graph_module)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return graph_module
+
+
+def _rectify(graph_module: fx.GraphModule) -> None:
+    """Put a `Rectified` in the place of every ReLU, module or function."""
+    names = (f"rectified{number}" for number in itertools.count())
+    modules = dict(graph_module.named_modules())
+    for node in graph_module.graph.nodes:
+        function = node.op == "call_function" and node.target in (F.relu, torch.relu)
+        if not function and not (node.op == "call_module" and isinstance(modules[node.target], nn.ReLU)):
+            continue
+        name = next(names)
+        graph_module.add_submodule(name, Rectified(0.0))
+        node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
 
 
 def _initialise_he(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.representation.critics.activation import Rectified, rectified
+from engine.representation.critics.activation import Rectified
 from engine.representation.critics.critic import CriticSpec, LinearCritic
 from engine.support.initialise import initialise_normal
 
@@ -84,6 +84,7 @@ class DownsamplingBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, inner, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(inner) if batch_norm else nn.Identity()
         self.conv2 = PooledConv2d(inner, width, 3) if halves else nn.Conv2d(inner, width, 3, padding=1)
+        self.rectified = Rectified(0.0)
         self.shortcut: nn.Module = nn.Identity()
         if halves:
             self.shortcut = PooledConv2d(channels, width, 1)
@@ -92,8 +93,8 @@ class DownsamplingBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] to [N, width, H/2, W/2], or [N, width, H, W] if it doesn't halve."""
-        out = self.conv1(x if self.first else rectified(self.bn1(x)))
-        return self.conv2(rectified(self.bn2(out))) + self.shortcut(x)
+        out = self.conv1(x if self.first else self.rectified(self.bn1(x)))
+        return self.conv2(self.rectified(self.bn2(out))) + self.shortcut(x)
 
 
 _RESNET_WIDTHS = {
@@ -120,11 +121,12 @@ class ResNetCritic(LinearCritic):
             DownsamplingBlock(channels, width, halves=halves, first=channels == 3, batch_norm=spec.norm == "batch")
             for channels, (width, halves) in zip(widths, plan, strict=False)
         ))  # fmt: skip
+        self.rectified = Rectified(0.0)
         self.apply(_initialise_xavier)
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to [N, C], summed over positions."""
-        return rectified(self.blocks(images)).sum(dim=(2, 3))
+        return self.rectified(self.blocks(images)).sum(dim=(2, 3))
 
 
 def _initialise_xavier(module: nn.Module) -> None:

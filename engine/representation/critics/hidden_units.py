@@ -40,7 +40,7 @@ class MomentNetwork:
         Φ(x) = [∇_w D(x), s·x, s·h_1(x), s·h_2(x), …]        [K]
 
     E ∇_w D = ∇_w E D, so that the means take one backward pass, and no image's own gradient is ever there. w has
-    neither the last layer's bias, whose derivative is 1 for every image, nor a decoder, which D does not depend on. The
+    neither the last layer's bias, whose derivative is 1 for every image, nor what D does not depend on (`Clip`). The
     critic is taken in evaluation, so that all calls see one network, whatever spectral normalisation does in training.
 
     Args:
@@ -58,8 +58,8 @@ class MomentNetwork:
         if not critic.per_image:
             raise InputError("critic", "mixes the images of a minibatch, and moments are means of each one's own")
         self.critic, self.scale = critic, scale
-        decoder = getattr(critic, "decoder", None)
-        left = {critic.last.bias, *(decoder.parameters() if isinstance(decoder, nn.Module) else ())}
+        beside = (weight for module in getattr(critic, "beside", ()) for weight in module.parameters())
+        left = {critic.last.bias, *beside}
         self.weights = [weight for weight in critic.parameters() if weight not in left]
 
     def means(self, images: Tensor, count: int, *, create_graph: bool = False) -> Tensor:

@@ -30,6 +30,7 @@ from engine.generation.priors import Noise
 from engine.methods.adversarial import Adversarial, CriticSteps
 from engine.representation.critics import build_critic
 from engine.training.ranks import Ranks
+from pipelines import Batch
 
 N, SEED = 5, 21
 RATES: dict[str, Any] = {"lr": 1e-2, "betas": (0.4, 0.9)}
@@ -300,6 +301,21 @@ def test_one_critic_scores_real_and_generated_images() -> None:
     (of_real, of_fake), _ = method._both(real, fake)
     expected = twin(torch.cat([real, fake]))
     torch.testing.assert_close(torch.cat([of_real, of_fake]), expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(critic.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert critic.training
+
+
+def test_one_critic_scores_both_in_the_generator_s_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With spectral norms: the generated images move the power iteration, the real ones find it as it is then."""
+    critic = build_critic("dcgan", image_size=32, outputs=3, norm="spectral").double()
+    twin, game = copy.deepcopy(critic), GAMES["mmd"](kernel=KERNEL)
+    method = Adversarial(tiny_networks(1)[0], critic, DoubleGaussian(NZ), game, batch_size=N, **RATES)
+    real, fake = torch.randn(2, N, 3, 32, 32, dtype=torch.float64)
+    monkeypatch.setattr(method, "_draw", lambda noise: fake.clone().requires_grad_())
+    loss, _ = method._generator_step(iter([Batch(real, torch.arange(N))]), Noise(SEED))
+    of_fake = twin(fake)
+    torch.testing.assert_close(loss, game.generator_loss(twin.eval()(real), of_fake), rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(critic.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert critic.training

@@ -13,6 +13,7 @@ from helpers.adversaries import NZ, DoubleGaussian, TinyCritic, TinyGenerator, r
 from helpers.thread_ranks import on_ranks
 from torch import Tensor
 
+from engine.comparison.distances import kernels
 from engine.comparison.games import GAMES, Began, Fisher
 from engine.comparison.games.penalties import PENALTIES, Penalty
 from engine.generation.low_precision import LowPrecision
@@ -212,12 +213,12 @@ def test_a_critic_that_mixes_images_has_no_derivative_of_each(options: dict[str,
 
 
 def test_a_minibatch_that_is_compared_is_one_process() -> None:
-    def work(ranks: Any) -> str:
-        with pytest.raises(InputError) as error:
+    def work(ranks: Any) -> InputError:
+        with pytest.raises(InputError, match="needs the whole minibatch in one process") as error:
             made("hinge", minibatch_discrimination=True, ranks=ranks)
-        return error.value.message
+        return error.value
 
-    assert on_ranks(2, work) == ["compares the images of a minibatch, which are not in one process"] * 2
+    assert [error.argument for error in on_ranks(2, work)] == ["minibatch_discrimination"] * 2
 
 
 def test_classes_need_labels() -> None:
@@ -235,6 +236,21 @@ def test_weight_decay_is_that_of_both_networks(optimizers: dict[str, str], decay
     method = made("hinge", optimizer="adamw", weight_decay=0.3, **optimizers)
     found = {name: optimizer.param_groups[0]["weight_decay"] for name, optimizer in method.optimizers.items()}
     assert found == {"generator": 0.3, "critic": decay}
+
+
+def test_the_log_tells_what_is_added_from_what_divides() -> None:
+    kernel = kernels.gaussian((1.0,))
+    penalties = [PENALTIES["scaled"](kernel), PENALTIES["activations"]()]
+
+    def scalars(penalties: list[Penalty]) -> Any:
+        game = GAMES["mmd"](kernel)
+        method = Adversarial(*tiny_networks(2), DoubleGaussian(NZ), game, penalties, batch_size=N, lr=1e-2)
+        return method.step(real_batches(N), Noise(0))
+
+    found, without = scalars(penalties), scalars(penalties[1:])
+    torch.testing.assert_close(found["penalty"], without["penalty"])
+    assert "scale" not in without
+    assert float(found["scale"]) > 0
 
 
 def test_uniform_numbers_are_one_stream() -> None:

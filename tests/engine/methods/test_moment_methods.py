@@ -308,6 +308,13 @@ def test_low_precision(name: str, amp: torch.dtype) -> None:
     assert all(bool(method.step(batches, noise)["loss"].isfinite()) for _ in range(3))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_weight_decay_is_that_of_all_networks(name: str) -> None:
+    optimizers = METHODS[name](optimizer="adamw", weight_decay=0.3).optimizers
+    assert len(optimizers) >= 2
+    assert {one.param_groups[0]["weight_decay"] for one in optimizers.values()} == {0.3}
+
+
 def test_capture() -> None:
     assert dfm().capturable
     assert not dfm(critic_steps=CriticSteps(warmup=2)).capturable

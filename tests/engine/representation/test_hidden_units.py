@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from engine.generation.batch_norm import share_batches
-from engine.representation.critics import activation, build_critic, convolutional
+from engine.representation.critics import activation, build_critic
 from engine.representation.critics.critic import Critic
 from engine.representation.critics.denoiser import Denoiser
 from engine.representation.critics.hidden_units import MomentNetwork, hidden_units
@@ -51,8 +51,7 @@ def test_gradient_of_the_mean_is_the_mean_of_gradients(name: str, norm: str, mon
         return functional_call(critic, weights, (image[None],)).squeeze()
 
     with monkeypatch.context() as patch:
-        for module in (activation, convolutional):
-            patch.setattr(module, "rectified", lambda x, slope=0.0: F.leaky_relu(x, slope))
+        patch.setattr(activation, "rectified", lambda x, slope=0.0: F.leaky_relu(x, slope))
         each = vmap(grad(output), in_dims=(None, 0))(weights, x)
     kept = {id(weight) for weight in network.weights}
     own = [each[name].mean(dim=0).flatten() for name, weight in critic.named_parameters() if id(weight) in kept]
@@ -83,7 +82,9 @@ def test_hidden_units_are_what_activations_give() -> None:
             expected.append(h)
     torch.testing.assert_close(units, expected)
     torch.testing.assert_close(outputs, critic(x))
-    assert len(hidden_units(made("resnet")[0], x)[1]) == 4
+    # resnet: 4 blocks, one ReLU in the first, two in each other, and the last one; resnet18: its stem, and two a block.
+    counts = {name: len(hidden_units(made(name)[0], x)[1]) for name in ("resnet", "vgg-small", "resnet18")}
+    assert counts == {"resnet": 12, "vgg-small": 6, "resnet18": 17}
     assert len(hidden_units(made("tiny")[0], images(2, SIZE))[1]) == 1
     assert not any(module._forward_hooks for module in critic.modules())
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from helpers.jobs import ends, start_job
 from helpers.runs import command, metrics, refusal
-from helpers.small_steps import configuration, resumed_equals_whole
+from helpers.small_steps import configuration, few_pictures, resumed_equals_whole
 from torch import Tensor
 
 from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
 from engine.comparison.games.penalties import Play
 from engine.configuration.adversarial import penalty_names
-from engine.configuration.build import make_generator, make_method, make_networks
+from engine.configuration.build import make_generator, make_method, make_networks, of_images
 from engine.configuration.config import Config
 from engine.configuration.critics import make_penalties
 from engine.configuration.train_command import train_command
@@ -110,7 +110,8 @@ def test_what_diverged_first_is_found() -> None:
     def seen(*steps: dict[str, Tensor]) -> Divergence:
         divergence = Divergence(("generator", "critic"), torch.device("cpu"), 1, reference)
         for step in steps:
-            divergence.take_in({"loss": good, "critic_loss": good, **step})
+            none = {"skipped": torch.tensor(0.0), "critic_skipped": torch.tensor(0.0)}
+            divergence.take_in({"loss": good, "critic_loss": good, **none, **step})
         return divergence
 
     assert seen({}, {}).found(2) is None
@@ -124,6 +125,17 @@ def test_what_diverged_first_is_found() -> None:
     again = seen()
     again.load_state_dict(twice.state_dict(), 7)
     assert again.found(7) == ("critic", "the critic's gradient, 2 times in a row,", 7)
+
+
+def test_a_network_that_took_no_step_did_not_diverge() -> None:
+    """In a second phase, "loss" is that of the network which then learns."""
+    bad, good, no = torch.tensor(math.nan), torch.tensor(1.0), torch.tensor(0.0)
+    divergence = Divergence(("generator", "mapping"), torch.device("cpu"), 1, reference)
+    divergence.take_in({"loss": good, "skipped": no})
+    divergence.take_in({"loss": good, "mapping_loss": good, "mapping_skipped": no})
+    assert divergence.found(2) is None
+    divergence.take_in({"loss": bad, "mapping_loss": bad, "mapping_skipped": no})
+    assert divergence.found(3) == ("mapping", "the mapping's loss", 3)
 
 
 GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
@@ -191,7 +203,8 @@ def test_a_plan_does_not_need_the_critic_s_weights(capsys: pytest.CaptureFixture
 )
 def test_settings_and_method_agree_on_what_can_be_captured(given: dict[str, Any], captured: bool) -> None:
     config = Config.build("digits", {**given, "nz": 4})
-    method = make_method(config, make_generator(config), networks=make_networks(config))
+    known = of_images(config, few_pictures(config))
+    method = make_method(config, make_generator(config), networks=make_networks(config), **known)
     assert (config.needs.captured, method.capturable) == (captured, captured)
 
 

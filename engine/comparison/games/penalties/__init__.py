@@ -9,7 +9,7 @@ from functools import partial
 
 from engine.comparison.games.penalties.gradients import R1, GradientPenalty, Scaled, WitnessPenalty
 from engine.comparison.games.penalties.of_outputs import Activations, Autoencoding, Consistency
-from engine.comparison.games.penalties.protocols import Penalty, Play
+from engine.comparison.games.penalties.protocols import PENALTY, SCALE, Penalty, Play
 from engine.comparison.games.penalties.weights import Clip, NoPenalty
 
 # What a penalty is called → what makes it, in the order in which several are applied. All but `none` and `clip` take a
@@ -27,4 +27,4 @@ PENALTIES: dict[str, Callable[..., Penalty]] = {
     "autoencode": Autoencoding,
 }
 
-__all__ = ["PENALTIES", "Penalty", "Play"]
+__all__ = ["PENALTIES", "PENALTY", "SCALE", "Penalty", "Play"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.comparison.distances.diagonals import diagonal
 from engine.comparison.distances.kernels import Kernel
 from engine.comparison.games.outputs import check_positive, wide
-from engine.comparison.games.penalties.protocols import Added, Play, tracked
+from engine.comparison.games.penalties.protocols import SCALE, Added, Play, tracked
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Scaled:
     double_backward = True
     at_real = True
     has_terms = True
+    figure = SCALE
 
     def __post_init__(self) -> None:
         check_positive("weight", self.weight)

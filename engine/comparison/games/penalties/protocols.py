@@ -67,6 +67,10 @@ def tracked(images: Tensor) -> Tensor:
     return images if images.requires_grad else images.detach().requires_grad_()
 
 
+PENALTY, SCALE = "penalty", "scale"
+"""Figures: what is added to the loss, and what it is divided by."""
+
+
 class Penalty(Protocol):
     """What keeps a critic smooth.
 
@@ -90,6 +94,11 @@ class Penalty(Protocol):
         """Whether `applied` does anything; otherwise nobody needs to join terms, which are zeros."""
         ...
 
+    @property
+    def figure(self) -> str:
+        """What the log calls the mean of the terms."""
+        ...
+
     def terms(self, play: Play) -> Tensor:
         """[n], one number for every image of this rank (or every pair of a real and a generated one)."""
         ...
@@ -109,6 +118,7 @@ class Added:
     double_backward: bool = False
     at_real: bool = False
     has_terms: bool = True
+    figure: str = PENALTY
 
     def applied(self, loss: Tensor, terms: Tensor) -> Tensor:
         """See `Penalty.applied`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.comparison.games.outputs import check_positive
-from engine.comparison.games.penalties.protocols import Play
+from engine.comparison.games.penalties.protocols import PENALTY, Play
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class NoPenalty:
     double_backward = False
     at_real = False
     has_terms = False
+    figure = PENALTY
 
     def terms(self, play: Play) -> Tensor:
         """Zeros [n]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +120,29 @@ def test_a_critic_that_is_not_finite_shows_in_the_loss() -> None:
     for value in (math.nan, math.inf):
         real[1, 2] = value
         assert not math.isfinite(CovarianceMatching(2).critic_loss(real, fake).item())
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_eigenvectors_that_are_not_found(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK is asked twice; then the distance is NaN."""
+    pair = outputs(9, 6, 1).requires_grad_(), outputs(8, 6, 2).requires_grad_()
+    expected = covariance_distance(*pair, 2)
+    of_images = torch.autograd.grad(expected, pair)
+    found, left = torch.linalg.eigh, [None] * failures
+
+    def eigh(matrix: Tensor) -> Any:
+        if left:
+            left.pop()
+            raise torch.linalg.LinAlgError("no convergence")
+        return found(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    distance = covariance_distance(*pair, 2)
+    if failures == 2:
+        assert math.isnan(distance.item())
+        return
+    torch.testing.assert_close(distance, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(distance, pair), of_images, rtol=1e-10, atol=1e-10)
 
 
 def test_covariance_game_of_single_precision_under_autocast() -> None:
