@@ -2,9 +2,10 @@
 
 `--experiment layers|extractors|averaging|loss-vs-quality|fidelity` runs on the digits in minutes (`averaging` in
 hours), and `--experiment methods` compares all methods with one another; `--scale cifar10` (or another data set) at
-the paper's scale. Finished runs in `--runs` are not run again, and an interrupted one is resumed. `--only` runs a
-part; rows of other runs that the file of `--json` has are kept, and commands may share it. `--jobs 2` trains two
-at a time on a CPU, with one thread each. What fails is named at the end, with exit code 2, and the others go on.
+the paper's scale. Finished runs in `--runs` are not run again, and an interrupted one is resumed; nor is a run again
+that has a row in the file of `--json`, so that several commands, also on several machines, may share it. `--only` runs
+a part. `--jobs 2` trains two at a time on a CPU, with one thread each. What fails is named at the end, with exit code
+2, and the others go on.
 `--document PAGE ROWS…` writes the page with all results; the rows of `methods` have a page of their own.
 """
 
@@ -28,7 +29,7 @@ from bench.methods import MethodRow
 from bench.paper import comparison, orderings
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Experiment
 from bench.paper.results import draw, findings, page, read_rows, results_table, settings_of
-from bench.paper.runs import ExperimentPlan, RunRow, run_experiment, run_folder, steps_of
+from bench.paper.runs import ExperimentPlan, Rows, RunRow, run_experiment, run_folder, steps_of
 from bench.rows import Row, write_json
 from engine.configuration.command import Parser, output_file, run_command
 from engine.support.errors import InputError
@@ -56,7 +57,7 @@ def parser() -> Parser:
     add("--data", metavar="PATH", help="the data set's folder, where it needs one")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--runs", type=Path, default=Path("runs/paper"), metavar="DIR", help="for the runs (default: %(default)s)")
-    add("--json", type=output_file, metavar="FILE", help="write the rows there; those of other runs in it are kept")
+    add("--json", type=output_file, metavar="FILE", help="the rows; those that it has are kept, and not run again")
     add("--figure", type=output_file, metavar="FILE", help="draw them there (PNG; default: in --runs)")
     add("--smoke", action="store_true", help="three steps of everything, to see that it runs; numbers mean nothing")
     return arguments
@@ -109,19 +110,19 @@ def _methods(arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
     def found() -> list[MethodRow]:
         return comparison.ordered({**comparison.kept_rows(arguments.json, plan, budget), **own}, plan)
 
-    found()  # a file of other rows is refused before anything is trained
-    with contextlib.closing(comparison.compare(plan, budget, failures)) as rows:
+    kept = comparison.kept_rows(arguments.json, plan, budget)
+    with contextlib.closing(comparison.compare(plan, budget, failures, kept)) as rows:
         for row in rows:
             own[row.name, row.seed] = row
             told = f"kernel distance {row.kernel_distance:.4g}  ({row.seconds:.0f} s)"
             print(f"{row.name}, seed {row.seed}: {told}", flush=True)
             _write(arguments.json, found)
-    if own:
-        print(f"\n{orderings.results_table(found())}\n")
-        print("--smoke: these numbers mean nothing" if plan.smoke else "\n".join(orderings.findings(found())))
+    if all_rows := found():
+        print(f"\n{orderings.results_table(all_rows)}\n")
+        print("--smoke: these numbers mean nothing" if plan.smoke else "\n".join(orderings.findings(all_rows)))
         figure = arguments.figure or plan.folder / f"{comparison.NAME}-{plan.scale.name}.png"
-        comparison.draw(figure, plan)
-        print(f"\nfigure: {figure}")
+        if comparison.draw(figure, plan):
+            print(f"\nfigure: {figure}")
     _check(failures)
 
 
@@ -144,15 +145,15 @@ def _experiment(experiment: Experiment, arguments: argparse.Namespace, plan: Exp
     def found() -> list[RunRow]:
         return _ordered({**_kept_rows(arguments.json, experiment, plan), **own}, experiment, plan)
 
-    found()  # a file of other rows is refused before anything is trained
-    with contextlib.closing(run_experiment(experiment, plan, failures)) as rows:
+    kept = _kept_rows(arguments.json, experiment, plan)
+    with contextlib.closing(run_experiment(experiment, plan, failures, kept)) as rows:
         for row in rows:
             own[row.setting, row.seed] = row
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.metrics.items())
             print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
             _write(arguments.json, found)
-    if own:
-        _tell(experiment, plan, found(), arguments.figure)
+    if all_rows := found():
+        _tell(experiment, plan, all_rows, arguments.figure)
     _check(failures)
 
 
@@ -165,11 +166,9 @@ def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], 
     figure = figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
     settings = {setting.name: setting for setting in experiment.settings(plan.scale)}
     folders = {name: run_folder(experiment, settings[name], plan, plan.seeds[0]) for name in settings_of(rows)}
-    draw(figure, rows, {name: folder for name, folder in folders.items() if (folder / "row.json").exists()})
-    print(f"\nfigure: {figure}")
-
-
-Rows = dict[tuple[str, int], RunRow]
+    if shown := {name: folder for name, folder in folders.items() if (folder / "row.json").exists()}:
+        draw(figure, rows, shown)
+        print(f"\nfigure: {figure}")
 
 
 def _kept_rows(file: Path | None, experiment: Experiment, plan: ExperimentPlan) -> Rows:

@@ -24,7 +24,7 @@ from bench.commands import Result, RunFailed, Usage, in_turn
 from bench.methods import RUNS, SAMPLES, MethodRow, judged, pretrain
 from bench.paper.experiments import SMALL
 from bench.paper.runs import ExperimentPlan, pretrained
-from bench.paper.training import check_same, configured, settings_digest, train
+from bench.paper.training import check_kept, check_same, configured, settings_digest, train
 from bench.rows import read_json, save_figure
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler, open_data
@@ -41,14 +41,18 @@ NO_GAME, GAME, SUPERVISED = "no adversarial training", "adversarial", "supervise
 """The groups of the paper's Table 4. Methods that learn codes are in the first, but for the ones with a critic."""
 _ADVERSARIAL_CODES = ("wae-gan",)
 _WARM, _SHORT, _LONG = 2, (20, 80), (200, 300)
-"""Steps of the runs that find out what a step costs: the first compiles kernels, and the difference of two others
-counts; of two long ones, but for the digits, where a method's first steps are not like its later ones."""
+"""Steps of the runs that find out what a step costs: the first compiles kernels and fills the cache, and the difference
+of two others counts; of two long ones, but for the digits, where a method's first steps are not like its later ones."""
+_LEAST, _MOST = 5.0, 20_000
+"""Seconds that the two have to differ by, or the longer one is made longer, but for this many steps: starting takes now
+some tenths of a second more, now less."""
 _PERIODS = ("critic_warmup", "critic_every", "moment_every")
 """Settings that say how many steps are not like others."""
 _STAGES = {"gmmn-ae": "autoencoder_steps", "glann": "glo_steps"}
 """Methods whose training has a first stage, and the setting that says how long it is."""
 _SHOWN = 20
 """Samples of each method in the figure."""
+Rows = dict[tuple[str, int | None], MethodRow]
 
 
 def runs(plan: ExperimentPlan) -> dict[str, tuple[str, ...]]:
@@ -85,12 +89,19 @@ def budget(plan: ExperimentPlan) -> int:
     return plan.scale.budget
 
 
-def compare(plan: ExperimentPlan, seconds: int, failures: list[str]) -> Generator[MethodRow, None, None]:
+def compare(plan: ExperimentPlan, seconds: int, failures: list[str], kept: Rows) -> Generator[MethodRow, None, None]:
     """A row for each method and seed, seed by seed, so that an early end leaves whole comparisons.
 
-    What fails, as a method that diverges, is noted in `failures`, and the others go on.
+    A run that has a row in `kept` is not run again, and other seeds of its method take as many steps as it has; so
+    several machines can share the seeds. InputError if a row is of other settings. What fails, as a method that
+    diverges, is noted in `failures`, and the others go on.
     """
     chosen = chosen_runs(plan)
+    known = {name: _kept_steps(name, plan, kept) for name in chosen}
+    runs_left = [(name, seed) for seed in plan.seeds for name in chosen if (name, seed) not in kept]
+    chosen = {name: flags for name, flags in chosen.items() if any(name == left for left, _ in runs_left)}
+    if not chosen:
+        return
     if plan.scale.name == SMALL:
         pretrain()
     else:
@@ -98,19 +109,20 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str]) -> Generato
             _weights(name, plan)
     if plan.jobs > 1:  # the first that opens the data set may download and unpack it: none beside it
         open_data(configured(training_flags(next(iter(chosen)), plan, 0, 10)))
-    costs: dict[str, float] = {}
-    if not plan.smoke:
-        _warm(next(iter(chosen)), plan)
-        for name, cost in zip(chosen, in_turn(lambda name: _tried(step_cost, name, plan), chosen, plan.jobs)):
+    steps = {name: count for name, count in known.items() if count is not None}
+    if plan.smoke:
+        steps = dict.fromkeys(chosen, 3)
+    if unknown := [name for name in chosen if name not in steps]:
+        _warm(unknown[0], plan)
+        for name, cost in zip(unknown, in_turn(lambda name: _tried(step_cost, name, plan), unknown, plan.jobs)):
             if isinstance(cost, RunFailed):
                 _note(failures, f"{name}: {cost}")
             else:
-                costs[name] = cost
-    wanted = [(name, seed) for seed in plan.seeds for name in chosen if plan.smoke or name in costs]
+                steps[name] = steps_for(seconds, cost)
+    wanted = [(name, seed) for name, seed in runs_left if name in steps]
 
     def flags_of(name: str, seed: int) -> list[str]:
-        steps = 3 if plan.smoke else steps_for(seconds, costs[name])
-        return training_flags(name, plan, seed, steps)
+        return training_flags(name, plan, seed, steps[name])
 
     def trained(run: tuple[str, int]) -> MethodRow | Usage | RunFailed:
         folder, flags = run_folder(*run, plan), flags_of(*run)
@@ -141,6 +153,14 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str]) -> Generato
             text = json.dumps(row.as_json(), indent=1) + "\n"
             write_atomically(folder / "row.json", text.encode())
             yield row
+
+
+def _kept_steps(name: str, plan: ExperimentPlan, kept: Rows) -> int | None:
+    """Steps of the method's runs that have rows; None if there are none, InputError for rows of other settings."""
+    own = [row for row in kept.values() if row.name == name]
+    for row in own:
+        check_kept(f"{name}, seed {row.seed}", row.settings, training_flags(name, plan, row.seed or 0, own[0].steps))
+    return own[0].steps if own else None
 
 
 def _tried(work: Callable[..., Result], *given: Any) -> Result | RunFailed:
@@ -208,23 +228,25 @@ def _weights(name: str, plan: ExperimentPlan) -> list[Path]:
 def step_cost(name: str, plan: ExperimentPlan) -> float:
     """Seconds of a training step: from the difference of two short runs, kept in the plan's folder.
 
-    InputError if what is kept there is of other flags or settings.
+    InputError if what is kept there is of other flags or settings; RunFailed if the difference means nothing.
     """
     file = _folder(plan) / "costs" / f"{name}.json"
     few, more = _counts(name, plan)
     flags = training_flags(name, plan, 0, more)
     asked = {"flags": flags, "settings": settings_digest(flags), "device": plan.device}
     if not file.exists():
-        if plan.device != "cpu":
-            _cost_run(name, plan, _WARM)  # every method has kernels of its own
-        first, second = (_cost_run(name, plan, steps) for steps in (few, more))
-        seconds = (_spent(second, plan) - _spent(first, plan)) / (more - few)
+        if plan.device != "cpu" or _config(name, plan).needs.features:
+            _cost_run(name, plan, _WARM)  # every method has kernels of its own, and real images' features in the cache
+        first = _spent(_cost_run(name, plan, few), plan)
+        while (difference := _spent(_cost_run(name, plan, more), plan) - first) < _LEAST and more < _MOST:
+            more = few + 4 * (more - few)
+        seconds = difference / (more - few)
         write_atomically(file, (json.dumps({**asked, "seconds": seconds}) + "\n").encode())
     known = json.loads(file.read_text())
     check_same(file, {key: known.get(key) for key in asked}, asked)
     found = float(known["seconds"])
     if found <= 0:
-        raise InputError(f"{file}: a step took no time, as other work disturbed the measurement; delete {file.parent}")
+        raise RunFailed(f"{file}: a step took no time, as other work disturbed the measurement; delete {file.parent}")
     print(f"{name}: {found:.3g} s a step", file=sys.stderr, flush=True)
     return found
 
@@ -287,9 +309,6 @@ def read_rows(path: Path, *, smoke: bool = False) -> list[MethodRow]:
     return found
 
 
-Rows = dict[tuple[str, int | None], MethodRow]
-
-
 def kept_rows(file: Path | None, plan: ExperimentPlan, seconds: int) -> Rows:
     """Those in `file`, by name and seed; InputError if they are of another scale or budget."""
     if file is None or not file.is_file() or not file.stat().st_size:
@@ -309,12 +328,12 @@ def ordered(rows: Mapping[tuple[str, int | None], MethodRow], plan: ExperimentPl
     )
 
 
-def draw(path: Path, plan: ExperimentPlan) -> None:
-    """A strip of samples of each method's first seed, of those whose runs have a row; none at all is InputError."""
+def draw(path: Path, plan: ExperimentPlan) -> bool:
+    """A strip of samples of the first seed of each method that was run in the plan's folder; False if none was."""
     folders = {name: run_folder(name, plan.seeds[0], plan) for name in runs(plan)}
     shown = [name for name, folder in folders.items() if (folder / "row.json").exists()]
     if not shown:
-        raise InputError("runs", f"{_folder(plan)} has no run that was judged, so nothing to draw")
+        return False
     figure = Figure(figsize=(9, 0.42 * len(shown) + 0.1), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     for axis, name in zip(np.atleast_1d(figure.subplots(len(shown), 1)), shown):
@@ -324,3 +343,4 @@ def draw(path: Path, plan: ExperimentPlan) -> None:
         axis.set_yticks([])
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     save_figure(path, figure)
+    return True

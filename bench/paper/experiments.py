@@ -101,6 +101,7 @@ class Experiment:
         claims: from a scale to what the paper found.
         small_steps: training steps on the digits; the paper's scale takes the preset's.
         small_flags: of `engine.train` on the digits, in place of the preset's.
+        small_amp: whether the digits' runs compute in bf16, where the machine does.
         evaluations: how many times the samples are judged during training, at equal distances; 0: at the end only.
         remark: what the small scale's numbers don't say and its pictures do; no numbers.
     """
@@ -112,6 +113,7 @@ class Experiment:
     claims: Callable[[Scale], tuple[Claim, ...]]
     small_steps: int
     small_flags: tuple[str, ...] = ()
+    small_amp: bool = True
     evaluations: int = 0
     remark: str = ""
 
@@ -161,19 +163,17 @@ _RATES = {
 }
 # Around the paper's, which are the generator's 5e-5 and AMA's 1e-5.
 _PAPERS_RATES = {name: ("--ama-lr", ("3e-6", "1e-5", "3e-5")) for name in (_AMA, _AUTHORS)}
-_BETA2 = "0.9"
 _MINIBATCHES = (16, 64, 256)
 
 
 def _candidates(averager: str, scale: Scale) -> tuple[tuple[str, ...], ...]:
-    """Six each: three rates of the averager's own times two of the generator's; without any average, three rates of the
-    generator times two β2 of its Adam, which forgets the large gradients of early squares at .9."""
+    """Six each: three rates, the averager's own or without any the generator's, times two β2 of the generator's Adam;
+    .9 forgets the large gradients of early squares."""
     lrs = ("1e-3", "3e-4", "3e-3") if scale.name == SMALL else ("5e-5", "2e-5", "1e-4")
     rates = _RATES if scale.name == SMALL else {**_RATES, **_PAPERS_RATES}
-    if averager not in rates:
-        return tuple(("--lr", lr, "--beta2", beta2) for lr in lrs for beta2 in (_BETA2, "0.999"))
-    flag, values = rates[averager]
-    return tuple(("--lr", lr, flag, value, "--beta2", _BETA2) for value in values for lr in lrs[:2])
+    flag, values = rates.get(averager, ("--lr", lrs))
+    lr = () if flag == "--lr" else ("--lr", lrs[0])
+    return tuple((*lr, flag, value, "--beta2", beta2) for value in values for beta2 in ("0.9", "0.999"))
 
 
 def _averaging(scale: Scale) -> tuple[ExperimentSetting, ...]:
@@ -234,12 +234,11 @@ _COLOUR = (
     "sees colour."
 )
 _SEARCH = (
-    "Every averager has the same generator, and six candidates: three rates of its own times two of the "
-    "generator's, with β2 = 0.9 of the generator's Adam; without an average, three rates of the generator times "
-    "two β2. The search ran once: a trial of a quarter of the steps for each candidate, with a seed and a z that "
-    "no judged run has, by a judge that has no part in the verdict. What was best in a short trial need not be "
-    "best in a long one. The second network, `opponent`, sees the colours that a classifier of grey digits leaves "
-    "open, so that the verdict is not about tints."
+    "Every averager has the same generator, and six candidates: three rates of its own, or without an average of "
+    "the generator's, times two β2 of the generator's Adam. The search ran once: a trial of a quarter of the steps "
+    "for each candidate, with a seed and a z that no judged run has, by a judge that has no part in the verdict. "
+    "What was best in a short trial need not be best in a long one. The second network, `opponent`, sees the "
+    "colours that a classifier of grey digits leaves open, so that the verdict is not about tints."
 )
 _LOSS = (
     "AMA's loss is v · Δ, and v starts at zero. So the loss rises and falls while v catches up with Δ, passes zero, "
@@ -298,6 +297,7 @@ EXPERIMENTS = {
             _averaging_claims,
             4000,
             ("--generator-ema", "0.99"),
+            small_amp=False,  # so that all kinds of machines can share the runs
             remark=_SEARCH,
         ),
         Experiment(

@@ -174,19 +174,21 @@ _INTRODUCTION = """# All methods under one budget
 `python -m bench.paper --experiment methods --jobs 2` trains every method of the engine with three seeds, each for the
 same time, and judges their samples; `--document docs/comparison.md ROWS.json` writes this page from the rows. No number
 in it is typed by hand. The budget is seconds of training, CPU seconds on a CPU: what a method costs whoever uses it.
-Steps and generated images count something else in every family, as a step may train a critic five times, draw a pool
-of samples, or only reconstruct. Two short runs of each method say how many steps the budget buys. Pretraining the
-matched network, and starting, are not counted. All other settings are the presets', which were found with other
-numbers of steps.
+Steps and generated images count something else in every family, as a step may train a critic five times, draw a pool of
+samples, or only reconstruct. Two short runs of each method say how many steps the budget buys. Pretraining the matched
+network, and starting, are not counted. All other settings are the presets', which were found with other numbers of
+steps, by the two judges below and with more trials for some methods than for others. On the digits, the network that
+gfmn, mmd, frechet, sinkhorn and drifting match learned from the digits' labels.
 
 Distances, precision and recall are by the features of a network that no method was trained on. *Read* is the share of
 samples, in percent, that a support vector machine fitted to real 8×8 digits reads with confidence, and *rarest digit*
 the smallest share of the ten. *Distinct neighbours* counts the real images that are nearest to some sample, in pixels;
-imle and the autoencoders train on distances of pixels, so that it is not independent of them. *Colour* and *edge* are
-how far the colour on ink and the level of the outermost pixels are from the real images', of 255; on the digits, gfmn
-matches a second network, `opponent`, which was made to see colours, so that *colour* is not independent of it. *CPU s*
-and *MiB* are of the whole command, and a dash is what is not known. An ordering that others found "agrees" or
-"disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%; otherwise it is "undecided"."""
+gmmn, imle, glo, glann and the autoencoders train on pixels or on pyramids of them, so that it is not independent of
+them. *Colour* and *edge* are how far the colour on ink and the level of the outermost pixels are from the real images',
+of 255; on the digits, gfmn and mmd match a second network, `opponent`, which was made to see colours, so that *colour*
+is not independent of it. *CPU s* and *MiB* are of the whole command, and a dash is what is not known. An ordering that
+others found "agrees" or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%;
+otherwise it is "undecided". Which method is closest in a group is read off the means, without a test."""
 
 _NOT_RUN = """## Not run yet
 

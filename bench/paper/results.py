@@ -112,13 +112,13 @@ def smaller(first: Summary, second: Summary) -> int:
 
 
 def next_to(names: Mapping[str, Summary]) -> str:
-    """A part of a sentence: which name has the smallest mean, which the next one, and whether the difference counts."""
+    """A part of a sentence: which name has the smallest mean, and which the next one. No test, which would be of names
+    that were chosen by what is tested."""
     (one, first), *rest = sorted(names.items(), key=lambda pair: pair[1].mean)
     if not rest:
         return f"{one} is closest ({first}), and alone"
     other, second = rest[0]
-    clear = "" if smaller(first, second) else "; no difference that counts"
-    return f"{one} is closest ({first}), then {other} ({second}){clear}"
+    return f"{one} is closest ({first}), then {other} ({second})"
 
 
 WORDS = {1: "agrees", -1: "disagrees", 0: "undecided"}
@@ -183,20 +183,26 @@ def experiment_of(rows: Sequence[RunRow]) -> Experiment:
     return EARLIER_AVERAGING if earlier else EXPERIMENTS[rows[0].experiment]
 
 
-def findings(rows: Sequence[RunRow]) -> list[str]:
-    """What the rows say of the paper's claims, a sentence each."""
+def tested(rows: Sequence[RunRow]) -> list[str]:
+    """What Welch's test says of the paper's claims, or of two settings, a sentence each."""
     experiment, scale = experiment_of(rows), SCALES[rows[0].scale]
     present = set(settings_of(rows))
     claims = [claim for claim in experiment.claims(scale) if {claim.better, claim.worse} <= present]
     sentences = [verdict(rows, claim) for claim in claims]
     if all("pixel_distance" in row.metrics for row in rows):
         sentences += [verdict(rows, claim, "pixel_distance") for claim in claims]
+    if experiment.name == "fidelity" and len(present) == 2:
+        sentences.append(side_by_side(rows))
+    return sentences
+
+
+def findings(rows: Sequence[RunRow]) -> list[str]:
+    """What the rows say, a sentence each: `tested`, and what is no test."""
+    experiment, sentences = experiment_of(rows), tested(rows)
     if experiment.name == "layers":
         sentences.append(trend(rows))
     if experiment.name == "averaging":
         sentences += closest(rows)
-    if experiment.name == "fidelity" and len(present) == 2:
-        sentences.append(side_by_side(rows))
     if rows[0].curve:
         sentences += correlations(rows)
     return sentences
@@ -302,8 +308,7 @@ def read_rows(path: Path, *, smoke: bool = False) -> list[RunRow]:
 def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
     """docs/experiments.md: what was tried, measured and found, an experiment a section."""
     agreements = [sentence for rows in results for sentence in findings(rows)]
-    claims = sum(f"**{word}**" in sentence for sentence in agreements for word in WORDS.values())
-    parts = [_INTRODUCTION.format(claims=claims)]
+    parts = [_INTRODUCTION.format(tests=sum(len(tested(rows)) for rows in results))]
     for word, heading in (
         ("disagrees", "Where these runs disagree with the paper"),
         ("undecided", "What these runs leave open"),
@@ -332,9 +337,9 @@ with its first seed.)
 A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
 and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim "agrees"
 or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%; otherwise it is "undecided".
-There are {claims} claims below, and each is tested by itself: about one in twenty tests decides where there is nothing
-to decide. What is said of rank correlations is no test. The matched networks are trained on the digits once and are the
-same for all seeds. Where rates were searched, the search ran once."""
+There are {tests} such tests below, each by itself: about one in twenty decides where there is nothing to decide. What
+is said of rank correlations, and of what is closest, is no test. The matched networks are trained on the digits once
+and are the same for all seeds. Where rates were searched, the search ran once."""
 
 
 def _section(rows: Sequence[RunRow], figure: str) -> str:
@@ -377,8 +382,9 @@ def _conditions(rows: Sequence[RunRow]) -> str:
     minibatches = sorted({entry.minibatch for entry in rows})
     changed = " ".join(experiment_of(rows).small_flags) if row.scale == SMALL else ""
     rates = f" with `{changed}`" if changed else ""
+    dtypes = " and ".join(sorted({"bf16" if "--amp" in entry.flags else "float32" for entry in rows}))
     return (
-        f"{row.steps:,} steps{rates}, minibatch {' and '.join(map(str, minibatches))}, "
+        f"{row.steps:,} steps{rates} in {dtypes}, minibatch {' and '.join(map(str, minibatches))}, "
         f"seeds {', '.join(map(str, seeds))}; "
         f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
         f"{row.environment['processor']}, threads: {', '.join(map(str, threads))}; torch "

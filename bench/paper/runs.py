@@ -12,23 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench.commands import RunFailed, Usage, check, in_turn, run_module
 from bench.paper.experiments import SMALL, Experiment, ExperimentSetting, Scale
+from bench.paper.judging import Judge
 from bench.paper.search import SEED, best, judged_by, kept_score, scorer
-from bench.paper.training import check_same, configured, settings_digest, train
+from bench.paper.training import check_kept, check_same, configured, settings_digest, train
 from bench.rows import Row, environment
-from engine.comparison.distances import kernels, mmd
 from engine.configuration.config import Config
-from engine.configuration.inputs import load_run_sampler, open_data
-from engine.evaluation.judges import EvaluationNetwork, evaluation_network
-from engine.evaluation.metrics import KID_SUBSET, compute_metrics
+from engine.configuration.inputs import open_data
 from engine.representation.zoo import brings_weights
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
+from engine.training.precision import cpu_computes_in
 from engine.training.run_folder import RunFolder
-from pipelines import read_pixels
 
 
 @dataclass(frozen=True)
@@ -116,18 +113,29 @@ def chosen(settings: Sequence[ExperimentSetting], only: Sequence[str]) -> list[E
     return [setting for setting in settings if not only or parts[setting.name] & set(only)]
 
 
-def run_experiment(experiment: Experiment, plan: ExperimentPlan, failures: list[str]) -> Generator[RunRow, None, None]:
+Rows = dict[tuple[str, int], RunRow]
+"""By setting and seed."""
+
+
+def run_experiment(
+    experiment: Experiment, plan: ExperimentPlan, failures: list[str], kept: Rows
+) -> Generator[RunRow, None, None]:
     """All runs of `experiment`, seed by seed, so that an early end leaves whole comparisons.
 
-    What fails, as a run that diverges, is noted in `failures`, and the others go on.
+    A run that has a row in `kept` is not run again, and other seeds take what its search found. InputError if a row is
+    of other settings. What fails, as a run that diverges, is noted in `failures`, and the others go on.
     """
     settings = chosen(experiment.settings(plan.scale), plan.only)
+    known = _kept_searches(experiment, settings, plan, kept)
+    runs = [(seed, setting) for seed in plan.seeds for setting in settings if (setting.name, seed) not in kept]
+    settings = [setting for setting in settings if any(setting is left for _, left in runs)]
+    if not settings:
+        return
     for name in {name for setting in settings for name in setting.extractor.split("+")}:
         pretrained(name, plan)
     if plan.jobs > 1:  # the first that opens the data set may download and unpack it: none beside it
         open_data(configured(training_flags(experiment, settings[0], plan, 0, _weights(settings[0], plan))))
-    searched = _search(experiment, settings, plan)
-    runs = [(seed, setting) for seed in plan.seeds for setting in settings]
+    searched = known | _search(experiment, [setting for setting in settings if setting.name not in known], plan)
 
     def flags_of(run: tuple[int, ExperimentSetting]) -> list[str]:
         seed, setting = run
@@ -173,6 +181,23 @@ def _found(searched: Mapping[str, Sequence[Mapping[str, Any]]], setting: Experim
     return best(searched[setting.name]) if setting.name in searched else ()
 
 
+def _kept_searches(
+    experiment: Experiment, settings: Sequence[ExperimentSetting], plan: ExperimentPlan, kept: Rows
+) -> dict[str, list[dict[str, Any]]]:
+    """Setting → the trials of its search, from its rows in `kept`; InputError if one is of other settings."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for setting in settings:
+        own = [row for row in kept.values() if row.setting == setting.name]
+        for row in own:
+            searched = own[0].searched or []
+            flags = best(searched) if searched else ()
+            weights = [Path(f"{name}.safetensors") for name in setting.extractor.split("+")]  # which count for nothing
+            again = training_flags(experiment, setting, plan, row.seed, weights, flags)
+            check_kept(f"{setting.name}, seed {row.seed}", row.settings, again)
+            found |= {setting.name: searched} if searched else {}
+    return found
+
+
 def _search(
     experiment: Experiment, settings: Sequence[ExperimentSetting], plan: ExperimentPlan
 ) -> dict[str, list[dict[str, Any]]]:
@@ -207,37 +232,6 @@ def _search(
     return found
 
 
-class Judge:
-    """The evaluating network and the real images, which all runs of a scale share."""
-
-    def __init__(self, plan: ExperimentPlan, config: Config):
-        self.plan = plan
-        size = config.data.image_size
-        self.network: EvaluationNetwork = evaluation_network(plan.scale.network, image_size=size)
-        real = read_pixels(open_data(config))
-        self.real: Tensor = real[:200] if plan.smoke else real
-        self.device = torch.device(plan.device)
-
-    def __call__(self, folder: Path) -> dict[str, float]:
-        """Metrics of samples of the run in `folder`, of the same z for every run."""
-        samples = load_run_sampler(folder).to(self.device).draw_pixels(self.plan.samples, seed=0)
-        subset = min(KID_SUBSET, len(samples), len(self.real))
-        found = compute_metrics(
-            samples, self.real, self.network, self.plan.scale.metrics, device=self.device, kid_subset_size=subset
-        )
-        return {**found, "pixel_distance": pixel_distance(samples, self.real)}
-
-
-@torch.no_grad()
-def pixel_distance(samples: Tensor, real: Tensor, most: int = 5_000) -> float:
-    """Energy distance 2 E‖x−y‖ − E‖x−x'‖ − E‖y−y'‖ of images uint8 [N, 3, H, W] as vectors, of at most `most` each.
-
-    In units of the largest pixel value and of a root mean square over pixels: 2 between black and white.
-    """
-    x, y = (images[:most].to("cpu").flatten(1).float() / (255 * images[0].numel() ** 0.5) for images in (samples, real))
-    return float(mmd(x, y, kernels.energy()))
-
-
 def pretrained(name: str, plan: ExperimentPlan) -> Path:
     """Weights of the network `name`, trained on the scale's data set once for all experiments and seeds; "imagenet" for
     one that brings them."""
@@ -251,7 +245,7 @@ def pretrained(name: str, plan: ExperimentPlan) -> Path:
         task = "rotate"  # their images have no labels
     flags = [*plan.scale.flags, "--task", task, "--arch", name, *_machine(plan)]
     if plan.scale.name == SMALL and name != "vgg-small":
-        flags += ["--steps", "120", "--amp"]
+        flags += ["--steps", "120", *_amp(plan)]
     if plan.smoke:
         flags += ["--steps", "2"]
     partial = path.with_name(path.name + ".checkpoint").exists()
@@ -263,6 +257,11 @@ def pretrained(name: str, plan: ExperimentPlan) -> Path:
 
 def _weights(setting: ExperimentSetting, plan: ExperimentPlan) -> list[Path]:
     return [pretrained(name, plan) for name in setting.extractor.split("+")]
+
+
+def _amp(plan: ExperimentPlan) -> list[str]:
+    """The flag, where it makes anything faster."""
+    return ["--amp"] if plan.device != "cpu" or cpu_computes_in(torch.bfloat16) else []
 
 
 def _machine(plan: ExperimentPlan) -> list[str]:
@@ -290,10 +289,12 @@ def training_flags(
 ) -> list[str]:
     """The flags of `engine.train` for one run, all but `--out`; `found` are those of a candidate."""
     steps = steps_of(experiment, plan, trial=trial)
-    flags = [*plan.scale.flags, "--extractor", setting.extractor, "--amp", *setting.flags, *found]
+    flags = [*plan.scale.flags, "--extractor", setting.extractor, *_amp(plan), *setting.flags, *found]
     flags += ["--seed", str(seed), "--steps", str(steps), "--log-every", str(max(steps // 200, 1)), *_machine(plan)]
     if plan.scale.name == SMALL:
         flags += _used(experiment.small_flags, setting)
+        if not experiment.small_amp and "--amp" in flags:
+            flags.remove("--amp")
     if experiment.evaluations:
         flags += ["--evaluate-every", str(max(steps // experiment.evaluations, 1))]
         flags += ["--evaluate-samples", str(min(plan.samples, 5000))]

@@ -27,9 +27,14 @@ def configured(flags: Sequence[str]) -> Config:
     return Config.build(arguments.preset, given_flags(arguments))
 
 
+_OF_MACHINES = ("data", "device", "threads", "weights")
+
+
 def settings_digest(flags: Sequence[str]) -> str:
-    """Of all settings, a preset's values among them, which the flags don't say: twelve hexadecimal digits."""
-    return hashlib.sha256(configured(flags).to_json().encode()).hexdigest()[:12]
+    """Of all settings, a preset's values among them, which the flags don't say: twelve hexadecimal digits. Where files
+    lie, and what the run is computed on, are none of them."""
+    values = {name: value for name, value in configured(flags).flat().items() if name not in _OF_MACHINES}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def check_same(what: Path, known: object, wanted: object) -> None:
@@ -37,6 +42,14 @@ def check_same(what: Path, known: object, wanted: object) -> None:
     if known != wanted:
         raise InputError(
             "runs", f"{what} was run with other flags, or its preset had other values; delete it or give another folder"
+        )
+
+
+def check_kept(name: str, settings: str | None, flags: Sequence[str]) -> None:
+    """InputError if a row of the run `name`, whose digest is `settings`, is of other ones than `flags` have now."""
+    if settings != settings_digest(flags):
+        raise InputError(
+            "json", f"its row of {name} is of other settings than {name} has now; delete the row or give another file"
         )
 
 

@@ -108,7 +108,7 @@ def test_the_closest_at_each_minibatch() -> None:
     others = [row("C", seed, value, minibatch=16) for seed, value in enumerate([3.0, 5.0])]
     others += [row("D", seed, value, minibatch=16) for seed, value in enumerate([4.0, 6.0])]
     assert closest([*rows, *others]) == [
-        "at minibatch 16, C is closest (4.000 ± 1.414), then D (5.000 ± 1.414); no difference that counts",
+        "at minibatch 16, C is closest (4.000 ± 1.414), then D (5.000 ± 1.414)",
         "at minibatch 64, B is closest (1.000 ± 0.100), then A (2.000 ± 0.100)",
     ]
     assert closest(rows[:3]) == []
@@ -198,6 +198,9 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert not (tmp_path / "page.md").exists()
     with pytest.raises(SystemExit):
         run_command(main, [*argv, "--steps", "9", "--data", "elsewhere"])
+    assert "--json: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_command(main, [*argv[:-4], "--steps", "9", "--data", "elsewhere"])
     assert "--runs: " in capsys.readouterr().err
 
 

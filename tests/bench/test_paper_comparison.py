@@ -97,18 +97,37 @@ def test_a_step_s_cost_is_the_difference_of_two_runs(measured: list[tuple[str, i
     plan = plan_in(tmp_path)
     assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
     assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
-    assert measured == [("gfmn-20", 20), ("gfmn-80", 80)]
+    assert measured == [("gfmn-2", 2), ("gfmn-20", 20), ("gfmn-80", 80)]  # the first fills the cache
+    comparison.step_cost("vae", plan)
+    assert measured[3:] == [("vae-20", 20), ("vae-80", 80)]
     assert comparison.step_cost("vae", plan_in(tmp_path, "cifar10", device="cuda")) == pytest.approx(0.5)
     assert (steps_for(100, 0.25), steps_for(100, 0.26), steps_for(1, 5)) == (400, 380, 10)
     file = next((tmp_path / "methods-digits/costs").glob("gfmn.json"))
     kept = json.loads(file.read_text())
     file.write_text(json.dumps({**kept, "seconds": -0.1}))
-    with pytest.raises(InputError, match=r"other work disturbed .*; delete"):
+    with pytest.raises(RunFailed, match=r"other work disturbed .*; delete"):
         comparison.step_cost("gfmn", plan)
     for other in ({"settings": "another"}, {"device": "cuda"}, {"flags": kept["flags"][:-1]}):
         file.write_text(json.dumps({**kept, **other}))
         with pytest.raises(InputError, match="was run with other flags"):
             comparison.step_cost("gfmn", plan)
+
+
+def test_cheap_steps_are_counted_over_more_of_them(
+    measured: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of a second more or less at the start would be much of 60 steps."""
+    train = comparison.train
+
+    def cheap(flags: list[str], folder: Path, threads: int | None) -> Usage:
+        train(flags, folder, threads)
+        return Usage(0.0, 9 + 0.01 * measured[-1][1], 100.0)
+
+    monkeypatch.setattr(comparison, "train", cheap)
+    assert comparison.step_cost("glann", plan_in(tmp_path)) == pytest.approx(0.01)
+    assert [steps for _, steps in measured] == [20, 80, 260, 980]
+    assert comparison.step_cost("glann", plan_in(tmp_path)) == pytest.approx(0.01)
+    assert len(measured) == 4
 
 
 def test_costs_of_methods_whose_first_steps_are_unlike_others(measured: list[tuple[str, int]], tmp_path: Path) -> None:
@@ -142,7 +161,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return Usage(60.0, 100.0, 900.0)
 
     def judged(name: str, flags: list[str], *_, seed: int, budget: int, smoke: bool, settings: str, **__) -> MethodRow:
-        return row(name, seed, 1.0, flags=" ".join(flags), budget=budget, smoke=smoke, settings=settings)
+        steps = int(flags[flags.index("--steps") + 1])
+        given = {"flags": " ".join(flags), "budget": budget, "smoke": smoke, "settings": settings, "steps": steps}
+        return row(name, seed, 1.0, **given)
 
     monkeypatch.setattr(comparison, "train", train)
     monkeypatch.setattr(comparison, "judged", judged)
@@ -178,6 +199,30 @@ def test_rows_are_merged_and_finished_runs_stay(
     assert "rows of digits and 100 seconds; give another file" in text
     code, text = command(main, [*argv[:-4], "--budget", "50", "--only", "vae"], capsys)
     assert "was run with other flags" in text
+
+
+def test_seeds_are_shared_by_machines(
+    trained: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs that have rows are not run again, and their steps are those of other seeds, whatever a step costs there."""
+    file = tmp_path / "rows.json"
+    argv = ["--experiment", "methods", "--device", "cpu", "--json", str(file), "--only", "vae", "--runs"]
+    main([*argv, str(tmp_path / "one"), "--seeds", "1"])
+    monkeypatch.setattr(comparison, "step_cost", lambda *_: 5.0)
+    main([*argv, str(tmp_path / "other"), "--seeds", "3"])
+    assert [flags[flags.index("--seed") + 1] for flags in trained] == ["0", "1", "2"]
+    assert {entry["steps"] for entry in json.loads(file.read_text())} == {200}
+    before = file.read_text()
+    main([*argv, str(tmp_path / "third"), "--seeds", "3"])
+    assert len(trained) == 3
+    assert file.read_text() == before
+    entries = json.loads(before)
+    for other in ({"settings": "another"}, {"steps": 190}):
+        file.write_text(json.dumps([{**entries[0], **other}, *entries[1:]]))
+        code, text = command(main, [*argv, str(tmp_path / "third"), "--seeds", "4"], capsys)
+        assert (code, len(text.splitlines())) == (2, 1)
+        assert "--json: its row of vae, seed" in text
+        assert len(trained) == 3
 
 
 def test_a_method_that_fails_is_named_at_the_end(
@@ -250,8 +295,7 @@ def test_the_page_is_its_rows() -> None:
     assert "100 seconds of training for each method, seeds 0, 1; distances, precision and recall by the judge." in text
     assert best_of_groups(rows) == [
         "no adversarial training, 4 methods: gfmn is closest (1.100 ± 0.141), then glo (2.050 ± 0.071)",
-        "adversarial, 2 methods: sngan is closest (4.050 ± 0.071), then wgan-gp (4.100 ± 0.141); no difference that "
-        "counts",
+        "adversarial, 2 methods: sngan is closest (4.050 ± 0.071), then wgan-gp (4.100 ± 0.141)",
         "of the groups' closest, gfmn (no adversarial training) is closest (1.100 ± 0.141), then sngan (adversarial) "
         "(4.050 ± 0.071)",
     ]

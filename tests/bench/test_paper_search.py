@@ -18,8 +18,9 @@ from bench.digit_judge import DigitJudge, edge_level
 from bench.paper import runs, training
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES
+from bench.paper.judging import pixel_distance
 from bench.paper.results import searched_table
-from bench.paper.runs import ExperimentPlan, RunRow, chosen, pixel_distance, run_experiment, steps_of
+from bench.paper.runs import ExperimentPlan, RunRow, chosen, run_experiment, steps_of
 from bench.paper.search import best, readability
 from engine.configuration.presets import PRESETS
 from engine.support.errors import InputError
@@ -43,7 +44,7 @@ def test_every_averager_has_as_many_candidates_and_the_same_generator(scale: str
         flags = [dict(zip(candidate[::2], candidate[1::2])) for candidate in setting.candidates]
         counts = {flag: len({candidate[flag] for candidate in flags}) for flag in flags[0]}
         own = sum(flag not in ("--lr", "--beta2") for flag in counts)  # one, but for "none"
-        assert (counts["--lr"], counts["--beta2"]) == ((2, 1) if own else (3, 2))
+        assert (counts["--lr"], counts["--beta2"]) == ((1, 2) if own else (3, 2))
         assert all(count == 3 for flag, count in counts.items() if flag not in ("--lr", "--beta2"))
         assert setting.flags[setting.flags.index("--upsampling") + 1] == "transposed"
     assert AVERAGING.small_steps >= 4000
@@ -125,7 +126,7 @@ class Engine:
 
     def score(self, folder: Path) -> float:
         flags = json.loads((folder / "config.json").read_text())
-        return {"0.1": 0.9}.get(flags[flags.index("--ma-alpha") + 1], 0.5) + 0.01 * ("1e-3" in flags)
+        return {"0.1": 0.9}.get(flags[flags.index("--ma-alpha") + 1], 0.5) + 0.01 * ("0.999" in flags)
 
     def row(self, experiment, setting, plan, seed, flags, usage, judge, searched) -> RunRow:
         return RunRow(
@@ -142,7 +143,7 @@ def test_runs_take_what_the_trials_found(jobs: int, tmp_path: Path, monkeypatch:
     engine = Engine(monkeypatch)
     plan = plan_in(tmp_path, only=("MA, 64",), jobs=jobs)
     failures: list[str] = []
-    rows = list(run_experiment(AVERAGING, plan, failures))
+    rows = list(run_experiment(AVERAGING, plan, failures, {}))
     assert not failures
     assert len(engine.trained) == 6 + 2
     trials, long = [flags for flags in engine.trained if "1000" in flags], [f for f in engine.trained if "4000" in f]
@@ -154,9 +155,9 @@ def test_runs_take_what_the_trials_found(jobs: int, tmp_path: Path, monkeypatch:
     assert [row.seed for row in rows] == [0, 1]
     assert [len(row.searched or ()) for row in rows] == [6, 6]
     table = searched_table(rows)
-    assert "| MA, 64 | `--lr 1e-3 --ma-alpha 0.1 --beta2 0.9` |" in table
+    assert "| MA, 64 | `--lr 1e-3 --ma-alpha 0.1 --beta2 0.999` |" in table
     assert "`--lr 1e-3 --ma-alpha 0.03 --beta2 0.9` 0.5" in table
-    again = list(run_experiment(AVERAGING, plan, failures))
+    again = list(run_experiment(AVERAGING, plan, failures, {}))
     assert len(engine.trained) == 8
     assert [row.as_json() for row in again] == [row.as_json() for row in rows]
 
@@ -164,21 +165,21 @@ def test_runs_take_what_the_trials_found(jobs: int, tmp_path: Path, monkeypatch:
 def test_what_diverges_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(monkeypatch)
     plan = plan_in(tmp_path, only=("MA, 64",))
-    engine.diverges = ("0.1", "1e-3", "1000")  # what would be the best trial
+    engine.diverges = ("0.1", "0.999", "1000")  # what would be the best trial
     failures: list[str] = []
-    rows = list(run_experiment(AVERAGING, plan, failures))
+    rows = list(run_experiment(AVERAGING, plan, failures, {}))
     assert not failures
     assert [row.flags[row.flags.index("--ma-alpha") + 1] for row in rows] == ["0.1", "0.1"]
-    assert [row.flags[row.flags.index("--lr") + 1] for row in rows] == ["3e-4", "3e-4"]
+    assert [row.flags[row.flags.index("--beta2") + 1] for row in rows] == ["0.9", "0.9"]
     (failed,) = (entry for entry in rows[0].searched or () if entry["score"] is None)
-    assert failed["flags"] == "--lr 1e-3 --ma-alpha 0.1 --beta2 0.9"
+    assert failed["flags"] == "--lr 1e-3 --ma-alpha 0.1 --beta2 0.999"
     assert failed["message"].endswith("python -m engine.train failed: it burned")
-    assert "`--lr 1e-3 --ma-alpha 0.1 --beta2 0.9` failed" in searched_table(rows)
+    assert "`--lr 1e-3 --ma-alpha 0.1 --beta2 0.999` failed" in searched_table(rows)
     count = len(engine.trained)
-    list(run_experiment(AVERAGING, plan, failures))
+    list(run_experiment(AVERAGING, plan, failures, {}))
     assert len(engine.trained) == count  # not even the trial that failed
     engine.diverges = ("--seed", "0")
-    rows = list(run_experiment(AVERAGING, plan_in(tmp_path / "other", only=("MA, 64",)), failures))
+    rows = list(run_experiment(AVERAGING, plan_in(tmp_path / "other", only=("MA, 64",)), failures, {}))
     assert [row.seed for row in rows] == [1]
     (failure,) = failures
     assert failure.startswith("MA, 64, seed 0: ")
@@ -189,7 +190,7 @@ def test_nothing_is_searched_where_every_trial_fails(tmp_path: Path, monkeypatch
     engine = Engine(monkeypatch)
     engine.diverges = ("1000", "--ma-alpha")
     failures: list[str] = []
-    rows = list(run_experiment(AVERAGING, plan_in(tmp_path, only=("MA, 64",)), failures))
+    rows = list(run_experiment(AVERAGING, plan_in(tmp_path, only=("MA, 64",)), failures, {}))
     assert not rows
     assert [failure.split(":")[0] for failure in failures] == ["MA, 64, seed 0", "MA, 64, seed 1"]
 
@@ -197,12 +198,12 @@ def test_nothing_is_searched_where_every_trial_fails(tmp_path: Path, monkeypatch
 def test_a_preset_s_other_values_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Engine(monkeypatch)
     plan = plan_in(tmp_path, only=("MA, 64",), seeds=(0,))
-    list(run_experiment(AVERAGING, plan, []))
+    list(run_experiment(AVERAGING, plan, [], {}))
     training.train(["--steps", "5"], tmp_path / "run")
     monkeypatch.setitem(PRESETS["digits"], "nz", 7)
     assert training.configured(["--steps", "5"]).networks.nz == 7
     for again in (
-        lambda: list(run_experiment(AVERAGING, plan, [])),
+        lambda: list(run_experiment(AVERAGING, plan, [], {})),
         lambda: training.train(["--steps", "5"], tmp_path / "run"),
     ):
         with pytest.raises(InputError, match="its preset had other values; delete it or give another"):
@@ -263,6 +264,29 @@ def test_rows_of_other_invocations_are_kept(
     assert code == 2
     assert "--json: " in text
     assert "4000 steps; give another file" in text
+
+
+def test_what_was_found_serves_other_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also on another machine, where there is nothing but the rows."""
+    engine = Engine(monkeypatch)
+    monkeypatch.setattr("bench.paper.__main__.draw", lambda *_: None)
+    file = tmp_path / "rows.json"
+    argv = ["--experiment", "averaging", "--device", "cpu", "--only", "MA, 16", "--json", str(file), "--runs"]
+    main([*argv, str(tmp_path / "one"), "--seeds", "1"])
+    assert len(engine.trained) == 6 + 1
+    main([*argv, str(tmp_path / "other"), "--seeds", "2"])
+    assert len(engine.trained) == 6 + 2
+    first, second = json.loads(file.read_text())
+    assert first["searched"] == second["searched"]
+    assert "--amp" not in first["flags"]
+    main([*argv, str(tmp_path / "third"), "--seeds", "2"])
+    assert len(engine.trained) == 8
+    file.write_text(json.dumps([first, {**second, "settings": "another"}]))
+    code, text = command(main, [*argv, str(tmp_path / "third"), "--seeds", "3"], capsys)
+    assert code == 2
+    assert "--json: its row of MA, 16, seed 1 is of other settings" in text
 
 
 def test_a_process_tells_what_it_used_and_why_it_failed() -> None:
