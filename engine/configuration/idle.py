@@ -57,6 +57,9 @@ def _idle_games(config: Config) -> dict[str, str]:
     if method == "mcgan":
         name, of = ("match_norm", "mean") if match == "covariance" else ("match_directions", "covariance")
         found[name] = f"needs --match {of}, and this is --match {match}"
+    if method == "dfm" and config.denoising.denoise_weight == 0:
+        names = ("denoise_deviation", "denoiser_width", "denoiser_layers", "denoiser_lr")
+        found |= dict.fromkeys(names, "needs a --denoise-weight above 0")
     return found
 
 

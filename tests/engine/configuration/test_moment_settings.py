@@ -25,6 +25,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "dfm", "critic_outputs": 2}, "critic_outputs", "needs 1, not 2"),
     ({"method": "dfm", "penalty": ["gradient"]}, "critic_norm", "each image's own derivative"),
     ({"method": "dfm", "denoise_weight": 0, "adversarial_weight": 0}, "adversarial_weight", "nothing to learn"),
+    ({"method": "dfm", "denoise_weight": 0, "denoiser_lr": 0.1}, "denoiser_lr", "needs a --denoise-weight above 0"),
     ({"method": "gan", "moment_every": 3}, "moment_every", "belongs to --method molm"),
     ({"preset": "dfm", "method": "molm"}, "method", "one of --method dfm"),
 ]
