@@ -25,17 +25,39 @@ class Ordering:
     source: str
 
 
-_LECTURE = "the lecture's comparison of non-adversarial methods, after Hoshen et al. 2019"
+_PAPER = "CIFAR10: the paper's Table 4"
+_HOSHEN = "MNIST, Fashion, CIFAR10 and CelebA: Hoshen et al. 2019, the lecture's table"
+_LUCIC = "MNIST, Fashion, CIFAR10 and CelebA: Lucic et al. 2018"
 _MIMICRY = "CIFAR10, FID 16.8 against 22.3: torch-mimicry"
 _LIB = "CIFAR10, FID {} against 30.1: torch-mimicry against chainer-gan-lib, so two codes"
 ORDERINGS = (
-    Ordering("glann", "glo", _LECTURE),
-    Ordering("glann", "vae", _LECTURE),
+    Ordering("gfmn", "sngan", _PAPER),
+    Ordering("gfmn", "wgan-gp", _PAPER),
+    Ordering("glann", "glo", _HOSHEN),
+    Ordering("glann", "vae", _HOSHEN),
+    Ordering("glann", "mm-gan", _HOSHEN),
+    Ordering("dcgan", "mm-gan", _LUCIC),
+    Ordering("wgan", "mm-gan", _LUCIC),
+    Ordering("dcgan", "vae", _LUCIC),
+    Ordering("lsgan", "vae", _LUCIC),
+    Ordering("wgan", "vae", _LUCIC),
+    Ordering("began", "vae", _LUCIC),
     Ordering("sngan", "wgan-gp", _MIMICRY),
     Ordering("sngan", "dfm", _LIB.format("16.8")),
     Ordering("wgan-gp", "dfm", _LIB.format("22.3")),
 )
-"""Those that this project has a source for."""
+"""Those that this project has a source for, by FID or the Inception score, on every data set that is named."""
+LECTURE = {
+    "MM GAN": "mm-gan",
+    "NS GAN": "dcgan",
+    "LSGAN": "lsgan",
+    "WGAN": "wgan",
+    "BEGAN": "began",
+    "VAE": "vae",
+    "GLO": "glo",
+    "GLANN": "glann",
+}
+"""What the lecture's table calls them, in its order, and the runs."""
 
 
 def names_of(rows: Sequence[MethodRow]) -> list[str]:
@@ -79,6 +101,17 @@ def results_table(rows: Sequence[MethodRow]) -> str:
         lines.append([name, group(name), *settings, *cells, len(own)])
     fixed = ["method", "group", "settings", "steps × minibatch", "of the preset's steps"]
     return table([*fixed, *(heading for heading, *_ in columns), "seeds"], lines)
+
+
+def lecture_table(rows: Sequence[MethodRow]) -> str:
+    """The lecture's methods, as far as there are rows of them."""
+    fields = _COLUMNS[:1] + _COLUMNS[2:6]
+    lines = [
+        [title, name, *(str(summary(rows, name, field, factor) or "–") for _, field, factor in fields)]
+        for title, name in LECTURE.items()
+        if name in names_of(rows)
+    ]
+    return table(["in the lecture", "method", *(heading for heading, *_ in fields)], lines)
 
 
 def holds(rows: Sequence[MethodRow], ordering: Ordering) -> str | None:
@@ -149,6 +182,8 @@ def _section(rows: Sequence[MethodRow], figure: bool) -> str:
     for word, heading in said.items():
         own = [f"- {sentence}" for sentence in sentences if f"**{word}**" in sentence]
         parts.append(f"### {heading}\n\n" + ("\n".join(own) or "None."))
+    if set(LECTURE.values()) & set(names_of(rows)):
+        parts.append("### The lecture's table\n\n" + lecture_table(rows))
     parts.append("### The groups of the paper's Table 4\n\n" + "\n".join(f"- {line}" for line in best_of_groups(rows)))
     return "\n\n".join(parts)
 

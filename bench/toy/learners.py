@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.rows import Row
+from bench.toy.networks import NZ, WIDTH, Frozen, PlaneAutoencoder, PlaneCritic, PlaneGenerator
 from bench.toy.planes import PARTS, PLANES, Drawing, Plane, judge
 from engine.comparison.averagers import AMA, BatchMoments, TargetMoments
 from engine.comparison.distances import (
@@ -25,16 +26,19 @@ from engine.comparison.distances import (
 )
 from engine.comparison.games import GAMES
 from engine.comparison.games.penalties import PENALTIES
-from engine.generation.networks import Generator, GeneratorSpec
+from engine.generation.networks import Generator
 from engine.generation.priors import Gaussian, Noise
 from engine.methods.adversarial import Adversarial, CriticSteps
+from engine.methods.denoising import DenoisingFeatureMatching
 from engine.methods.gradient_step import GradientStep
-from engine.representation.critics import Critic, CriticSpec
+from engine.methods.learned_moments import LearnedMoments, MomentSchedule
+from engine.representation.critics import Critic
+from engine.representation.critics.denoiser import Denoiser
 from engine.representation.critics.spectral import normalise_spectrally
 from kernels import reference
 from pipelines import Batch
 
-NZ, WIDTH, BATCH = 4, 64, 256
+BATCH = 256
 SAMPLES = 2000
 _WIDTHS = kernels.gaussian([0.1, 0.3, 1.0])  # of points that are a few units apart
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -70,26 +74,38 @@ class Player:
         game: what makes it.
         penalties: by name, with their arguments.
         outputs: of the critic; 0 for an autoencoder.
-        spectral: whether the critic's weights are divided by their largest singular value.
-        critic_steps, critic_lr, lr, optimizer: see `Adversarial`.
+        norm: of the critic's weights, as --critic-norm has it.
+        critic_steps, lr, optimizer: see `Adversarial`.
         steps: of the generator.
+        own: for another method than `Adversarial`, what makes it of the networks and options.
     """
 
     game: Callable[[], Any]
     penalties: Mapping[str, Mapping[str, Any]]
     outputs: int = 1
-    spectral: bool = False
+    norm: str = "none"
     critic_steps: int = 1
     lr: float = 1e-3
     optimizer: str = "adam"
     steps: int = 2000
+    own: Callable[..., Adversarial] | None = None
 
     @property
     def settings(self) -> str:
         """In words."""
-        added = [*self.penalties, *(["spectral norm"] if self.spectral else [])]
+        added = [*self.penalties, *([f"norm {self.norm}"] if self.norm != "none" else [])]
         turns = [f"{self.critic_steps} critic steps"] if self.critic_steps > 1 else []
         return ", ".join([*added, *turns, f"{self.optimizer} at {self.lr:g}"])
+
+
+def _denoising(generator: Generator, critic: PlaneCritic, **options: Any) -> Adversarial:
+    denoiser = Denoiser(WIDTH, WIDTH, layers=4)
+    return DenoisingFeatureMatching(generator, critic, denoiser, Gaussian(NZ), deviation=0.5, **options)
+
+
+def _moments(generator: Generator, critic: PlaneCritic, **options: Any) -> Adversarial:
+    schedule = MomentSchedule(every=50, steps=50, images=2_000)
+    return LearnedMoments(generator, critic, Gaussian(NZ), schedule, penalty=0.1, scale=1.0, **options)
 
 
 _RQ, _ONE = kernels.rational_quadratic(), kernels.gaussian([1.0])
@@ -100,7 +116,7 @@ PLAYERS: dict[str, Player] = {
     "nonsaturating + R1": Player(GAMES["nonsaturating"], {"r1": {"weight": 0.1}}),
     "boundary-seeking": Player(GAMES["boundary-seeking"], {}),
     "least squares": Player(GAMES["least-squares"], {}),
-    "hinge": Player(GAMES["hinge"], {}, spectral=True, critic_steps=3, steps=1000),
+    "hinge": Player(GAMES["hinge"], {}, norm="spectral", critic_steps=3, steps=1000),
     "WGAN": Player(GAMES["wasserstein"], _CLIP, critic_steps=5, optimizer="rmsprop", lr=5e-4, steps=1000),
     "WGAN-GP": Player(GAMES["wasserstein"], {"gradient": {"weight": 0.1}}, critic_steps=5, steps=800),
     "BEGAN": Player(GAMES["began"], {}, outputs=0),
@@ -125,6 +141,15 @@ PLAYERS: dict[str, Player] = {
     "SMMD": Player(
         partial(GAMES["mmd"], _ONE), {"scaled": {"kernel": _ONE, "weight": 1.0}}, 1, critic_steps=3, steps=700
     ),
+    "SN-SMMD": Player(
+        partial(GAMES["mmd"], _ONE),
+        {"scaled": {"kernel": _ONE, "weight": 1.0}},
+        norm="spectral-scaled",
+        critic_steps=3,
+        steps=700,
+    ),
+    "DFM": Player(GAMES["nonsaturating"], {}, own=_denoising),
+    "MoLM": Player(GAMES["nonsaturating"], {}, own=_moments),
 }
 
 
@@ -147,73 +172,6 @@ _DISTANCE_STEPS, _DISTANCE_RATE, _CLASSIFIER_STEPS = 2000, 2e-3, 500
 _FEWER_STEPS = {"Sinkhorn": 500, "drifting": 1000, "Fréchet, trained": 800}  # they take longer
 _TARGETS = 20_000
 LEARNERS = (*PLAYERS, *DISTANCES, *FEATURES)
-
-
-class PlaneGenerator(Generator):
-    """z [N, NZ] to points [N, 2]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spec = GeneratorSpec("plane", 1, NZ)
-        self.layers = _layers(NZ, 2)
-
-    def stages(self) -> list[nn.Sequential]:
-        return [self.layers]
-
-    def count_batch(self) -> None:
-        """There is no BatchNorm."""
-
-
-class PlaneCritic(Critic):
-    """Points [N, 2] to outputs [N, F]; with a decoder of outputs if it is to draw points again."""
-
-    def __init__(self, outputs: int, decodes: bool):
-        super().__init__(CriticSpec("plane", 1, outputs))
-        self.hidden = _layers(2, WIDTH)
-        self.last = nn.Linear(WIDTH, outputs)
-        if decodes:
-            self.decoder = _layers(outputs, 2)
-            self.decode = self.decoder.forward
-
-    @property
-    def beside(self) -> list[nn.Module]:
-        """What the outputs do not depend on."""
-        return [self.decoder] if hasattr(self, "decoder") else []
-
-    def features(self, images: Tensor) -> Tensor:
-        return nn.functional.leaky_relu(self.hidden(images), 0.2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.features(images))
-
-
-class PlaneAutoencoder(Critic):
-    """Points [N, 2] to ℓ(x) = |x − AE(x)| [N, 1], with a code of one number."""
-
-    def __init__(self) -> None:
-        super().__init__(CriticSpec("plane", 1))
-        self.encoder, self.decoder = _layers(2, 1), _layers(1, 2)
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.encoder(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images - self.decoder(self.encoder(images))).abs().mean(dim=1, keepdim=True)
-
-
-class Frozen(nn.Module):
-    """A network whose hidden layers are the features of a point, [n, 2] → [n, 2·WIDTH]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(2, WIDTH), nn.Linear(WIDTH, WIDTH)
-        for layer in (self.first, self.second):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.normal_(layer.bias)  # kinks all over the plane
-
-    def forward(self, points: Tensor) -> Tensor:
-        one = self.first(points).relu()
-        return torch.cat([one, self.second(one).relu()], dim=1)
 
 
 class MomentLoss:
@@ -278,20 +236,20 @@ def _row(law: str, name: str, settings: str, steps: int, drawing: Drawing) -> Le
 def _play(player: Player, generator: Generator, plane: Plane, random: torch.Generator, steps: int) -> None:
     decodes = "autoencode" in player.penalties
     critic: Critic = PlaneCritic(player.outputs, decodes) if player.outputs else PlaneAutoencoder()
-    if player.spectral:
-        normalise_spectrally(list(critic.modules()), scaled=False)
-    method = Adversarial(
-        generator,
-        critic,
-        Gaussian(NZ),
-        player.game(),
-        [PENALTIES[name](**player.penalties[name]) for name in PENALTIES if name in player.penalties],
-        batch_size=BATCH,
-        critic_steps=CriticSteps(usual=player.critic_steps),
-        lr=player.lr,
-        betas=(0.5, 0.9),
-        optimizer=player.optimizer,
-    )
+    if player.norm != "none":
+        normalise_spectrally(list(critic.modules()), scaled=player.norm == "spectral-scaled")
+    options: dict[str, Any] = {
+        "batch_size": BATCH,
+        "lr": player.lr,
+        "betas": (0.5, 0.9),
+        "optimizer": player.optimizer,
+    }
+    if player.own is not None:
+        method = player.own(generator, critic, **options)
+    else:
+        penalties = [PENALTIES[name](**player.penalties[name]) for name in PENALTIES if name in player.penalties]
+        options["critic_steps"] = CriticSteps(usual=player.critic_steps)
+        method = Adversarial(generator, critic, Gaussian(NZ), player.game(), penalties, **options)
     noise, batches = Noise(int(torch.randint(2**31, (), generator=random))), _batches(plane, random)
     for step in range(steps):
         for optimizer in method.optimizers.values():
@@ -347,8 +305,3 @@ def _classify(features: Frozen, plane: Plane, random: torch.Generator, steps: in
         optimizer.zero_grad()
         nn.functional.cross_entropy(head(features(points)), plane.part[chosen]).backward()
         optimizer.step()
-
-
-def _layers(inputs: int, outputs: int) -> nn.Sequential:
-    hidden = (nn.Linear(inputs, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.2))
-    return nn.Sequential(*hidden, nn.Linear(WIDTH, outputs))

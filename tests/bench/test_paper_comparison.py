@@ -284,9 +284,12 @@ def test_the_page_is_its_rows() -> None:
     held, rest = text.split("### Orderings that don't hold here")
     lost, left = rest.split("### Orderings that these runs leave open")
     assert "glann before vae" in held
+    assert "gfmn before sngan" in held
     assert "glann before glo" in lost
     assert "sngan before wgan-gp" in left
     assert "dfm" not in text
+    assert "| VAE | vae | 50.0 ± 0.0 | 9.100 ± 0.141 | 3.000 ± 0.000 |" in left
+    assert "| MM GAN |" not in left
     assert "![Samples of every method, seed 0](comparison.png)" in text
     assert (
         "| gfmn | no adversarial training | moments | 30 × 64 | 10% | 50.0 ± 0.0 | 4.000 ± 0.000 | 1.100 ± 0.141 |"
@@ -299,7 +302,7 @@ def test_the_page_is_its_rows() -> None:
         "of the groups' closest, gfmn (no adversarial training) is closest (1.100 ± 0.141), then sngan (adversarial) "
         "(4.050 ± 0.071)",
     ]
-    assert "There are 3 here, each tested by itself." in text
+    assert "There are 5 here, each tested by itself." in text
     without = [row("gfmn", 0, 1.0, confident=None)]
     assert "| read |" not in results_table(without)
     assert "| – | 900.0 | 1 |" in results_table([row("gfmn", 0, 1.0, cpu_seconds=None), row("vae", 0, 1.0)])

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 
 from bench.pages import toys
 from bench.pages.regions import Results
-from bench.toy import dirac, distances, learners, witness
+from bench.toy import dirac, distances, learners, networks, witness
 from bench.toy.__main__ import PARTS, Workshop, main
 from bench.toy.dirac import ADDITIONS, Duel, judge, known_eigenvalue, trajectory
 from bench.toy.planes import PARTS as MODES
@@ -150,7 +150,7 @@ def test_learners_learn(name: str) -> None:
 
 def test_a_decoder_is_not_clipped() -> None:
     """Outputs don't depend on it (Li et al. 2017)."""
-    critic = learners.PlaneCritic(4, decodes=True)
+    critic = networks.PlaneCritic(4, decodes=True)
     with torch.no_grad():
         for weight in critic.parameters():
             weight.fill_(0.5)
