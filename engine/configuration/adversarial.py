@@ -22,6 +22,7 @@ KERNELS: dict[str, str] = {
     "rq*": "rational-quadratic-linear",
     "rbf": "gaussian",
     "linear": "linear",
+    "polynomial": "polynomial",
     "imq": "imq",
     "distance": "energy",
 }

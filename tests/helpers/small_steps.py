@@ -111,6 +111,7 @@ _OF_CRITICS: dict[str, dict[str, dict[str, Any]]] = {
     "mmd-gan": {
         "imq": {"kernel": "imq", "penalty": ["scaled"]},
         "linear": {"kernel": "linear", "penalty": ["witness", "activations"]},
+        "polynomial": {"kernel": "polynomial", "scaled": True},
         "distance": {"kernel": "distance", "penalty": ["none"], "amp": True},
     },
     "mcgan": {"sum": {"match_norm": "1"}, "largest": {"match_norm": "inf"}},

@@ -22,6 +22,7 @@ from engine.configuration.inputs import load_run_sampler
 from engine.evaluate import named, table, was_trained_on
 from engine.evaluation.image_set import ImageSet
 from engine.evaluation.judges import EvaluationNetwork
+from engine.generation.learnt import FittedGaussian, MappedNoise, MappingNetwork
 from engine.generation.networks import build_generator
 from engine.generation.priors import Gaussian
 from engine.generation.sampling import Sampler
@@ -161,6 +162,25 @@ def test_real_samples_are_drawn_by_the_seed(run_folder, small, tmp_path):
         evaluate.main([*flags, "--seed", seed, "--json", str(tmp_path / "report.json"), *small])
         found.append(json.loads((tmp_path / "report.json").read_text())["metrics"])
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("name", ["fitted", "mapped"])
+def test_priors_that_were_learnt_are_judged_as_any_other(name, run_folder, small, tmp_path):
+    """As the images that they draw."""
+    torch.manual_seed(4)
+    fitted = FittedGaussian.of(torch.randn(20, 8) @ torch.randn(8, 8))
+    prior = fitted if name == "fitted" else MappedNoise(MappingNetwork((3, 5, 8)))
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(Config.load(RunFolder(run_folder).config).to_json())
+    save_sampler(folder.generator, Sampler(prior, load_run_sampler(run_folder).generator), 3)
+    drawn = load_run_sampler(folder.path).draw_pixels(12, seed=2020)
+    np.save(tmp_path / "drawn.npy", drawn.permute(0, 2, 3, 1).numpy())
+    found = []
+    for flags in (["--run", str(folder.path), "--samples", "12"], ["--images", str(tmp_path / "drawn.npy")]):
+        data = ["--data", str(run_folder.parent / "digits.npy"), "--metrics", "fid", *small]
+        evaluate.main([*flags, "--json", str(tmp_path / "report.json"), *data])
+        found.append(json.loads((tmp_path / "report.json").read_text())["metrics"])
+    assert found[0] == found[1]
 
 
 def test_names_belong_to_inception_alone():

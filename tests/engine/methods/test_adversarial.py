@@ -244,7 +244,7 @@ def test_one_step_is_the_one_written_out(name: str, penalty: str) -> None:
         for found, own in zip(network.parameters(), expected.parameters(), strict=True):
             assert (found.grad is None) == (own.grad is None)
             if own.grad is not None:
-                torch.testing.assert_close(found.grad, own.grad, rtol=1e-9, atol=1e-10)
+                torch.testing.assert_close(found.grad, own.grad, rtol=1e-10, atol=1e-10)
         assert difference(network, expected) < 1e-7, "Adam divides small gradients, and their rounding, by themselves"
         assert difference(expected, before) > 1e-3
     assert scalars["skipped"] == scalars["critic_skipped"] == 0

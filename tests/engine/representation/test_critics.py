@@ -214,7 +214,7 @@ def test_second_derivatives_of_a_block(halves, first):
 @pytest.mark.parametrize(
     ("name", "norm"),
     [("dcgan", "none"), ("dcgan", "spectral-scaled"), ("resnet", "spectral"), ("autoencoder", "none"),
-     ("encoder-decoder", "none"), ("vgg-small", "none")],
+     ("encoder-decoder", "none"), ("vgg-small", "none"), ("resnet18", "none")],
 )  # fmt: skip
 def test_gradient_penalty_by_finite_differences(name, norm, draw_images):
     """Of S = Σ‖∂D/∂x‖², whose gradient with respect to weights is a second derivative; and of Σ D itself."""

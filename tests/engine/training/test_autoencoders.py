@@ -41,7 +41,12 @@ def test_resumed_equals_uninterrupted(name: str) -> None:
     assert parts >= {*learnt, *drawn, "optimizer", "images"}
 
 
-@pytest.mark.parametrize("name", ["gmmn-ae", pytest.param("vae", marks=pytest.mark.slow)])
+PRIORS = {"gmmn-ae": "mapped", "vae": "gaussian", "ae": "fitted", "wae": "gaussian"}
+
+
+@pytest.mark.parametrize(
+    "name", ["gmmn-ae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "ae", "wae"))]
+)
 def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path: Path) -> None:
     text = f"""--method {name} --data {pictures} --batch-size 4 --nz 8 --generator dcgan --loader torch
         --log-every 1 --checkpoint-every 2 --threads 1 --generator-ema .5 --upsampling transposed"""
@@ -52,7 +57,7 @@ def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path
     assert metrics(tmp_path / "run", ("step", "loss")) == metrics(tmp_path / "whole", ("step", "loss"))
     whole, resumed = (tmp_path / run / "generator.safetensors" for run in ("whole", "run"))
     assert whole.read_bytes() == resumed.read_bytes()
-    assert load_run_sampler(tmp_path / "run").prior.name == ("mapped" if name == "gmmn-ae" else "gaussian")
+    assert load_run_sampler(tmp_path / "run").prior.name == PRIORS[name]
     sample.main(["--run", str(tmp_path / "run"), "--count", "5", "--out", str(tmp_path / "five.npy")])
     assert np.load(tmp_path / "five.npy").shape == (5, 32, 32, 3)
     paths = tmp_path / "paths.png"
