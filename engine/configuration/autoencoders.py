@@ -42,7 +42,8 @@ def perceptual_pass(config: Config, networks: Mapping[str, nn.Module]) -> Featur
     extractor = networks[PERCEPTUAL]
     assert isinstance(extractor, Extractor)
     # Gradients of each image's own go through no fused kernel.
-    return FeaturePass(extractor, dtype=amp_dtype(config), kernels=reference)
+    chunk = config.autoencoder.perceptual_chunk
+    return FeaturePass(extractor, dtype=amp_dtype(config), chunk_size=chunk, kernels=reference)
 
 
 def make_errors(config: Config, kind: str, networks: Mapping[str, nn.Module]) -> ImageErrors:

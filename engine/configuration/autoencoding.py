@@ -45,6 +45,14 @@ class AutoencoderConfig(Settings):
     perceptual_weights: str | None = option(
         None, "its weights: a file, or 'imagenet' (default: those that it brings)", metavar="FILE", since="0.2"
     )
+    perceptual_chunk: int | None = option(
+        None,
+        "images that it sees at once, all by default; less memory, the same result",
+        at_least=1,
+        metavar="N",
+        resumable=True,
+        since="0.2",
+    )
     code_weight: float = option(
         1.0,
         "weight of the codes' distance from the prior, beside the mean error of an image",
@@ -141,7 +149,7 @@ def idle_codes(config: Config) -> dict[str, str]:
     if method not in (*AUTOENCODING, *LATENT):
         return found
     if not needs_perceptual(config):
-        for name in ("perceptual", "perceptual_weights"):
+        for name in ("perceptual", "perceptual_weights", "perceptual_chunk"):
             either = " or --search features" if method == "imle" else ""
             found[name] = f"needs --reconstruction perceptual{either}, and this is {own.reconstruction}"
     if method == "wae" and own.divergence != "gan":

