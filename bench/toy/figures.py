@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -19,7 +20,8 @@ from bench.toy.planes import Plane
 from bench.toy.witness import SIDE, Picture
 from engine.support.files import write_atomically
 
-_DPI, _COLOURS = 80, 48
+_DPI, _COLOURS = 80, 128
+_WITNESS = ListedColormap([str(level) for level in (0.58, 0.65, 0.72, 0.79, 0.86, 0.93, 1.0)][::-1])
 _VERDICTS = {
     "converges": "tab:green",
     "chatters": "yellowgreen",
@@ -36,7 +38,7 @@ def save(path: Path, figure: Figure) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(drawn, format="png", dpi=_DPI)
     picture = Image.open(drawn).convert("RGB")
-    picture = picture.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture = picture.quantize(_COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     picture.save(kept, format="png", optimize=True)
     write_atomically(path, kept.getvalue())
 
@@ -95,7 +97,8 @@ def distances(rows: Sequence[DistanceRow], curves: Mapping[str, tuple[np.ndarray
 
 
 def witnesses(pictures: Sequence[Sequence[Picture]]) -> Figure:
-    """The witness as grey contours, real points, and at generated points the direction of its gradient.
+    """The witness as grey contours, real points, and at generated points the direction of its gradient; a line where the
+    kernel of a point amid the generated ones is ½.
 
     Arrows are as long as the gradient's norm, but for those that would be longer than a panel's eighth.
     """
@@ -104,7 +107,8 @@ def witnesses(pictures: Sequence[Sequence[Picture]]) -> Figure:
     line = np.linspace(-SIDE, SIDE, pictures[0][0].witness.shape[0])
     for axes, picture in zip(figure.subplots(rows, columns, squeeze=False).flat, [p for row in pictures for p in row]):
         values = picture.witness.numpy()
-        axes.contourf(line, line, values, levels=9, cmap="Greys", alpha=0.7)
+        axes.contourf(line, line, values, levels=7, cmap=_WITNESS)
+        axes.contour(line, line, picture.kernel.numpy(), levels=[0.5], colors="tab:orange", linewidths=1.2)
         axes.plot(*picture.real[:100].T, ".", color="tab:green", markersize=2)
         shown, arrows = picture.fake[:60], picture.gradients[:60]
         norms = arrows.norm(dim=1, keepdim=True)

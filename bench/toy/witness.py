@@ -1,7 +1,8 @@
 """What generated points feel of a critic that learns MMD's kernel in two dimensions, early and late.
 
 Generated and real points stay where they are, and the critic φ alone is trained: with the game `mmd` as it is, with a
-gradient penalty on the witness (Bińkowski et al. 2018), and with the scaled MMD (Arbel et al. 2018, arXiv 1805.11565).
+gradient penalty on the witness (Bińkowski et al. 2018), with the scaled MMD (Arbel et al. 2018, arXiv 1805.11565), and
+with the paper's spectral parametrisation besides.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from bench.rows import Row
 from engine.comparison.distances import kernels
 from engine.comparison.games import GAMES
 from engine.comparison.games.penalties import PENALTIES, Penalty, Play
+from engine.representation.critics.spectral import normalise_spectrally
 
-STEPS = (5, 1000)
-"""Early, and late."""
+STEPS = (5, 150, 1000)
+"""Early, on the way, and late."""
 GRID, SIDE = 40, 3.0  # points on a side of the contour's grid, which reaches from -SIDE to SIDE
 _POINTS, _WIDTH, _RATE, _SEED = 200, 64, 2e-3, 0
 _KERNEL = kernels.gaussian([1.0])
 
+SPECTRAL = "scaled, spectral"
+"""The case whose critic has weights divided by their largest singular value, times a factor that is learnt."""
 KEPT: dict[str, Penalty] = {
     "nothing": PENALTIES["none"](),
     "witness": PENALTIES["witness"](_KERNEL, weight=1.0),
     "scaled": PENALTIES["scaled"](_KERNEL, weight=10.0, values=False),
 }
+KEPT[SPECTRAL] = KEPT["scaled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +59,11 @@ class WitnessRow(Row):
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn of a critic: the witness on a grid, and its gradient at generated points."""
+    """What is drawn of a critic: the witness on a grid, its gradient at generated points, and the kernel of one."""
 
     title: str
     witness: Tensor  # [GRID, GRID], a row for each second coordinate
+    kernel: Tensor  # [GRID, GRID], k(φ(x), φ(·)) of the generated point x nearest to their mean
     real: Tensor  # [n, 2]
     fake: Tensor  # [n, 2]
     gradients: Tensor = field(repr=False)  # [n, 2]
@@ -79,15 +85,19 @@ def witness(critic: nn.Module, real: Tensor, fake: Tensor, at: Tensor) -> Tensor
     return found
 
 
-def train(penalty: Penalty, steps: tuple[int, ...] = STEPS) -> Iterator[tuple[int, nn.Module]]:
-    """The critic after each number of `steps`."""
+def train(name: str, steps: tuple[int, ...] = STEPS) -> Iterator[tuple[int, nn.Module]]:
+    """The critic of a case of `KEPT` after each number of `steps`."""
+    penalty = KEPT[name]
     torch.manual_seed(_SEED)
     real, fake = points()
     hidden = (nn.Linear(2, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, _WIDTH), nn.Tanh())
     critic = nn.Sequential(*hidden, nn.Linear(_WIDTH, 1))
+    if name == SPECTRAL:
+        normalise_spectrally(list(critic), scaled=True)
     game, optimizer = GAMES["mmd"](_KERNEL), torch.optim.Adam(critic.parameters(), lr=_RATE, betas=(0.5, 0.9))
     for step in range(1, max(steps) + 1):
-        play = Play(critic, real, fake, critic(real), critic(fake), lambda count: torch.rand(len(real), count))
+        outputs = critic(torch.cat([real, fake])).chunk(2)
+        play = Play(critic, real, fake, *outputs, lambda count: torch.rand(len(real), count))
         loss = penalty.applied(game.critic_loss(play.phi_real, play.phi_fake), penalty.terms(play))
         optimizer.zero_grad()
         loss.backward()
@@ -102,11 +112,14 @@ def measure(name: str, steps: tuple[int, ...] = STEPS) -> list[tuple[WitnessRow,
     real, fake = points()
     line = torch.linspace(-SIDE, SIDE, GRID)
     grid = torch.cartesian_prod(line, line).flip(1)
-    for step, critic in train(KEPT[name], steps):
+    middle = fake[(fake - fake.mean(dim=0)).norm(dim=1).argmin()]
+    for step, critic in train(name, steps):
+        critic.eval()  # power iterations stand still
         at = fake.clone().requires_grad_()
         (gradients,) = torch.autograd.grad(witness(critic, real, fake, at).sum(), at)
         with torch.no_grad():
             values = witness(critic, real, fake, grid).reshape(GRID, GRID)
+            near = _KERNEL(critic(middle[None]), critic(grid)).reshape(GRID, GRID)
             distance = -GAMES["mmd"](_KERNEL).critic_loss(critic(real), critic(fake)).item()
         norms = gradients.norm(dim=1)
         towards = nn.functional.cosine_similarity(gradients, real.mean(dim=0) - fake, dim=1)
@@ -119,5 +132,6 @@ def measure(name: str, steps: tuple[int, ...] = STEPS) -> list[tuple[WitnessRow,
             largest_gradient=norms.max().item(),
             aligned=towards.median().item(),
         )
-        found.append((row, Picture(f"{name}, {step} steps", values, real, fake, gradients)))
+        found.append((row, Picture(f"{name}, {step} steps", values, near, real, fake, gradients)))
+        critic.train()
     return found

@@ -113,7 +113,10 @@ def test_distances_of_gaussians(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_trained_kernel_leaves_no_gradient_and_a_penalty_does() -> None:
-    rows = {name: [row for row, _ in witness.measure(name, (3, 150))][-1] for name in ("nothing", "witness")}
+    rows = {
+        name: [row for row, _ in witness.measure(name, (3, 150))][-1]
+        for name in ("nothing", "witness", "scaled", witness.SPECTRAL)
+    }
     assert rows["nothing"].gradient < 0.1 * rows["witness"].gradient
     assert rows["nothing"].mmd > rows["witness"].mmd
     assert rows["witness"].aligned > 0.5
