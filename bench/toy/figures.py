@@ -97,8 +97,8 @@ def distances(rows: Sequence[DistanceRow], curves: Mapping[str, tuple[np.ndarray
 
 
 def witnesses(pictures: Sequence[Sequence[Picture]]) -> Figure:
-    """The witness as grey contours, real points, and at generated points the direction of its gradient; a line where the
-    kernel of a point amid the generated ones is ½.
+    """The witness as grey contours, real points, and at generated points the direction of its gradient; a line where
+    the kernel of a point amid the generated ones is ½.
 
     Arrows are as long as the gradient's norm, but for those that would be longer than a panel's eighth.
     """

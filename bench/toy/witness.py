@@ -96,8 +96,8 @@ def train(name: str, steps: tuple[int, ...] = STEPS) -> Iterator[tuple[int, nn.M
         normalise_spectrally(list(critic), scaled=True)
     game, optimizer = GAMES["mmd"](_KERNEL), torch.optim.Adam(critic.parameters(), lr=_RATE, betas=(0.5, 0.9))
     for step in range(1, max(steps) + 1):
-        outputs = critic(torch.cat([real, fake])).chunk(2)
-        play = Play(critic, real, fake, *outputs, lambda count: torch.rand(len(real), count))
+        of_real, of_fake = critic(torch.cat([real, fake])).chunk(2)
+        play = Play(critic, real, fake, of_real, of_fake, lambda count: torch.rand(len(real), count))
         loss = penalty.applied(game.critic_loss(play.phi_real, play.phi_fake), penalty.terms(play))
         optimizer.zero_grad()
         loss.backward()
