@@ -17,6 +17,7 @@ from bench.memory.measuring import largest_minibatch, measure_apart, model, save
 from bench.memory.rows import GIB, VARIANTS, MemoryRow, Variant
 from bench.scenario import Problem
 from engine.training.planner import shown_bytes
+from engine.training.precision import cpu_computes_in
 
 CPU = torch.device("cpu")
 SMALL = Problem("vgg-small", 32, "dcgan")
@@ -24,6 +25,8 @@ SMALL = Problem("vgg-small", 32, "dcgan")
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[6]], ids=lambda variant: variant.name)
 def test_modelled_is_measured(variant: Variant) -> None:
+    if variant.precision is not None and not cpu_computes_in(variant.precision):
+        pytest.skip("without oneDNN's kernels PyTorch unfolds images, which the model knows nothing of")
     modelled = model(variant, SMALL, 16)
     measured, resident, baseline = measure_apart(variant, SMALL, 16, CPU)
     assert modelled.peak == pytest.approx(measured, rel=0.1)

@@ -126,7 +126,7 @@ def test_other_images_or_another_checkpoint_are_refused(folder: Path) -> None:
 
 def flags(folder: Path, out: Path, *more: str) -> list[str]:
     own = ["--data", str(folder / "arrays.npz"), "--arch", "vgg-small", "--image-size", "32", "--device", "cpu"]
-    return [*own, "--steps", "6", "--batch-size", "13", "--lr", "0.01", "--out", str(out), *more]
+    return [*own, "--steps", "6", "--batch-size", "13", "--lr", "0.001", "--out", str(out), *more]
 
 
 def metadata(file: Path) -> dict[str, str]:
