@@ -24,7 +24,7 @@ help:
 	touch $@
 
 demo: .venv/.installed
-	$(RUN) -m engine.train --amp --fused-ama
+	$(RUN) -m engine.train --fused-ama
 
 test: .venv/.installed
 	$(RUN) -m pytest --numprocesses auto --dist loadfile --ignore tests/kernels
