@@ -111,6 +111,8 @@ TABLES: Mapping[str, tuple[str, Writer]] = {
     "methods-imagenet": ("methods_imagenet", methods),
     "methods-critics": ("critics_digits", methods),
     "methods-critics-pictures": ("critics_digits", pictures),
+    "methods-codes": ("codes_digits", methods),
+    "methods-codes-pictures": ("codes_digits", pictures),
     "methods-steps": ("method_steps_cpu", steps),
     "methods-memory": ("memory_methods_cpu", memory),
     "critics-steps": ("critics_cpu", critics),
