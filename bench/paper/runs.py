@@ -188,13 +188,12 @@ def _kept_searches(
     found: dict[str, list[dict[str, Any]]] = {}
     for setting in settings:
         own = [row for row in kept.values() if row.setting == setting.name]
+        if own and own[0].searched:
+            found[setting.name] = own[0].searched
+        weights = [Path(f"{name}.safetensors") for name in setting.extractor.split("+")]  # which count for nothing
         for row in own:
-            searched = own[0].searched or []
-            flags = best(searched) if searched else ()
-            weights = [Path(f"{name}.safetensors") for name in setting.extractor.split("+")]  # which count for nothing
-            again = training_flags(experiment, setting, plan, row.seed, weights, flags)
+            again = training_flags(experiment, setting, plan, row.seed, weights, _found(found, setting))
             check_kept(f"{setting.name}, seed {row.seed}", row.settings, again)
-            found |= {setting.name: searched} if searched else {}
     return found
 
 
@@ -259,9 +258,10 @@ def _weights(setting: ExperimentSetting, plan: ExperimentPlan) -> list[Path]:
     return [pretrained(name, plan) for name in setting.extractor.split("+")]
 
 
-def _amp(plan: ExperimentPlan) -> list[str]:
-    """The flag, where it makes anything faster."""
-    return ["--amp"] if plan.device != "cpu" or cpu_computes_in(torch.bfloat16) else []
+def _amp(plan: ExperimentPlan, small: bool = True) -> list[str]:
+    """The flag, where it makes anything faster; on the digits only if their runs are to have it (`small`)."""
+    wanted = small or plan.scale.name != SMALL
+    return ["--amp"] if wanted and (plan.device != "cpu" or cpu_computes_in(torch.bfloat16)) else []
 
 
 def _machine(plan: ExperimentPlan) -> list[str]:
@@ -289,12 +289,11 @@ def training_flags(
 ) -> list[str]:
     """The flags of `engine.train` for one run, all but `--out`; `found` are those of a candidate."""
     steps = steps_of(experiment, plan, trial=trial)
-    flags = [*plan.scale.flags, "--extractor", setting.extractor, *_amp(plan), *setting.flags, *found]
+    flags = [*plan.scale.flags, "--extractor", setting.extractor, *_amp(plan, experiment.small_amp)]
+    flags += [*setting.flags, *found]
     flags += ["--seed", str(seed), "--steps", str(steps), "--log-every", str(max(steps // 200, 1)), *_machine(plan)]
     if plan.scale.name == SMALL:
         flags += _used(experiment.small_flags, setting)
-        if not experiment.small_amp and "--amp" in flags:
-            flags.remove("--amp")
     if experiment.evaluations:
         flags += ["--evaluate-every", str(max(steps // experiment.evaluations, 1))]
         flags += ["--evaluate-samples", str(min(plan.samples, 5000))]
