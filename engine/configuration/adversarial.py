@@ -37,6 +37,8 @@ BANDWIDTHS: dict[str, tuple[float, ...]] = {
 TWICE = tuple(name for name, make in PENALTIES.items() if getattr(make, "double_backward", False))
 """Penalties that differentiate the critic's derivatives."""
 _FEATURES = 16
+_GROWING = ("linear", "polynomial", "distance", "rq*")  # kernels without a largest value
+_BOUNDING = ("scaled", "clip", "gradient", "r1", "witness")
 _KERNELS_ONLY = ("scaled", "witness")
 
 
@@ -240,6 +242,14 @@ def critic_outputs(config: Config) -> int:
     if config.method.method in ("mmd-gan", "mcgan"):
         return config.critic.critic_outputs or _FEATURES
     return 1
+
+
+def is_unbounded(config: Config) -> bool:
+    """Whether the critic gains without end by larger outputs: neither the game nor a penalty nor a norm bounds them."""
+    method, game = config.method.method, config.game
+    grows = {"gan": game.game == "wasserstein", "mmd-gan": game.kernel in _GROWING, "mcgan": True}
+    bounded = config.critic.critic_norm == "spectral" or set(penalty_names(config)) & set(_BOUNDING)
+    return grows.get(method, False) and not bounded
 
 
 def check_adversarial(config: Config) -> None:

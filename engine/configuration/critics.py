@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.comparison.games.penalties import PENALTIES, Penalty
-from engine.configuration.adversarial import critic_outputs, penalty_names
+from engine.configuration.adversarial import critic_outputs, is_unbounded, penalty_names
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.games import critic_steps, make_game, make_kernel
@@ -22,6 +23,8 @@ from engine.representation.critics import Critic, build_critic
 from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset
+
+log = logging.getLogger("gfmn")
 
 
 def make_penalties(config: Config) -> list[Penalty]:
@@ -75,7 +78,7 @@ def make_adversarial(
     ranks: Ranks = ALONE,
     labels: Tensor | None = None,
 ) -> Adversarial:
-    """The configured adversarial method.
+    """The configured adversarial method. Warns of a critic that nothing keeps from growing.
 
     Args:
         generator, networks: on their device; see `make_critics`.
@@ -84,6 +87,11 @@ def make_adversarial(
     """
     settings, training, updates, critic = config.critic, config.training, config.updates, networks["critic"]
     assert isinstance(critic, Critic)
+    if ranks.rank == 0 and is_unbounded(config):
+        log.warning(
+            "warning: nothing bounds this critic, and its loss grows without end; add --penalty gradient or clip, or "
+            "--critic-norm spectral"
+        )
     beta1 = training.beta1 if settings.critic_beta1 is None else settings.critic_beta1
     beta2 = training.beta2 if settings.critic_beta2 is None else settings.critic_beta2
     prior = make_prior(config.networks.prior, config.networks.nz)

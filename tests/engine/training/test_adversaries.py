@@ -19,10 +19,12 @@ from torch import Tensor
 from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
 from engine.comparison.games.penalties import Play
-from engine.configuration.adversarial import penalty_names
+from engine.configuration.adversarial import is_unbounded, penalty_names
 from engine.configuration.build import make_generator, make_method, make_networks, of_images
 from engine.configuration.config import Config
-from engine.configuration.critics import make_penalties
+from engine.configuration.critics import make_adversarial, make_critics, make_penalties
+from engine.configuration.methods import ADVERSARIAL
+from engine.configuration.presets import PRESETS, preset_method
 from engine.configuration.train_command import train_command
 from engine.support.errors import InputError
 from engine.training.divergence import Divergence
@@ -309,6 +311,42 @@ def test_scaled_is_short_for_the_penalty() -> None:
     assert penalty_names(short) == ("scaled",)
     both = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
     assert penalty_names(both) == ("scaled", "activations")
+
+
+WASSERSTEIN: dict[str, Any] = {"method": "gan", "game": "wasserstein"}
+
+
+@pytest.mark.parametrize(
+    ("given", "unbounded"),
+    [
+        (WASSERSTEIN, True),
+        ({**WASSERSTEIN, "critic_norm": "batch"}, True),
+        ({**WASSERSTEIN, "penalty": ["consistency"]}, True),
+        ({**WASSERSTEIN, "penalty": ["clip"]}, False),
+        ({**WASSERSTEIN, "critic_norm": "spectral"}, False),
+        ({"method": "gan", "game": "hinge"}, False),
+        ({"method": "mcgan"}, False),
+        ({"method": "mcgan", "penalty": ["none"]}, True),
+        ({"method": "mmd-gan", "kernel": "linear"}, False),
+        ({"method": "mmd-gan", "kernel": "linear", "penalty": ["activations"]}, True),
+        ({"method": "mmd-gan", "kernel": "linear", "penalty": ["none"], "scaled": True}, False),
+        ({"method": "mmd-gan", "kernel": "rbf", "penalty": ["none"]}, False),
+        ({"method": "fisher-gan"}, False),
+    ],
+)
+def test_a_critic_without_bounds_is_warned_of(
+    given: dict[str, Any], unbounded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configuration("digits", given)
+    generator = make_generator(config)
+    make_adversarial(config, generator, make_critics(config))
+    assert ("nothing bounds this critic" in caplog.text) == unbounded
+
+
+def test_every_recipe_bounds_its_critic() -> None:
+    of_critics = [name for name in PRESETS if preset_method(name) in ADVERSARIAL]
+    assert {"wgan", "mcgan", "mmd-gan-rq"} <= set(of_critics)
+    assert not [name for name in of_critics if is_unbounded(Config.build(name, {}))]
 
 
 @pytest.mark.parametrize("preset", ["smmd", "sn-smmd"])
