@@ -161,6 +161,7 @@ def judged(
     *,
     count: int = SAMPLES,
     metrics: Sequence[str] = ("fid", "kid", "prc"),
+    real_cache: Path | None = None,
     **more: Any,
 ) -> MethodRow:
     """The row of the finished run in the folder `path`.
@@ -171,13 +172,14 @@ def judged(
         network: the second judge; None is `JUDGE`.
         count: samples that are judged.
         metrics: that the second judge computes, "kid" among them.
+        real_cache: see `compute_metrics`.
         more: other fields of the row.
     """
     config = Config.load(RunFolder(path).config)
     device = choose_device(config.training.device)
     real = read_pixels(open_data(config))
     network = network or evaluation_network(JUDGE, image_size=config.data.image_size)
-    samples = load_run_sampler(path).to(device).draw_pixels(count, seed=1)
+    samples = load_run_sampler(path).to(device).draw_pixels(count, seed=_unseen(config))
     return MethodRow(
         name=name,
         flags=" ".join(flags),
@@ -188,9 +190,14 @@ def judged(
         cpu_seconds=usage.cpu_seconds,
         mebibytes=usage.mebibytes,
         environment=environment(device),
-        **measure(samples, real, network, metrics, device, digits=config.data.dataset == "digits"),
+        **measure(samples, real, network, metrics, device, config.data.dataset == "digits", real_cache),
         **more,
     )
+
+
+def _unseen(config: Config) -> int:
+    """A seed whose z are not those of the run's minibatches."""
+    return config.training.seed + 1
 
 
 def measure(
@@ -200,10 +207,13 @@ def measure(
     metrics: Sequence[str],
     device: torch.device,
     digits: bool,
+    real_cache: Path | None = None,
 ) -> dict[str, Any]:
     """The fields of a `MethodRow` that say what `samples`, uint8 [N, 3, H, W], are worth beside all `real` images."""
     subset = min(KID_SUBSET, len(samples), len(real))
-    found = compute_metrics(samples, real, network, metrics, device=device, kid_subset_size=subset)
+    found = compute_metrics(
+        samples, real, network, metrics, device=device, kid_subset_size=subset, real_cache=real_cache
+    )
     return {
         **(_read(_pixels(samples)) if digits else {}),
         "chroma": abs(_mean(samples, chroma, _ink) - _mean(real, chroma, _ink)),
@@ -261,7 +271,7 @@ def _read(pixels: Any) -> Mapping[str, float]:
 def draw(path: Path, picture: Path) -> None:
     """The first samples of the run in the folder `path`, as a PNG."""
     config = Config.load(RunFolder(path).config)
-    samples = load_run_sampler(path).to(choose_device(config.training.device)).draw_pixels(SHOWN, seed=1)
+    samples = load_run_sampler(path).to(choose_device(config.training.device)).draw_pixels(SHOWN, seed=_unseen(config))
     save_png(picture, pixel_grid(samples.permute(0, 2, 3, 1).contiguous().cpu(), COLUMNS))
 
 

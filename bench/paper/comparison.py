@@ -12,6 +12,7 @@ import contextlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,10 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str], kept: Rows)
         return _tried(train, flags, folder, plan.threads)
 
     network: EvaluationNetwork | None = None
-    with contextlib.closing(in_turn(trained, wanted, plan.jobs)) as all_found:
+    with (
+        tempfile.TemporaryDirectory() as real_features,
+        contextlib.closing(in_turn(trained, wanted, plan.jobs)) as all_found,
+    ):
         for (name, seed), found in zip(wanted, all_found):
             if isinstance(found, MethodRow):
                 yield found
@@ -149,6 +153,7 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str], kept: Rows)
                 name, flags_of(name, seed), folder, found, network, count=_count(plan), metrics=plan.scale.metrics,
                 judge=network.label, scale=plan.scale.name, seed=seed, budget=seconds, smoke=plan.smoke,
                 settings=settings_digest(flags_of(name, seed)), preset_steps=_config(name, plan).training.steps,
+                real_cache=Path(real_features),
             )  # fmt: skip
             text = json.dumps(row.as_json(), indent=1) + "\n"
             write_atomically(folder / "row.json", text.encode())

@@ -57,6 +57,7 @@ def compute_metrics(
     seed: int = SEED,
     kid_subset_size: int | None = None,
     progress: bool = False,
+    real_cache: Path | None = None,
 ) -> dict[str, float]:
     """The metrics of `generated` against `real` images: uint8 [N, 3, H, W] each, or the path of a folder.
 
@@ -73,6 +74,7 @@ def compute_metrics(
         seed: of KID's subsets and of the shuffling before the splits of "is".
         kid_subset_size: images in each of KID's 100 subsets; None is torch-fidelity's 1,000.
         progress: show progress on stderr.
+        real_cache: an existing folder that keeps the features of `real` for calls with the same real images.
 
     Returns what was asked for: frechet_distance ("fid"), kernel_distance and kernel_distance_std ("kid"),
     classifier_score and classifier_score_std ("is"), precision and recall ("prc"), whatever the network.
@@ -101,7 +103,9 @@ def compute_metrics(
         "kid_subset_size": KID_SUBSET if kid_subset_size is None else kid_subset_size,
         "rng_seed": seed,
         "save_cpu_ram": in_memory or not _distances_fit(max(entry.count for entry in inputs)),
-        "cache": False,
+        "cache": real_cache is not None,
+        "cache_root": real_cache and str(real_cache),
+        "input2_cache_name": real_cache and "real",
         "verbose": progress,
     }
     calls = [(network.name, tuple(metrics))]
