@@ -84,6 +84,7 @@ SAMPLES, SHOWN, COLUMNS = 1_797, 48, 16
 
 _BLOCK = 8_192
 """Images that are looked at at a time."""
+_OF_NETWORK = ("kernel_distance", "frechet_distance", "precision", "recall", "classifier_score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ class MethodRow(Row):
         chroma: colour on ink, of 255; the distance to that of the real images, and real digits have 0.
         edge_level: of the outermost pixels, of 255; the distance to that of the real images, and real digits have 0.
         kernel_distance, frechet_distance, precision, recall: to all real images, by the second judge.
+        classifier_score: the second judge's too, where it is a classifier: the Inception score.
         distinct: how many of the real images are the nearest one (pixels) to some sample.
         judge: the second judge's network; None for `JUDGE`.
         scale, seed, budget, smoke: of `bench.paper`: the data set, the run's seed, seconds of training that were given
@@ -128,6 +130,7 @@ class MethodRow(Row):
     frechet_distance: float | None = None
     precision: float | None = None
     recall: float | None = None
+    classifier_score: float | None = None
     cpu_seconds: float | None = None
     mebibytes: float | None = None
     distinct: int | None = None
@@ -219,7 +222,7 @@ def measure(
         "chroma": abs(_mean(samples, chroma, _ink) - _mean(real, chroma, _ink)),
         "edge_level": abs(_mean(samples, edge_level, len) - _mean(real, edge_level, len)),
         "distinct": distinct_neighbours(samples, real, device),
-        **{key: found[key] for key in ("kernel_distance", "frechet_distance", "precision", "recall") if key in found},
+        **{key: found[key] for key in _OF_NETWORK if key in found},
     }
 
 

@@ -135,7 +135,7 @@ def _main(arguments: Any) -> None:
     download_judges(network, metrics)
     if judged.config is not None and was_trained_on(judged.config, arguments.feature_extractor, arguments.weights):
         log.warning(
-            "warning: the run was trained to match the features of %s; by these its samples look better than they are",
+            "warning: the run learnt by the features of %s; by these its samples look better than they are",
             network.label,
         )
     if judged.step is not None:

@@ -20,6 +20,7 @@ import torch
 
 from engine.comparison.reference.cache import write_bad_images
 from engine.comparison.reference.protocols import Reference
+from engine.configuration.autoencoders import perceptual_fingerprint
 from engine.configuration.build import (
     Networks,
     make_extractor,
@@ -150,7 +151,7 @@ def build(
         reference = make_reference(config, extractor, dataset, amp_dtype(config), run.target, was, ranks)
         entries = reference.fingerprint or {}
     else:
-        entries = check_images(config, dataset, device, was, run.path, ranks)
+        entries = check_images(config, dataset, device, was, run.path, ranks, perceptual_fingerprint(networks))
     known = of_images(config, dataset, ranks, device=device, started=checkpoint is not None)
     method = make_method(config, generator, extractor, reference, ranks, networks=networks, **known)
     # A checkpoint knows its settings: somebody may have changed config.json.

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,9 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str], kept: Rows)
 def _kept_steps(name: str, plan: ExperimentPlan, kept: Rows) -> int | None:
     """Steps of the method's runs that have rows; None if there are none, InputError for rows of other settings."""
     own = [row for row in kept.values() if row.name == name]
-    for row in own:
-        check_kept(f"{name}, seed {row.seed}", row.settings, training_flags(name, plan, row.seed or 0, own[0].steps))
+    for row in own:  # in whose digest weights count for nothing
+        flags = training_flags(name, plan, row.seed or 0, own[0].steps, weights=())
+        check_kept(f"{name}, seed {row.seed}", row.settings, flags)
     return own[0].steps if own else None
 
 
@@ -194,8 +195,14 @@ def _folder(plan: ExperimentPlan) -> Path:
     return plan.folder / f"{NAME}-{plan.scale.name}{'-smoke' if plan.smoke else ''}"
 
 
-def training_flags(name: str, plan: ExperimentPlan, seed: int, steps: int) -> list[str]:
-    """The flags of `engine.train` for one run, all but `--out`."""
+def training_flags(
+    name: str, plan: ExperimentPlan, seed: int, steps: int, weights: Sequence[Path] | None = None
+) -> list[str]:
+    """The flags of `engine.train` for one run, all but `--out`.
+
+    Args:
+        weights: of the matched networks; None for those of `pretrained`, which are made where they are missing.
+    """
     flags = _method_flags(name, plan)
     flags += ["--seed", str(seed), "--steps", str(steps), "--device", plan.device]
     flags += ["--data", plan.data] if plan.data is not None else []
@@ -205,7 +212,7 @@ def training_flags(name: str, plan: ExperimentPlan, seed: int, steps: int) -> li
         flags += [f"--{_STAGES[name].replace('_', '-')}", str(max(first, 1))]
     # Neither costs anything before the end, where both are written anyway.
     flags += ["--sample-every", str(steps), "--checkpoint-every", str(max(steps // 4, 1))]
-    weights = _weights(name, plan)
+    weights = _weights(name, plan) if weights is None else weights
     return [*flags, *(["--weights", *map(str, weights)] if weights else [])]
 
 

@@ -78,6 +78,7 @@ _COLUMNS = (
     ("Fréchet distance", "frechet_distance", 1.0),
     ("precision", "precision", 1.0),
     ("recall", "recall", 1.0),
+    ("Inception score", "classifier_score", 1.0),
     ("distinct neighbours", "distinct", 1.0),
     ("colour", "chroma", 1.0),
     ("edge", "edge_level", 1.0),

@@ -33,8 +33,18 @@ def make_perceptual(config: Config, name: str, weights: str | None) -> Extractor
     if weights is None and not brings_weights(name):
         raise InputError("perceptual_weights", f"{name} brings none; give a file from python -m engine.pretrain")
     with arguments_as(name="perceptual", weights="perceptual_weights", image_size="perceptual"):
-        extractor = build_extractor(name, image_size=config.data.image_size, weights=weights or "imagenet")
+        source = None if weights == "random" else weights or "imagenet"
+        extractor = build_extractor(name, image_size=config.data.image_size, weights=source)
     return extractor.to(amp_dtype(config) or torch.float32)
+
+
+def perceptual_fingerprint(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What decides the features of the frozen network among the method's; empty if there is none."""
+    if PERCEPTUAL not in networks:
+        return {}
+    extractor = networks[PERCEPTUAL]
+    assert isinstance(extractor, Extractor)
+    return {"perceptual_weights": extractor.fingerprint["extractor_weights"]}
 
 
 def perceptual_pass(config: Config, networks: Mapping[str, nn.Module]) -> FeaturePass:

@@ -43,7 +43,7 @@ class AutoencoderConfig(Settings):
         since="0.2",
     )
     perceptual_weights: str | None = option(
-        None, "its weights: a file, or 'imagenet' (default: those that it brings)", metavar="FILE", since="0.2"
+        None, "its weights: a file, 'imagenet' or 'random' (default: those that it brings)", metavar="FILE", since="0.2"
     )
     perceptual_chunk: int | None = option(
         None,

@@ -229,12 +229,6 @@ def make_networks(config: Config) -> Networks:
     return {} if config.needs.features else RECIPES[config.method.method].networks(config)
 
 
-def bare_networks(config: Config) -> Networks:
-    """The same with random weights throughout: no file is read."""
-    settings = {"critic_weights": None} if config.method.method in ADVERSARIAL else {}
-    return make_networks(config.replaced(settings))
-
-
 def of_images(
     config: Config,
     dataset: ImageDataset,

@@ -295,8 +295,9 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     if result.get("evaluate_weights") is not None:
         files = result["evaluate_weights"]
         result["evaluate_weights"] = tuple(map(_absolute, (files,) if isinstance(files, str) else files))
-    if result.get("critic_weights") is not None:
-        result["critic_weights"] = _absolute(result["critic_weights"])
+    for name in ("critic_weights", "perceptual_weights"):
+        if result.get(name) is not None:
+            result[name] = _absolute(result[name])
     if "weights" in result:
         result["weights"] = tuple(map(_absolute, result["weights"]))
     return result

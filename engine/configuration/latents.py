@@ -57,7 +57,7 @@ def make_latent(
         "betas": (training.beta1, training.beta2),
         "optimizer": updates.optimizer,
         "weight_decay": updates.weight_decay,
-        "clip": updates.clip_grad,
+        "clip_grad": updates.clip_grad,
         "amp_dtype": amp_dtype(config),
         "recompute_generator": training.recompute_generator,
         "batch_statistics": settings.sample_bn == "batch",

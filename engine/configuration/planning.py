@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.configuration.build import bare_extractor, bare_networks, make_generator
+from engine.configuration.autoencoding import needs_perceptual
+from engine.configuration.build import Networks, bare_extractor, make_generator, make_networks
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import amp_dtype, choose_device
-from engine.configuration.methods import WITH_TABLE
+from engine.configuration.methods import ADVERSARIAL, WITH_TABLE
 from engine.configuration.modelling import CPU, is_captured, libraries, predict
 from engine.representation.feature_pass import RECOMPUTE
 from engine.support.errors import InputError
@@ -73,6 +74,12 @@ class Plan:
         return launched * (1 + 0.5 * (self.chunk_size is not None) + 0.5 * (self.recompute == "stages"))
 
 
+def _bare_networks(config: Config) -> Networks:
+    """What the method has besides the generator, with random weights throughout: no file is read."""
+    files = {"critic_weights": None} if config.method.method in ADVERSARIAL else {}
+    return make_networks(config.replaced({"perceptual_weights": "random"} if needs_perceptual(config) else files))
+
+
 class Planner:
     """Predictions for one configuration, each made once.
 
@@ -93,7 +100,7 @@ class Planner:
         self.launches = _LAUNCHES[is_captured(config)] if device.type == "cuda" else 0
         self.generator = make_generator(config)
         self.extractor = bare_extractor(config) if config.needs.features else None
-        self.networks = bare_networks(config)
+        self.networks = _bare_networks(config)
         self.plan = functools.cache(self._plan)
 
     def _plan(self, chunk_size: int | None, recompute: str, recompute_generator: bool) -> Plan:

@@ -1,9 +1,10 @@
-"""Whether a network that judges a run is the one that the run was trained to match."""
+"""Whether a network that judges a run is the one by whose features the run learnt."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from engine.configuration.autoencoding import needs_perceptual
 from engine.configuration.config import Config
 from engine.representation.weights import read_state_dict, state_digest
 from engine.representation.zoo import brings_weights
@@ -23,13 +24,18 @@ def _called(name: str | None) -> str | None:
 
 
 def was_trained_on(config: Config, name: str | None, weights: str | Path | None) -> bool:
-    """Whether a run of `config` matched the features of the network `name` with `weights`, as far as can be told.
+    """Whether a run of `config` learnt by the features of the network `name` with `weights`, as far as can be told.
 
     Weights that a run pretrained for itself count as those of any file of the same architecture.
     """
-    if name is None or not config.needs.features:
+    if name is None:
         return False
-    parts, sources = config.networks.extractor.split("+"), config.networks.weights
+    if config.needs.features:
+        parts, sources = config.networks.extractor.split("+"), config.networks.weights
+    elif needs_perceptual(config):
+        parts, sources = [config.autoencoder.perceptual], (config.autoencoder.perceptual_weights or "imagenet",)
+    else:
+        return False
     for part, source in zip(parts, sources if len(sources) == len(parts) else sources[:1] * len(parts)):
         if not same_network(part, name) or source == "random":
             continue

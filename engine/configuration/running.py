@@ -103,17 +103,23 @@ def check_images(
     was: Mapping[str, str] | None,
     run: Path,
     ranks: Ranks = ALONE,
+    features: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The fingerprint of the real images, for a run that has no reference whose fingerprint would tell of them.
+    """The fingerprint of the real images, for a run that has no reference whose fingerprint would tell of them; and of
+    what compares them.
 
     InputError if it is another one on another rank, or differs from that of the run in the folder `run`.
 
     Args:
         was: the fingerprint in that run's checkpoint; None for a new run.
+        features: what decides those that images are compared by (see `perceptual_fingerprint`).
     """
     images = training_images(config, dataset, device, ranks)
     entries = ranks.first("images", lambda: data_fingerprint(images))  # others find the digests that rank 0 made
     check_same_features(entries, ranks, "images")
+    if features:
+        check_same_features(dict(features), ranks, "perceptual features")
+        entries |= features
     check_target(config, entries, was or {}, run, device, resumed=True)
     return entries
 
@@ -144,7 +150,7 @@ def _check_different(asked: ValidationConfig) -> None:
 def make_validation(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Validation | None:
     """Evaluation during training: against all images of the run's data set, none of them mirrored; None for none.
 
-    The ranks share the images; all of them have to come. Warns of a network that is the one whose features are matched.
+    The ranks share the images; all of them have to come. Warns of a network by whose features the run learns.
     InputError if one is unavailable, or there twice under two names.
     """
     asked = config.validation
@@ -166,7 +172,7 @@ def make_validation(config: Config, device: torch.device, ranks: Ranks = ALONE) 
     for judge, is_matched in zip(judges, matched, strict=True):
         if ranks.rank == 0 and is_matched:
             log.warning(
-                "warning: --%s: %s is the network that is matched; by it the samples look better than they are",
+                "warning: --%s: training compares by %s; to that network the samples look better than they are",
                 asked.named_in.replace("_", "-"),
                 judge.label,
             )

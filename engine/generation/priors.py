@@ -16,6 +16,7 @@ from engine.support.errors import InputError
 
 MAX_NZ = 2**16
 """The longest z: a generator's first layer alone has 2 GiB of weights then."""
+_NO_ARC = 1e-3  # of sin ω: float32's cosine tells no angles that are nearer to 0 or π
 
 
 class Prior(Protocol):
@@ -150,13 +151,15 @@ def interpolate(start: Tensor, end: Tensor, steps: int) -> Tensor:
     """Great-circle paths between rows of `start` and `end` [R, nz], as [R · steps, nz] (White 2016, section 2.1).
 
     A straight line between two Gaussian vectors passes through short vectors that a generator never sees; the arc
-    sin((1−t)ω)/sin ω · start + sin(tω)/sin ω · end, with ω the angle between them, does not.
+    sin((1−t)ω)/sin ω · start + sin(tω)/sin ω · end, with ω the angle between them, does not. Where both point the same
+    way, or opposite ways as half of all pairs with nz = 1 do, there is no one arc, and the line is taken.
     """
     cosine = torch.nn.functional.cosine_similarity(start, end, dim=1).clamp(-1, 1)
-    angle = cosine.arccos().view(-1, 1, 1).clamp(min=1e-6)
+    angle = cosine.arccos().view(-1, 1, 1)
     t = torch.linspace(0, 1, steps, device=start.device).view(1, -1, 1)
     path = ((1 - t) * angle).sin() * start.unsqueeze(1) + (t * angle).sin() * end.unsqueeze(1)
-    return (path / angle.sin()).flatten(0, 1)
+    line = straight(start, end, steps).view_as(path)
+    return torch.where(angle.sin() < _NO_ARC, line, path / angle.sin()).flatten(0, 1)
 
 
 def straight(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -114,7 +114,7 @@ class Autoencoding:
         self.low = None if amp_dtype is None else LowPrecision(generator, amp_dtype)
         scaled = amp_dtype is torch.float16
         options: dict[str, Any] = {"betas": betas, "optimizer": optimizer, "weight_decay": weight_decay, "ranks": ranks}
-        of_both = GradientStep(both, lr=lr, clip=clip_grad, scaled=scaled, **options)
+        of_both = GradientStep(both, lr=lr, clip_grad=clip_grad, scaled=scaled, **options)
         self.updates, self.modules = {"generator": of_both}, both
         if code_critic is not None:
             self.modules = nn.ModuleDict({**both, "code_critic": code_critic})

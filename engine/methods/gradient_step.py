@@ -25,7 +25,7 @@ class GradientStep:
     """One module's optimizer (Adam and AdamW are torch's own, fused), and what its gradients go through before.
 
     In this order: the sum over ranks, never the mean; with float16 the division by the loss's scale; the clipping of
-    the norm of all gradients together, g ← g · min(1, clip / (‖g‖ + 1e-6)), as `torch.nn.utils.clip_grad_norm_` has it.
+    the norm of all gradients together, g ← g · min(1, clip_grad / (‖g‖ + 1e-6)), as torch's `clip_grad_norm_` has it.
     A step with a gradient that is NaN or infinite leaves the weights and the optimizer's state as they were, on all
     ranks alike, since all have the same sum. The host waits for nothing, and all of it can be captured in a CUDA graph.
 
@@ -36,7 +36,7 @@ class GradientStep:
         optimizer: "adam"; "adamw", whose weight decay is decoupled from the gradient (Loshchilov and Hutter 2019); or
             "rmsprop".
         weight_decay: of AdamW, torch's 0.01 by default; ValueError with the others, whose gradients it would change.
-        clip: the largest norm; None for any.
+        clip_grad: the largest norm; None for any.
         scaled: scale the loss, which float16 needs, where small gradients would be 0.
         ranks: the processes whose gradients are added.
 
@@ -52,13 +52,13 @@ class GradientStep:
         betas: tuple[float, float] = (0.5, 0.999),
         optimizer: str = "adam",
         weight_decay: float | None = None,
-        clip: float | None = None,
+        clip_grad: float | None = None,
         scaled: bool = False,
         ranks: Ranks = ALONE,
     ):
         if weight_decay is not None and optimizer != "adamw":
             raise ValueError(f"weight_decay: is adamw's, and the optimizer is {optimizer}")
-        self.parameters, self.clip, self.ranks = list(module.parameters()), clip, ranks
+        self.parameters, self.clip_grad, self.ranks = list(module.parameters()), clip_grad, ranks
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"
         options: dict[str, Any] = {}
@@ -88,8 +88,8 @@ class GradientStep:
         self.ranks.sum_(gradients)
         try:
             skip = self._unscale(gradients)
-            if self.clip is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
+            if self.clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad, foreach=True)
             self._step(skip)
         except Exception:
             self._forget_step()

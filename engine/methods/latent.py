@@ -75,7 +75,7 @@ class _Pulling:
         generator: on its device, in training mode.
         reconstruction: errors of drawn and real images.
         batch_size: N, over all ranks.
-        amp_dtype, recompute, ranks, global_batches, options: as in `Glo`.
+        amp_dtype, recompute_generator, ranks, global_batches, options: as in `Glo`.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class Glann:
         glo_steps: steps of the first phase.
         pool, pool_every: as in `Imle`.
         batch_size: N, over all ranks.
-        lr, betas, weight_decay: of T's AdamW; the published weight decay is 1e-5.
+        lr, betas, weight_decay: of T's AdamW. The authors' code adds 1e-5 · w to the gradients of Adam instead.
 
     Raises:
         InputError: "pool", if it is smaller than the minibatch.

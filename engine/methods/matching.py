@@ -74,7 +74,7 @@ class Matching:
             betas=betas,
             optimizer=optimizer,
             weight_decay=weight_decay,
-            clip=clip_grad,
+            clip_grad=clip_grad,
             scaled=amp_dtype is torch.float16,
             ranks=ranks,
         )

@@ -29,6 +29,7 @@ from engine.configuration.config import Config
 from engine.configuration.flags import given_flags
 from engine.representation.build import build_extractor
 from engine.train import parser
+from engine.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 CLAIM = Claim("A is better than B", "A", "B")
@@ -184,7 +185,9 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     (found,) = json.loads(rows.read_text())
     assert found["smoke"] is True
     assert [point["step"] for point in found["curve"]] == [1, 2, 3]
-    assert found["curve"][-1]["kernel_distance"] == pytest.approx(found["metrics"]["kernel_distance"], abs=1.0)
+    (run,) = (path.parent for path in (tmp_path / "runs").rglob("metrics.jsonl"))
+    logged = [entry["evaluation"]["kernel_distance"] for entry in RunFolder(run).read_metrics()]
+    assert [point["kernel_distance"] for point in found["curve"]] == logged
     with Image.open(figure) as picture:
         assert picture.width > 500
     assert "mean nothing" in capsys.readouterr().out

@@ -231,15 +231,30 @@ def test_whether_a_run_was_trained_on_the_judge(tmp_path, weights, extractor, so
     assert was_trained_on(config, name, weights if own_file else None) is expected
 
 
+@pytest.mark.parametrize(
+    ("given", "name", "own_file", "expected"),
+    [
+        ({"method": "glo", "reconstruction": "perceptual"}, "efficientnet-lite0", False, True),
+        ({"method": "imle", "search": "features"}, "timm:tf_efficientnet_lite0", False, True),
+        ({"method": "imle", "search": "features"}, "vgg-small", True, False),
+        ({"method": "vae", "reconstruction": "perceptual", "perceptual": "vgg-small"}, "vgg-small", True, True),
+        ({"method": "vae"}, "efficientnet-lite0", False, False),
+        ({"method": "imle", "search": "pixels"}, "efficientnet-lite0", False, False),
+    ],
+)
+def test_whether_a_run_with_codes_learnt_by_the_judge(weights, given, name, own_file, expected):
+    files = {"perceptual_weights": str(weights)} if "perceptual" in given else {}
+    config = Config.build("digits", {**given, **files})
+    assert was_trained_on(config, name, weights if own_file else None) is expected
+
+
 def test_a_judge_that_the_run_was_trained_on_is_warned_of(run_folder, weights, small, tmp_path, caplog):
     folder = RunFolder(tmp_path / "run")
     trained = Config.load(RunFolder(run_folder).config).replaced({"weights": (str(weights),)})
     folder.write_config(trained.to_json())
     folder.generator.write_bytes(RunFolder(run_folder).generator.read_bytes())
     evaluate.main(["--run", str(folder.path), "--samples", "12", "--metrics", "fid", *small])
-    assert [r.levelname for r in caplog.records if "was trained to match the features of vgg-small" in r.message] == [
-        "WARNING"
-    ]
+    assert [r.levelname for r in caplog.records if "learnt by the features of vgg-small" in r.message] == ["WARNING"]
 
 
 def test_evaluation_never_imports_the_training_objective():

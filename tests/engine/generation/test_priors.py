@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scipy import stats
+from scipy import spatial, stats
 from torch import Tensor
 
 from engine.generation.learnt import FittedGaussian, MappedNoise, MappingNetwork
 from engine.generation.networks import Generator, build_generator
-from engine.generation.priors import Ball, Gaussian, Prior, Uniform, draw_batches, make_prior
+from engine.generation.priors import Ball, Gaussian, Prior, Uniform, draw_batches, interpolate, make_prior
 from engine.generation.sampling import Sampler
 from engine.generation.saved import load_sampler, save_sampler
 from engine.support.errors import InputError
@@ -134,6 +134,15 @@ def test_paths_lead_from_one_likely_z_to_another(name: str) -> None:
         assert float(path.norm(dim=2).max()) <= 1.5
     if name == "uniform":
         assert float(path.abs().max()) <= 1
+
+
+def test_a_path_is_an_arc_or_a_line_where_there_is_none() -> None:
+    start, end = np.eye(2, dtype=np.float32)
+    arc = interpolate(torch.tensor(start)[None], torch.tensor(end)[None], 7)
+    np.testing.assert_allclose(arc.numpy(), spatial.geometric_slerp(start, end, np.linspace(0, 1, 7)), atol=1e-6)
+    ends = torch.tensor([[1.0], [-2.0]]), torch.tensor([[-1.0], [-4.0]])  # opposite, and the same way
+    expected = torch.tensor([[1.0, 0.5, 0.0, -0.5, -1.0], [-2.0, -2.5, -3.0, -3.5, -4.0]])
+    torch.testing.assert_close(interpolate(*ends, 5).view(2, 5), expected)
 
 
 @pytest.mark.parametrize("name", PRIORS)

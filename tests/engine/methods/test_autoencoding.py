@@ -63,6 +63,13 @@ def method(divergence: str, **options: Any) -> tuple[Networks, Any]:
     return own, CodeMatching(made, own.mapping, Uniform(3), autoencoder_steps=1, bandwidths=BANDWIDTHS, lr=0.02)
 
 
+class DoubleUniform(Uniform):
+    """Uniform z in float64; variance 1/3."""
+
+    def sample(self, count: int, random: torch.Generator) -> Tensor:
+        return super().sample(count, random).double()
+
+
 def squares(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, None] - y[None]).square().sum(dim=2)
 
@@ -77,8 +84,9 @@ def mmd(x: Tensor, y: Tensor, kernel: Callable[[Tensor], Tensor], unbiased: bool
     return within(x) + within(y) - 2 * kernel(squares(x, y)).mean()
 
 
-def imq(d: Tensor) -> Tensor:
-    return sum(2 * NZ * s / (2 * NZ * s + d) for s in (0.1, 0.2, 0.5, 1, 2, 5, 10))
+def imq(d: Tensor, variance: float = 1.0) -> Tensor:
+    own = 2 * NZ * variance
+    return sum(own * s / (own * s + d) for s in (0.1, 0.2, 0.5, 1, 2, 5, 10))
 
 
 def written_out(divergence: str, errors: Callable[[Tensor, Tensor], Tensor]) -> tuple[Networks, float]:
@@ -139,6 +147,18 @@ def test_one_step_is_the_one_written_out(divergence: str) -> None:
     for name, network in autoencoding.modules.items():
         assert difference(network, before.get_submodule(name)) > 1e-3
     assert scalars["skipped"] == 0
+
+
+def test_kernels_of_codes_have_the_width_of_the_prior() -> None:
+    own = Networks("mmd")
+    prior = DoubleUniform(NZ)
+    made = Autoencoding(own.generator, own.encoder, prior, "mmd", weight=WEIGHT, batch_size=N, **RATES)
+    found = made.step(real_batches(N), Noise(SEED))
+    expected, real = Networks("mmd"), next(real_batches(N)).images
+    codes, z = expected.encoder.network(real), prior.sample(N, torch.Generator().manual_seed(SEED))
+    distance = mmd(codes, z, lambda d: imq(d, 1 / 3), unbiased=True)
+    loss = sums(expected.generator(codes), real).mean() + WEIGHT * distance
+    assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-10)
 
 
 def test_images_are_compared_as_asked_for() -> None:

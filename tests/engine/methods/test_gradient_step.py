@@ -74,7 +74,7 @@ def test_is_torchs_step(options: dict[str, Any], expected: dict[str, Any]) -> No
 def test_a_scaled_loss_makes_no_difference_to_steps_and_clipping(name: str, clip: float | None) -> None:
     """The norm is that of the gradients without the loss's scale, 65536 at first."""
     module, reference = network(torch.float32), network(torch.float32)
-    update = GradientStep(module, **RATES, clip=clip, scaled=True, optimizer=name)
+    update = GradientStep(module, **RATES, clip_grad=clip, scaled=True, optimizer=name)
     assert update.scaler.get_scale() == 65536
     for step in range(STEPS):
         assert update.take(loss_of(module, step)) == 0

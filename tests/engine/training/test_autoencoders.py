@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.runs import command, metrics, refusal
-from helpers.small_steps import configuration, resumed_equals_whole
+from helpers.small_steps import configuration, resumed_equals_whole, small_trainer
 from PIL import Image
 
 from engine import precompute, report, sample, train
@@ -105,6 +105,32 @@ def test_bad_input_is_one_line(
     given: list[str], line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert line in refusal(given, pictures, tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "network", "usual"),
+    [
+        ({"method": "wae", "divergence": "gan", "code_critic_lr": 0.25}, "code_critic", 0.5),
+        ({"method": "gmmn-ae", "mapping_lr": 0.25}, "mapping", 1.0),
+        ({"method": "glann", "mapping_lr": 0.25}, "mapping", None),
+        ({"method": "glo", "code_lr": 0.25}, "codes", None),
+    ],
+)
+def test_a_network_s_own_learning_rate_is_its_optimizer_s(
+    given: dict[str, Any], network: str, usual: float | None
+) -> None:
+    """`usual`: of the generator's, without the flag; None where the preset has a rate of its own."""
+    rates = [small_trainer(configuration("digits", own)).method.optimizers for own in (given, without(given))]
+    own, other = ({name: each.param_groups[0]["lr"] for name, each in found.items()} for found in rates)
+    assert own[network] == 0.25
+    assert own[network] != other[network]
+    assert {**own, network: None} == {**other, network: None}
+    if usual is not None:
+        assert other[network] == pytest.approx(usual * other["generator"])
+
+
+def without(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if not name.endswith("lr")}
 
 
 def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

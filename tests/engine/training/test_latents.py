@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.judging import write_weights
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, everything, resumed_equals_whole, small_trainer
 from safetensors.torch import load_file
@@ -100,6 +101,25 @@ def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys:
     assert "data set's pictures" in errors.splitlines()[-1]
 
 
+def test_a_frozen_network_is_the_run_s(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file is found from anywhere, and with other weights the loss would be another."""
+    monkeypatch.chdir(tmp_path)
+    write_weights(tmp_path / "small.safetensors")
+    text = f"--method imle --data {pictures} --search features --perceptual vgg-small --pool-size 6"
+    own = [*text.split(), "--perceptual-weights", "small.safetensors", *FLAGS.split()]
+    train.main([*own, "--steps", "2", "--out", "run"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(["--resume", "--steps", "3", "--out", str(tmp_path / "run")])
+    assert len(metrics(tmp_path / "run", ("step", "loss"))) == 3
+    write_weights(tmp_path / "small.safetensors", seed=1)
+    code, errors = command(train.main, ["--resume", "--steps", "4", "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert "the weights of --perceptual changed" in errors.splitlines()[-1]
+
+
 def test_a_table_of_another_size_is_refused() -> None:
     """Where the fingerprint of the data tells nothing."""
     config = configuration("digits", {"method": "glo", "batch_size": 3})
@@ -154,6 +174,12 @@ def test_a_step_is_planned(name: str) -> None:
     few, many = (predict(config, make_generator(config), None, networks=networks, images=n) for n in (100, 100_100))
     more = 0 if name == "imle" else 3 * 4 * config.networks.nz * 100_000
     assert abs((many.between_steps - few.between_steps) - more) <= 0.2 * more
+
+
+def test_a_plan_does_not_need_the_frozen_network_s_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "--method imle --search features --perceptual vgg-small --perceptual-weights none.safetensors --plan"
+    train.main([*text.split(), "--batch-size", "4", "--nz", "4"])
+    assert "peak (modelled)" in capsys.readouterr().out
 
 
 def test_fewer_images_at_a_time_need_less_memory() -> None:

@@ -196,7 +196,7 @@ def test_judging_by_the_matched_network_is_warned_of(flags: list[str], judge: Pa
     index = flags.index("random")
     matched = [*flags[:index], str(judge), *flags[index + 1 :], "--extractor", "vgg-small", "--steps", "2"]
     train.main([*matched, "--out", str(tmp_path / "run")])
-    assert "vgg-small is the network that is matched" in caplog.text
+    assert "training compares by vgg-small" in caplog.text
 
 
 def features(shift: float, seed: int) -> Tensor:
