@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from bench.paper.runs import ExperimentPlan
 
 
+_SEED = 2_000
+"""Of the judged z, the same for every run: no run is trained with it."""
+
+
 class Judge:
     """The evaluating network and the real images, which all runs of a scale share."""
 
@@ -31,8 +35,8 @@ class Judge:
         self.device = torch.device(plan.device)
 
     def __call__(self, folder: Path) -> dict[str, float]:
-        """Metrics of samples of the run in `folder`, of the same z for every run."""
-        samples = load_run_sampler(folder).to(self.device).draw_pixels(self.plan.samples, seed=0)
+        """Metrics of samples of the run in `folder`."""
+        samples = load_run_sampler(folder).to(self.device).draw_pixels(self.plan.samples, seed=_SEED)
         subset = min(KID_SUBSET, len(samples), len(self.real))
         found = compute_metrics(
             samples, self.real, self.network, self.plan.scale.metrics, device=self.device, kid_subset_size=subset

@@ -44,6 +44,14 @@ class ThreadRank(Ranks):
         assert {name for name, _ in found} == {name}, found
         return [what for _, what in found]
 
+    def first(self, name: str, make: Callable[[], T]) -> T:
+        if self.rank == 0:
+            found = make()
+            self._exchange(name, None)
+            return found
+        self._exchange(name, None)
+        return make()
+
     def counting(self, own: int) -> Callable[[], list[int]]:
         counts = self._exchange("counts", own)
         return lambda: counts

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from helpers.small_steps import configuration, few_pictures
+from helpers.thread_ranks import on_ranks
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from engine.configuration.build import of_images
 from engine.methods.code_starts import principal_codes
 from engine.support.errors import InputError
+from engine.training.ranks import Ranks
 
 NUMBERS = torch.randperm(40, generator=torch.Generator().manual_seed(1))
 
@@ -62,3 +66,17 @@ def test_what_does_not_vary_is_0() -> None:
 def test_more_dimensions_than_numbers() -> None:
     with pytest.raises(InputError, match="at most 12 dimensions, got 13"):
         principal_codes(batches(images(2), 8), 40, 13)
+
+
+def test_all_ranks_begin_with_the_codes_of_one() -> None:
+    config = configuration("digits", {"method": "glo", "code_start": "pca"})
+    dataset = few_pictures(config)
+
+    def start(ranks: Ranks) -> Tensor:
+        found: Tensor = of_images(config, dataset, ranks)["start"]
+        return found
+
+    (alone,) = on_ranks(1, start)
+    assert alone.any()
+    for found in on_ranks(3, start):
+        assert torch.equal(found, alone)
