@@ -38,7 +38,8 @@ TWICE = tuple(name for name, make in PENALTIES.items() if getattr(make, "double_
 """Penalties that differentiate the critic's derivatives."""
 _FEATURES = 16
 _GROWING = ("linear", "polynomial", "distance", "rq*")  # kernels without a largest value
-_BOUNDING = ("scaled", "clip", "gradient", "r1", "witness")
+_ALWAYS_BOUND = ("clip", "witness")
+_BOUND_SLOPES = ("scaled", "gradient", "r1")
 _KERNELS_ONLY = ("scaled", "witness")
 
 
@@ -244,12 +245,19 @@ def critic_outputs(config: Config) -> int:
     return 1
 
 
-def is_unbounded(config: Config) -> bool:
-    """Whether the critic gains without end by larger outputs: neither the game nor a penalty nor a norm bounds them."""
-    method, game = config.method.method, config.game
+def missing_bounds(config: Config) -> str:
+    """What to add where the critic gains without end by larger outputs, as neither the game nor a penalty nor a norm
+    bounds them; "" where something does."""
+    method, game, asked = config.method.method, config.game, set(penalty_names(config))
     grows = {"gan": game.game == "wasserstein", "mmd-gan": game.kernel in _GROWING, "mcgan": True}
-    bounded = config.critic.critic_norm == "spectral" or set(penalty_names(config)) & set(_BOUNDING)
-    return grows.get(method, False) and not bounded
+    # These grow with the outputs themselves, or faster than their slopes do.
+    needs_more = {"mmd-gan": game.kernel == "polynomial", "mcgan": game.match == "covariance"}
+    slopes = config.critic.critic_norm == "spectral" or asked & set(_BOUND_SLOPES)
+    if not grows.get(method, False) or asked & set(_ALWAYS_BOUND):
+        return ""
+    if needs_more.get(method, False):
+        return "--penalty clip"
+    return "" if slopes else "--penalty gradient or clip, or --critic-norm spectral"
 
 
 def check_adversarial(config: Config) -> None:
@@ -285,9 +293,11 @@ def _check_penalties(config: Config) -> None:
         kernel = name not in _KERNELS_ONLY or method == "mmd-gan"
         require(kernel, "penalty", f"{name} is of kernels: it belongs to --method mmd-gan, and this is {method}")
         draws = name != "autoencode" or critic.critic == "encoder-decoder"
-        require(draws, "penalty", "autoencode needs a critic that draws images again: --critic encoder-decoder")
+        require(draws, "penalty", "autoencode needs a critic with a decoder beside its outputs: encoder-decoder")
         smooth = name != "scaled" or game.kernel != "distance"
         require(smooth, "kernel", "distance has a kink where two images are the same, and no scaled MMD")
+        whole = name != "scaled" or game.estimate == "unbiased"
+        require(whole, "estimate", "a scaled MMD is a scaled MMD², and root is none; leave out one of them")
         clipped = name == "clip" and critic.critic_norm.startswith("spectral")
         require(not clipped, "penalty", f"clip bounds weights that --critic-norm {critic.critic_norm} divides again")
         if name in TWICE:

@@ -126,6 +126,9 @@ class Config:
             warmup < training.steps, "warmup_steps", f"{warmup} steps of warm-up leave none of {training.steps} --steps"
         )
         require(final <= training.lr, "lr_final", f"{final} is more than --lr {training.lr}")
+        optimizers = {updates.optimizer, self.critic.critic_optimizer if self.method.method in ADVERSARIAL else None}
+        decays = "adamw" in optimizers or updates.weight_decay is None
+        require(decays, "weight_decay", f"--optimizer {updates.optimizer} has none, adamw has")
         known = all_of(training.generator_ema)
         names = ", ".join(map(str, known))
         missing = f"{sampled} is not among --generator-ema {names}" if known else "needs --generator-ema"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.comparison.games.penalties import PENALTIES, Penalty
-from engine.configuration.adversarial import critic_outputs, is_unbounded, penalty_names
+from engine.configuration.adversarial import critic_outputs, missing_bounds, penalty_names
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.games import critic_steps, make_game, make_kernel
@@ -87,11 +87,8 @@ def make_adversarial(
     """
     settings, training, updates, critic = config.critic, config.training, config.updates, networks["critic"]
     assert isinstance(critic, Critic)
-    if ranks.rank == 0 and is_unbounded(config):
-        log.warning(
-            "warning: nothing bounds this critic, and its loss grows without end; add --penalty gradient or clip, or "
-            "--critic-norm spectral"
-        )
+    if ranks.rank == 0 and (bounds := missing_bounds(config)):
+        log.warning("warning: nothing bounds this critic, and its loss may grow without end; add %s", bounds)
     beta1 = training.beta1 if settings.critic_beta1 is None else settings.critic_beta1
     beta2 = training.beta2 if settings.critic_beta2 is None else settings.critic_beta2
     prior = make_prior(config.networks.prior, config.networks.nz)

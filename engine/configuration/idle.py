@@ -44,8 +44,10 @@ def _idle_betas(config: Config) -> dict[str, str]:
     if adversarial and (own or optimizer) == "rmsprop":
         flag = "optimizer" if own is None else "critic-optimizer"
         found = {f"critic_{name}": f"--{flag} rmsprop has none" for name in _BETAS}
-    if optimizer == "rmsprop" and own in (None, "rmsprop"):
-        found |= dict.fromkeys(_BETAS, "--optimizer rmsprop has none")
+    if optimizer == "rmsprop":
+        instead = {name for name in _BETAS if getattr(config.critic, f"critic_{name}") is not None}
+        unread = _BETAS if own in (None, "rmsprop") else instead
+        found |= dict.fromkeys(unread, "--optimizer rmsprop has none")
     return found
 
 

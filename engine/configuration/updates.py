@@ -42,8 +42,8 @@ class UpdatesConfig(Settings):
     )
     weight_decay: float | None = option(
         None,
-        "share of a weight that a step of AdamW takes away, in units of the learning rate (0.01 by default); the "
-        "critic's as well",
+        "share of a weight that a step of AdamW takes away, in units of the learning rate (0.01 by default); of "
+        "both networks where both have AdamW",
         at_least=0,
         at_most=1e6,
         metavar="X",
@@ -69,7 +69,7 @@ class UpdatesConfig(Settings):
     )
     clip_grad: float | None = option(
         None,
-        "scale gradients down whose norm, over all weights together, is larger",
+        "scale the gradients of the generator (and encoder) down if their norm, over all weights together, is larger",
         above=0,
         at_most=1e30,
         metavar="NORM",
@@ -95,7 +95,5 @@ class UpdatesConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        adamw = self.optimizer == "adamw"
-        require(adamw or self.weight_decay is None, "weight_decay", f"--optimizer {self.optimizer} has none, adamw has")
         falls = self.lr_schedule != "constant"
         require(falls or self.lr_final == 0, "lr_final", "needs a --lr-schedule that falls: linear or cosine")

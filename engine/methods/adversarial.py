@@ -108,7 +108,8 @@ class Adversarial:
         penalties: applied to the critic's loss one after the other, then to its weights.
         batch_size: N, of real and of generated images, over all ranks.
         critic_steps: for each step of the generator.
-        lr, betas, optimizer, weight_decay, clip_grad: of the generator; see `GradientStep`.
+        lr, betas, optimizer, weight_decay, clip_grad: of the generator; see `GradientStep`. The decay is that of every
+            network which has AdamW.
         critic_lr, critic_betas, critic_optimizer: of the critic; None for the generator's. If both are AdamW, so is the
             weight decay.
         amp_dtype: low precision of both networks' arithmetic, None for their own. A critic whose penalty is
@@ -182,7 +183,7 @@ class Adversarial:
             lr=lr,
             betas=betas,
             optimizer=optimizer,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay if optimizer == "adamw" else None,
             clip_grad=clip_grad,
             scaled=amp_dtype is torch.float16,
             ranks=ranks,
@@ -193,7 +194,7 @@ class Adversarial:
             lr=lr if critic_lr is None else critic_lr,
             betas=betas if critic_betas is None else critic_betas,
             optimizer=of_critic,
-            weight_decay=weight_decay if of_critic == optimizer else None,
+            weight_decay=weight_decay if of_critic == "adamw" else None,
             scaled=self.scored.low is torch.float16,
             ranks=ranks,
         )

@@ -35,7 +35,8 @@ class DenoisingFeatureMatching(Adversarial):
     Φ are the critic's features [N, h], which the denoiser takes as they are. The generator takes r(Φ(G)) as it is, with
     r's running statistics.
 
-    Source: Warde-Farley & Bengio 2017 (see `games.denoising`); that r(Φ(G)) has no gradient is as in public code.
+    Source: Warde-Farley & Bengio 2017 (see `games.denoising`); that r(Φ(G)) has no gradient is as in
+    chainer-gan-lib.
 
     Args:
         generator, critic, denoiser: on one device, in training mode.
@@ -74,12 +75,13 @@ class DenoisingFeatureMatching(Adversarial):
         self.modules["denoiser"] = denoiser
         if self.ranks.size > 1:
             share_batches(denoiser, self.ranks)
+        optimizer = options.get("optimizer", "adam")
         self.denoiser_step = GradientStep(
             denoiser,
             lr=options["lr"] if denoiser_lr is None else denoiser_lr,
             betas=options.get("betas", (0.5, 0.999)),
-            optimizer=options.get("optimizer", "adam"),
-            weight_decay=options.get("weight_decay"),
+            optimizer=optimizer,
+            weight_decay=options.get("weight_decay") if optimizer == "adamw" else None,
             ranks=self.ranks,
         )
         self.optimizers["denoiser"] = self.denoiser_step.optimizer

@@ -35,7 +35,7 @@ def norm_penalty(gradient: Tensor, weight: float) -> Tensor:
     """λ(‖g‖² − 1)², as []: what keeps the weights' gradient g = E ∇_w D(x) at real images of length 1.
 
     Without it, moments could differ by as much as is wanted through their scale alone. The paper penalises this norm;
-    that it is one of the mean gradient of a minibatch, and quadratic, is what public code makes of it.
+    that it is one of the mean gradient of a minibatch, and quadratic, is this engine's choice.
 
     Args:
         gradient: g [K].

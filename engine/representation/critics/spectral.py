@@ -22,7 +22,7 @@ class SpectralNorm(nn.Module):
     u and v are constants to autograd, W is none: ∂σ/∂W = u vᵀ, and W̄ can be differentiated as often as is wanted. Both
     are buffers: a run that goes on from a saved state takes the same steps. Every forward in training moves them, also
     one without a gradient; a forward in evaluation uses them as they are. So a critic step moves them once
-    with the images of both kinds, and once more with a penalty's own pass; the generator's step, once.
+    with the images of both kinds, and once more with every pass of a penalty's own; the generator's step, once.
 
     The numbers are those of `torch.nn.utils.parametrizations.spectral_norm` for the same u and v. That one copies
     channels_last weights every time, and goes through half precision under CUDA's autocast; σ is in the weight's own

@@ -228,14 +228,18 @@ def test_classes_need_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizers", "decay"),
-    [({}, 0.3), ({"critic_optimizer": "adamw"}, 0.3), ({"critic_optimizer": "adam"}, 0.0)],
-    ids=str,
+    ("optimizer", "of_critic", "decays"),
+    [
+        ("adamw", None, {"generator": 0.3, "critic": 0.3}),
+        ("adamw", "adam", {"generator": 0.3, "critic": 0.0}),
+        ("adam", "adamw", {"generator": 0.0, "critic": 0.3}),
+    ],
 )
-def test_weight_decay_is_that_of_both_networks(optimizers: dict[str, str], decay: float) -> None:
-    method = made("hinge", optimizer="adamw", weight_decay=0.3, **optimizers)
-    found = {name: optimizer.param_groups[0]["weight_decay"] for name, optimizer in method.optimizers.items()}
-    assert found == {"generator": 0.3, "critic": decay}
+def test_weight_decay_is_that_of_networks_with_adamw(
+    optimizer: str, of_critic: str | None, decays: dict[str, float]
+) -> None:
+    method = made("hinge", optimizer=optimizer, weight_decay=0.3, critic_optimizer=of_critic)
+    assert {name: one.param_groups[0]["weight_decay"] for name, one in method.optimizers.items()} == decays
 
 
 def test_the_log_tells_what_is_added_from_what_divides() -> None:

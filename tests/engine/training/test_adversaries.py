@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,8 @@ from torch import Tensor
 
 from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
-from engine.comparison.games.penalties import Play
-from engine.configuration.adversarial import is_unbounded, penalty_names
 from engine.configuration.build import make_generator, make_method, make_networks, of_images
 from engine.configuration.config import Config
-from engine.configuration.critics import make_adversarial, make_critics, make_penalties
-from engine.configuration.methods import ADVERSARIAL
-from engine.configuration.presets import PRESETS, preset_method
-from engine.configuration.train_command import train_command
-from engine.support.errors import InputError
 from engine.training.divergence import Divergence
 from kernels import reference
 
@@ -152,7 +143,7 @@ GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
         ([*GAN, "--penalty", "r1", "--minibatch-discrimination"], "--minibatch-discrimination: --penalty r1 needs"),
         ([*GAN, "--penalty", "clip", "--critic-norm", "spectral"], "--penalty: clip bounds weights that"),
         ([*GAN, "--penalty", "witness"], "--penalty: witness is of kernels: it belongs to --method mmd-gan"),
-        ([*GAN, "--penalty", "autoencode"], "--penalty: autoencode needs a critic that draws images again"),
+        ([*GAN, "--penalty", "autoencode"], "--penalty: autoencode needs a critic with a decoder"),
         ([*GAN, "--penalty", "r2"], "--penalty: 'r2' is not one of none, scaled, clip"),
         ([*GAN, "--penalty", "r1", "--penalty-weight", "1", "2"], "--penalty-weight: 2 given for 1 penalty"),
         ([*GAN, "--critic-outputs", "16"], "--critic-outputs: this game of --method gan needs 1, not 16"),
@@ -165,6 +156,7 @@ GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
         ([*GAN, "--critic-weights", "none.safetensors"], "--critic-weights: --critic dcgan has none to start from"),
         ([*GAN, "--critic", "resnet", "--critic-weights", "imagenet"], "--critic-weights: --critic resnet has none"),
         ([*MMD, "--kernel", "distance", "--scaled"], "--kernel: distance has a kink"),
+        ([*MMD, "--scaled", "--estimate", "root"], "--estimate: a scaled MMD is a scaled MMD²"),
         (["--method", "mcgan", "--match", "covariance", "--match-directions", "99"], "--match-directions: 99 are more"),
         ([*GAN, "--kernel", "rbf"], "--kernel: belongs to --method mmd-gan, and this is --method gan"),
         (["--preset", "sngan", "--method", "mmd"], "--method: the preset sngan is one of --method gan"),
@@ -178,6 +170,11 @@ GAN, MMD = ["--method", "gan"], ["--method", "mmd-gan"]
         (["--method", "mcgan", "--match", "covariance", "--match-norm", "1"], "--match-norm: needs --match mean"),
         ([*GAN, "--optimizer", "rmsprop", "--critic-beta1", "0"], "--critic-beta1: --"),
         ([*GAN, "--optimizer", "rmsprop", "--beta1", "0"], "--beta1: --"),
+        (
+            [*GAN, "--optimizer", "rmsprop", "--critic-optimizer", "adam", "--critic-beta1", "0", "--beta1", ".3"],
+            "--beta1: --optimizer rmsprop has none",
+        ),
+        ([*GAN, "--critic-optimizer", "adam", "--weight-decay", "1"], "--weight-decay: --optimizer adam has none"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -214,169 +211,6 @@ def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pyte
     flags = ["--preset", "sngan", "--data", str(pictures), "--out", str(tmp_path / "target.safetensors")]
     code, errors = command(precompute.main, flags, capsys)
     assert (code, "--method: gan compares with no target" in errors.splitlines()[-1]) == (2, True)
-
-
-def test_recipes_are_short_on_the_digits_alone() -> None:
-    digits, own = Config.build("sngan", {}), Config.build("sngan", {"data": "photos/"})
-    assert (digits.data.dataset, digits.training.steps < 2000, digits.updates.lr_schedule) == (
-        "digits",
-        True,
-        "constant",
-    )
-    assert (own.data.dataset, own.training.steps, own.updates.lr_schedule) == ("images", 100_000, "linear")
-    assert (own.training.beta1, own.critic.critic_steps, own.critic.critic_norm) == (0.0, 5, "spectral")
-    assert Config.build("sngan", {"dataset": "cifar10"}).training.steps == 100_000
-
-
-def test_another_penalty_has_its_own_weight() -> None:
-    assert Config.build("wgan", {"penalty": ["consistency"]}).critic.penalty_weight == ()
-    assert Config.build("wgan", {}).critic.penalty_weight == (0.01,)
-    assert Config.build("wgan", {}).replaced(
-        {"penalty": ["consistency"], "penalty_weight": [3]}
-    ).critic.penalty_weight == (3.0,)
-    with pytest.raises(InputError, match="2 given for 1 penalty"):
-        Config.build("mmd-gan-rq", {"penalty": ["witness"], "penalty_weight": [1, 1]})
-
-
-def test_the_same_penalty_and_kernel_keep_their_numbers() -> None:
-    """Whoever resumes a run may say once more what it is."""
-    run = Config.build("smmd", {"penalty": ["witness"], "penalty_weight": [3]})
-    again = run.resumed_with({"penalty": ["witness"], "kernel": "rbf"})
-    assert again == run
-    assert (again.critic.penalty_weight, again.game.kernel_bandwidths) == ((3.0,), (1.0,))
-    assert Config.build("wgan", {"penalty": ["clip"]}).critic.penalty_weight == (0.01,)
-
-
-def test_another_run_s_chunk_and_queue_are_no_hindrance() -> None:
-    """Its config.json has them, and no flag of these methods could take them away."""
-    queue = {"population": "queue", "population_images": 64}
-    run = Config.build("digits", {"batch_size": 64, "chunk_size": 32, **queue})
-    assert run.replaced({"method": "gan", "batch_size": 16}).training.batch_size == 16
-    assert run.replaced({"method": "mmd", "batch_size": 128}).training.batch_size == 128
-    with pytest.raises(InputError, match="population_images: is smaller than the minibatch: 64 < 128"):
-        run.replaced({"method": "frechet", "batch_size": 128})
-    with pytest.raises(InputError, match="chunk_size: is larger than the minibatch: 32 > 16"):
-        run.replaced({"method": "mmd", "batch_size": 16})
-
-
-def test_help_says_whose_a_flag_is() -> None:
-    text = " ".join(train.parser().format_help().split())
-    assert "(default: nonsaturating; only with --method gan)" in text
-    assert "(default: vgg-small; only with the methods that compare features)" in text
-
-
-@pytest.mark.parametrize("method", ["mmd-gan", "gfmn"])
-def test_a_recipe_is_of_one_method(method: str) -> None:
-    """Also where a run's config.json names it."""
-    for made in (Config.build("wgan", {}).replaced, functools.partial(Config.build, "wgan")):
-        with pytest.raises(InputError, match=f"is one of --method gan, and this is --method {method}"):
-            made({"method": method})
-    assert Config.build("digits", {}).replaced({"method": "gan"}).usual().method.method == "gan"
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ({"method": "gan", "critic_many": 7}, "critic_many"),
-        ({"method": "gan", "optimizer": "rmsprop", "beta1": 0.1}, "beta1"),
-        ({"method": "gan", "optimizer": "rmsprop", "critic_optimizer": "adam", "beta2": 0.9}, None),
-        ({"method": "gan", "critic_optimizer": "rmsprop", "beta2": 0.9}, None),
-        ({"method": "gan", "critic_optimizer": "rmsprop", "critic_beta2": 0.9}, "critic_beta2"),
-        ({"method": "gan", "optimizer": "rmsprop", "critic_beta1": 0.1}, "critic_beta1"),
-        ({"optimizer": "rmsprop", "beta1": 0.1}, "beta1"),
-        ({"method": "mcgan", "match": "covariance", "match_norm": "1"}, "match_norm"),
-        ({"method": "mcgan", "match_directions": 4}, "match_directions"),
-        ({"method": "mcgan", "match": "covariance", "match_directions": 4, "critic_warmup": 1, "critic_many": 7}, None),
-    ],
-)
-def test_a_flag_that_decides_nothing_is_refused(given: dict[str, Any], name: str | None) -> None:
-    if name is None:
-        Config.build("digits", given)
-        return
-    with pytest.raises(InputError) as refused:
-        Config.build("digits", given)
-    assert refused.value.argument == name
-
-
-def test_the_same_penalty_and_kernel_keep_their_numbers_in_a_resumed_run() -> None:
-    given = {"method": "mmd-gan", "kernel": "rbf", "kernel_bandwidths": [3], "penalty": ["scaled"]}
-    config = Config.build("digits", {**given, "penalty_weight": [5]})
-    assert config.resumed_with({"kernel": "rbf", "penalty": ["scaled"]}) == config
-    short = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
-    assert short.resumed_with({"scaled": True}) == short
-
-
-def test_scaled_is_short_for_the_penalty() -> None:
-    short = Config.build("digits", {"method": "mmd-gan", "scaled": True})
-    assert penalty_names(short) == ("scaled",)
-    both = Config.build("digits", {"method": "mmd-gan", "scaled": True, "penalty": ["activations"]})
-    assert penalty_names(both) == ("scaled", "activations")
-
-
-WASSERSTEIN: dict[str, Any] = {"method": "gan", "game": "wasserstein"}
-
-
-@pytest.mark.parametrize(
-    ("given", "unbounded"),
-    [
-        (WASSERSTEIN, True),
-        ({**WASSERSTEIN, "critic_norm": "batch"}, True),
-        ({**WASSERSTEIN, "penalty": ["consistency"]}, True),
-        ({**WASSERSTEIN, "penalty": ["clip"]}, False),
-        ({**WASSERSTEIN, "critic_norm": "spectral"}, False),
-        ({"method": "gan", "game": "hinge"}, False),
-        ({"method": "mcgan"}, False),
-        ({"method": "mcgan", "penalty": ["none"]}, True),
-        ({"method": "mmd-gan", "kernel": "linear"}, False),
-        ({"method": "mmd-gan", "kernel": "linear", "penalty": ["activations"]}, True),
-        ({"method": "mmd-gan", "kernel": "linear", "penalty": ["none"], "scaled": True}, False),
-        ({"method": "mmd-gan", "kernel": "rbf", "penalty": ["none"]}, False),
-        ({"method": "fisher-gan"}, False),
-    ],
-)
-def test_a_critic_without_bounds_is_warned_of(
-    given: dict[str, Any], unbounded: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = configuration("digits", given)
-    generator = make_generator(config)
-    make_adversarial(config, generator, make_critics(config))
-    assert ("nothing bounds this critic" in caplog.text) == unbounded
-
-
-def test_every_recipe_bounds_its_critic() -> None:
-    of_critics = [name for name in PRESETS if preset_method(name) in ADVERSARIAL]
-    assert {"wgan", "mcgan", "mmd-gan-rq"} <= set(of_critics)
-    assert not [name for name in of_critics if is_unbounded(Config.build(name, {}))]
-
-
-@pytest.mark.parametrize("preset", ["smmd", "sn-smmd"])
-def test_the_scale_is_the_published_one(preset: str) -> None:
-    """1 + 10 E ‖∇φ‖² for φ(x) = the mean of x, whose squared derivative is 1/pixels."""
-    (penalty,) = make_penalties(Config.build(preset, {}))
-    images = torch.zeros(2, 3, 2, 2)
-    mean = lambda x: x.mean(dim=(1, 2, 3))[:, None]  # noqa: E731
-    play = Play(mean, images, images, mean(images), mean(images), lambda columns: torch.zeros(2, columns))
-    assert float(penalty.applied(torch.tensor(1.0), penalty.terms(play))) == pytest.approx(1 / (1 + 10 / 12))
-
-
-@pytest.mark.parametrize(
-    ("preset", "given"),
-    [
-        ("sngan", {"data": "photos", "steps": 250}),
-        ("sngan", {"steps": 300, "critic_lr": 3e-4}),
-        ("digits", {"method": "mmd-gan", "scaled": True, "kernel": "rq*"}),
-        ("wgan", {"dataset": "cifar10"}),
-        ("wgan", {"penalty": ["consistency"], "penalty_weight": [0.01]}),
-        ("mmd-gan-rq", {"penalty": ["witness"]}),
-        ("mmd-gan-rq", {"scaled": True, "penalty": ["witness", "activations"], "penalty_weight": [1, 1]}),
-    ],
-)
-def test_the_command_line_repeats_the_run(preset: str, given: dict[str, Any]) -> None:
-    """With the same data the preset's values are others than on the digits."""
-    config = Config.build(preset, given)
-    words = shlex.split(train_command(config))
-    arguments = train.parser().parse_args(words[words.index("engine.train") + 1 :])
-    assert train.configure(arguments) == config
 
 
 @pytest.mark.slow
