@@ -124,7 +124,8 @@ class Adversarial:
         capturable: see `Method`.
 
     Raises:
-        InputError: "critic", if images of a minibatch see each other in it, and a penalty or several ranks forbid that;
+        InputError: "critic", if it has another number of outputs than the game takes, or if images of a minibatch see
+            each other in it, and a penalty or several ranks forbid that;
             "labels", if the game reads labels and there are none.
     """
 
@@ -161,7 +162,7 @@ class Adversarial:
         self.penalties, self.batch_size, self.critic_steps = list(penalties), batch_size, critic_steps
         self.recompute_generator, self.batch_statistics, self.ranks = recompute_generator, batch_statistics, ranks
         self.modules = nn.ModuleDict({"generator": generator, "critic": critic})
-        _check_critic(critic, self.penalties, ranks)
+        _check_critic(critic, game, self.penalties, ranks)
         if ranks.size > 1:
             share_batches(critic, ranks)
             if global_batches:
@@ -343,7 +344,9 @@ class Adversarial:
         return {"generator": self.generator_step, "critic": self.critic_step}
 
 
-def _check_critic(critic: Critic, penalties: Sequence[Penalty], ranks: Ranks) -> None:
+def _check_critic(critic: Critic, game: Game, penalties: Sequence[Penalty], ranks: Ranks) -> None:
+    if game.outputs not in (None, critic.spec.outputs):
+        raise InputError("critic", f"gives {critic.spec.outputs} outputs, and the game takes {game.outputs}")
     twice = next((type(penalty).__name__ for penalty in penalties if penalty.double_backward), None)
     if twice is not None and not critic.per_image:
         raise InputError("critic", f"mixes the images of a minibatch, and {twice} needs each one's own derivative")

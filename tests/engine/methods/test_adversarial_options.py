@@ -212,6 +212,13 @@ def test_a_critic_that_mixes_images_has_no_derivative_of_each(options: dict[str,
     made("hinge", [PENALTIES["consistency"]()], **options)
 
 
+def test_a_critic_has_as_many_outputs_as_the_game_takes() -> None:
+    with pytest.raises(InputError, match="gives 3 outputs, and the game takes 1") as error:
+        made("hinge", outputs=3)
+    assert error.value.argument == "critic"
+    made("mcgan-mean", outputs=3)
+
+
 def test_a_minibatch_that_is_compared_is_one_process() -> None:
     def work(ranks: Any) -> InputError:
         with pytest.raises(InputError, match="needs the whole minibatch in one process") as error:

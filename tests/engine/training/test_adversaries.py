@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adversaries import drawn_from
 from helpers.jobs import ends, start_job
 from helpers.runs import command, metrics, refusal
-from helpers.small_steps import configuration, few_pictures, resumed_equals_whole
+from helpers.small_steps import configuration, few_pictures, resumed_equals_whole, small_trainer
+from helpers.thread_ranks import on_ranks
 from torch import Tensor
 
 from engine import precompute, train
@@ -19,6 +21,7 @@ from engine.comparison.games.adversarial import Scalar
 from engine.configuration.build import make_generator, make_method, make_networks, of_images
 from engine.configuration.config import Config
 from engine.training.divergence import Divergence
+from engine.training.ranks import Ranks
 from kernels import reference
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -211,6 +214,30 @@ def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pyte
     flags = ["--preset", "sngan", "--data", str(pictures), "--out", str(tmp_path / "target.safetensors")]
     code, errors = command(precompute.main, flags, capsys)
     assert (code, "--method: gan compares with no target" in errors.splitlines()[-1]) == (2, True)
+
+
+@pytest.mark.parametrize("preset", ["mmd-gan-rbf", "sngan", "cr-gan", "dfm"])
+def test_ranks_take_the_steps_of_one_process(preset: str) -> None:
+    """With the recipe's own networks: spectral vectors, a decoder, BatchNorm over all ranks; shares of 3 and 2."""
+    small = {"lr": 1e-5, "generator": "dcgan", "critic_steps": 2}
+    config = configuration(preset, small | ({"denoiser_width": 8, "denoiser_layers": 2} if preset == "dfm" else {}))
+
+    def work(ranks: Ranks) -> dict[str, Tensor]:
+        with drawn_from(0):
+            trainer = small_trainer(config, ranks)
+        found = {f"{step}.{name}": value.clone() for step in range(2) for name, value in trainer.train_step().items()}
+        weights = trainer.method.modules.named_parameters()
+        gradients = {name: weight.grad.clone() for name, weight in weights if weight.grad is not None}
+        vectors = {name: kept for name, kept in trainer.method.modules.state_dict().items() if name.endswith(".u")}
+        return {**found, **gradients, **vectors}
+
+    (expected,) = on_ranks(1, work)
+    assert any(name.endswith(".u") for name in expected) == (preset in ("sngan", "cr-gan"))
+    for found in on_ranks(2, work):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            # Gradients that are 0 but for rounding, as of a bias before BatchNorm, are steps of Adam all the same.
+            assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()) + 3e-5, name
 
 
 @pytest.mark.slow
