@@ -1,7 +1,7 @@
 """`--experiment methods`: every method of the engine under one budget, judged by what no method was trained on.
 
-The budget is seconds of training: CPU seconds, or on a GPU seconds by the clock. That is what a method costs whoever
-uses it. Steps and generated images count something else in every family: a step may train a critic five times, draw a
+The budget is seconds of training: CPU seconds, or on a GPU seconds by the clock. That is what a user pays for a
+method. Steps and generated images count something else in every family: a step may train a critic five times, draw a
 pool of samples, or reconstruct and draw nothing. How many steps the budget buys is found by two short runs of the
 method before. Pretraining of the extractor, and what a command does before its first step, are not counted.
 """

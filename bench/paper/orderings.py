@@ -209,7 +209,7 @@ _INTRODUCTION = """# All methods under one budget
 
 `python -m bench.paper --experiment methods --jobs 2` trains every method of the engine with three seeds, each for the
 same time, and judges their samples; `--document docs/comparison.md ROWS.json` writes this page from the rows. No number
-in it is typed by hand. The budget is seconds of training, CPU seconds on a CPU: what a method costs whoever uses it.
+in it is typed by hand. The budget is seconds of training, CPU seconds on a CPU: what a user pays for a method.
 Steps and generated images count something else in every family, as a step may train a critic five times, draw a pool of
 samples, or only reconstruct. Two short runs of each method say how many steps the budget buys. Pretraining the matched
 network, and starting, are not counted. All other settings are the presets', which were found with other numbers of

@@ -337,7 +337,7 @@ with its first seed.)
 A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
 and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim "agrees"
 or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%; otherwise it is "undecided".
-There are {tests} such tests below, each by itself: about one in twenty decides where there is nothing to decide. What
+There are {tests} such tests below, each by itself: where nothing differs, one in twenty decides all the same. What
 is said of rank correlations, and of what is closest, is no test. The matched networks are trained on the digits once
 and are the same for all seeds. Where rates were searched, the search ran once."""
 
