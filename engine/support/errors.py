@@ -133,7 +133,7 @@ def require(module: str, feature: str) -> ModuleType:
 # What the entries of fingerprints and of pretraining's settings are called among people; others by their names.
 _CALLED = {
     "extractor_weights": "extractor's weights",
-    "perceptual_weights": "weights of --perceptual",
+    "perceptual_weights": "weights of the network that compares images",
     "evaluation_weights": "weights of the network that evaluates",
     "taps": "layers that are matched",
     "extractor_bn": "statistics of the extractor's BatchNorm",

@@ -117,7 +117,7 @@ def test_a_frozen_network_is_the_run_s(
     write_weights(tmp_path / "small.safetensors", seed=1)
     code, errors = command(train.main, ["--resume", "--steps", "4", "--out", str(tmp_path / "run")], capsys)
     assert code == 2
-    assert "the weights of --perceptual changed" in errors.splitlines()[-1]
+    assert "the weights of the network that compares images changed" in errors.splitlines()[-1]
 
 
 def test_a_table_of_another_size_is_refused() -> None:
