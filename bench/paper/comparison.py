@@ -30,6 +30,7 @@ from bench.rows import read_json, save_figure
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler, open_data
 from engine.configuration.methods import COMPARING
+from engine.configuration.updates import all_of
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.representation.zoo import brings_weights
 from engine.support.errors import InputError
@@ -206,14 +207,24 @@ def training_flags(
     flags = _method_flags(name, plan)
     flags += ["--seed", str(seed), "--steps", str(steps), "--device", plan.device]
     flags += ["--data", plan.data] if plan.data is not None else []
+    config = _config(name, plan)
     if name in _STAGES:
-        values = _config(name, plan).flat()
-        first = steps * values[_STAGES[name]] // values["steps"]
+        first = steps * config.flat()[_STAGES[name]] // config.training.steps
         flags += [f"--{_STAGES[name].replace('_', '-')}", str(max(first, 1))]
+    if (average := config.training.generator_ema) and steps < config.training.steps:
+        flags += ["--generator-ema", *_same_share(all_of(average), config.training.steps / steps)]
     # Neither costs anything before the end, where both are written anyway.
     flags += ["--sample-every", str(steps), "--checkpoint-every", str(max(steps // 4, 1))]
     weights = _weights(name, plan) if weights is None else weights
     return [*flags, *(["--weights", *map(str, weights)] if weights else [])]
+
+
+def _same_share(decays: Sequence[float], shorter: float) -> list[str]:
+    """Decays d^s of weights' averages, in a run that is s times shorter: what an average remembers is as much of it.
+
+    A decay of .995 forgets the first weights in the 1,500 steps of a preset; after 200 they would be a third of it.
+    """
+    return [",".join(f"{decay**shorter:.4g}" for decay in decays)]
 
 
 def _method_flags(name: str, plan: ExperimentPlan) -> list[str]:

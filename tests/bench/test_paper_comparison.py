@@ -120,6 +120,22 @@ def test_first_stages_keep_their_share(tmp_path: Path) -> None:
     assert "--glo-steps" not in training_flags("glo", plan, 0, 300)
 
 
+def test_averages_of_weights_keep_their_share(tmp_path: Path) -> None:
+    """Where they forget the beginning in a preset's steps, they forget it in fewer."""
+
+    def decay(name: str, steps: int, scale: str = "digits") -> str | None:
+        flags = training_flags(name, plan_in(tmp_path, scale), 0, steps, weights=())
+        return flags[flags.index("--generator-ema") + 1] if "--generator-ema" in flags else None
+
+    of_preset = Config.build("dcgan", {}).training
+    assert (of_preset.generator_ema, of_preset.steps) == (0.995, 1500)
+    short = decay("dcgan", 300)
+    assert short is not None
+    assert float(short) ** 300 == pytest.approx(0.995**1500, rel=0.01)
+    assert decay("dcgan", 1500) is None
+    assert decay("gfmn", 300, "cifar10") is None  # which has none
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Nothing is trained; folders and steps of what would be, at a quarter of a second a step after nine of set-up."""
