@@ -224,7 +224,7 @@ def _same_share(decays: Sequence[float], shorter: float) -> list[str]:
 
     A decay of .995 forgets the first weights in the 1,500 steps of a preset; after 200 they would be a third of it.
     """
-    return [",".join(f"{decay**shorter:.4g}" for decay in decays)]
+    return [",".join(f"{decay**shorter:.6g}" for decay in decays)]
 
 
 def _method_flags(name: str, plan: ExperimentPlan) -> list[str]:
