@@ -93,7 +93,7 @@ _OF_CODES: dict[str, dict[str, Any]] = {
     "gmmn-ae": {"nz": 16},
 }
 _SHORT: dict[str, Any] = {"steps": 1200, "autoencoder_steps": 800, "batch_size": 64, "upsampling": "transposed"}
-_SHORT_OWN: dict[str, dict[str, Any]] = {"vae": {"code_weight": 2.0, "steps": 1900}, "wae": {"code_weight": 30.0}}
+_SHORT_OWN: dict[str, dict[str, Any]] = {"vae": {"code_weight": 2.0, "steps": 2000}, "wae": {"code_weight": 30.0}}
 _OF_METHODS |= {
     name: {
         preset: {
