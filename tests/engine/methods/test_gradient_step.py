@@ -51,9 +51,9 @@ def difference(one: nn.Module, other: nn.Module) -> float:
         ({}, {}),
         ({"optimizer": "adamw"}, {"name": "adamw"}),
         ({"optimizer": "adamw", "weight_decay": 0.3}, {"name": "adamw", "weight_decay": 0.3}),
-        ({"optimizer": "rmsprop", "clip": 0.05}, {"name": "rmsprop", "clip": 0.05}),
-        ({"clip": 0.05}, {"clip": 0.05}),
-        ({"clip": 2.0, "optimizer": "adamw"}, {"clip": 2.0, "name": "adamw"}),
+        ({"optimizer": "rmsprop", "clip_grad": 0.05}, {"name": "rmsprop", "clip": 0.05}),
+        ({"clip_grad": 0.05}, {"clip": 0.05}),
+        ({"clip_grad": 2.0, "optimizer": "adamw"}, {"clip": 2.0, "name": "adamw"}),
     ],
     ids=str,
 )
@@ -83,7 +83,9 @@ def test_a_scaled_loss_makes_no_difference_to_steps_and_clipping(name: str, clip
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("options", [{}, {"clip": 0.05}, {"optimizer": "adamw"}, {"optimizer": "rmsprop"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"clip_grad": 0.05}, {"optimizer": "adamw"}, {"optimizer": "rmsprop"}], ids=str
+)
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(bad: float, options: dict[str, Any]) -> None:
     """One number of one gradient is enough. Neither weights, nor moments, nor Adam's count of steps move."""
     module, reference = network(), network()
