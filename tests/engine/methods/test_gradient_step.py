@@ -26,7 +26,9 @@ def loss_of(module: nn.Module, step: int, factor: float | Tensor = 1.0) -> Tenso
     return (module(x) - step).square().mean() * factor
 
 
-def plain(module: nn.Module, steps: list[int], name: str = "adam", clip: float | None = None, **options: Any) -> None:
+def plain(
+    module: nn.Module, steps: list[int], name: str = "adam", clip_grad: float | None = None, **options: Any
+) -> None:
     if name == "rmsprop":
         optimizer: torch.optim.Optimizer = torch.optim.RMSprop(module.parameters(), RATES["lr"], foreach=False)
     else:
@@ -35,8 +37,8 @@ def plain(module: nn.Module, steps: list[int], name: str = "adam", clip: float |
     for step in steps:
         optimizer.zero_grad()
         loss_of(module, step).backward()
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), clip, foreach=False)
+        if clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip_grad, foreach=False)
         optimizer.step()
 
 
@@ -51,9 +53,9 @@ def difference(one: nn.Module, other: nn.Module) -> float:
         ({}, {}),
         ({"optimizer": "adamw"}, {"name": "adamw"}),
         ({"optimizer": "adamw", "weight_decay": 0.3}, {"name": "adamw", "weight_decay": 0.3}),
-        ({"optimizer": "rmsprop", "clip_grad": 0.05}, {"name": "rmsprop", "clip": 0.05}),
-        ({"clip_grad": 0.05}, {"clip": 0.05}),
-        ({"clip_grad": 2.0, "optimizer": "adamw"}, {"clip": 2.0, "name": "adamw"}),
+        ({"optimizer": "rmsprop", "clip_grad": 0.05}, {"name": "rmsprop", "clip_grad": 0.05}),
+        ({"clip_grad": 0.05}, {"clip_grad": 0.05}),
+        ({"clip_grad": 2.0, "optimizer": "adamw"}, {"clip_grad": 2.0, "name": "adamw"}),
     ],
     ids=str,
 )
@@ -78,7 +80,7 @@ def test_a_scaled_loss_makes_no_difference_to_steps_and_clipping(name: str, clip
     assert update.scaler.get_scale() == 65536
     for step in range(STEPS):
         assert update.take(loss_of(module, step)) == 0
-    plain(reference, list(range(STEPS)), name, clip=clip)
+    plain(reference, list(range(STEPS)), name, clip_grad=clip)
     assert difference(module, reference) < 1e-5
 
 
