@@ -212,19 +212,19 @@ def training_flags(
         first = steps * config.flat()[_STAGES[name]] // config.training.steps
         flags += [f"--{_STAGES[name].replace('_', '-')}", str(max(first, 1))]
     if (average := config.training.generator_ema) and steps < config.training.steps:
-        flags += ["--generator-ema", *_same_share(all_of(average), config.training.steps / steps)]
+        flags += ["--generator-ema", _same_share(all_of(average), config.training.steps / steps)]
     # Neither costs anything before the end, where both are written anyway.
     flags += ["--sample-every", str(steps), "--checkpoint-every", str(max(steps // 4, 1))]
     weights = _weights(name, plan) if weights is None else weights
     return [*flags, *(["--weights", *map(str, weights)] if weights else [])]
 
 
-def _same_share(decays: Sequence[float], shorter: float) -> list[str]:
+def _same_share(decays: Sequence[float], shorter: float) -> str:
     """Decays d^s of weights' averages, in a run that is s times shorter: what an average remembers is as much of it.
 
     A decay of .995 forgets the first weights in the 1,500 steps of a preset; after 200 they would be a third of it.
     """
-    return [",".join(f"{decay**shorter:.6g}" for decay in decays)]
+    return ",".join(f"{decay**shorter:.6g}" for decay in decays)
 
 
 def _method_flags(name: str, plan: ExperimentPlan) -> list[str]:

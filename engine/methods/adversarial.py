@@ -110,8 +110,7 @@ class Adversarial:
         critic_steps: for each step of the generator.
         lr, betas, optimizer, weight_decay, clip_grad: of the generator; see `GradientStep`. The decay is that of every
             network which has AdamW.
-        critic_lr, critic_betas, critic_optimizer: of the critic; None for the generator's. If both are AdamW, so is the
-            weight decay.
+        critic_lr, critic_betas, critic_optimizer: of the critic; None for the generator's.
         amp_dtype: low precision of both networks' arithmetic, None for their own. A critic whose penalty is
             differentiated twice keeps its own.
         recompute_generator: compute the generator's activations again in backward instead of keeping them.

@@ -175,7 +175,7 @@ def test_a_judge_that_is_matched_is_warned_of_and_marked(flags, several, files: 
     matched = [*flags[:index], str(files / "other.safetensors"), *flags[index + 1 :], "--extractor", OTHER]
     train.main([*matched, *several, "--steps", "2", "--out", str(tmp_path / "run")])
     assert "--evaluate-with: training compares by vgg-small" in caplog.text
-    assert "dcgan-encoder is the network" not in caplog.text
+    assert "training compares by dcgan-encoder" not in caplog.text
     evaluation = evaluations(tmp_path / "run")[2]
     assert evaluation["others"][0]["is_matched"] is True
     assert "is_matched" not in evaluation
