@@ -2,7 +2,7 @@
 
 The budget is seconds of training: CPU seconds, or on a GPU seconds by the clock. That is what a user pays for a
 method. Steps and generated images count something else in every family: a step may train a critic five times, draw a
-pool of samples, or reconstruct and draw nothing. How many steps the budget buys is found by two short runs of the
+pool of samples, or reconstruct and draw nothing. How many steps the budget buys is found by a short run of the
 method before. Pretraining of the extractor, and what a command does before its first step, are not counted.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 
 from bench.commands import Result, RunFailed, Usage, in_turn
 from bench.methods import RUNS, SAMPLES, MethodRow, judged, pretrain
+from bench.paper.cost import Span, seconds_per_step
 from bench.paper.experiments import SMALL
 from bench.paper.runs import ExperimentPlan, pretrained
 from bench.paper.training import check_kept, check_same, configured, settings_digest, train
@@ -42,14 +42,11 @@ NAME = "methods"
 NO_GAME, GAME, SUPERVISED = "no adversarial training", "adversarial", "supervised"
 """The groups of the paper's Table 4. Methods that learn codes are in the first, but for the ones with a critic."""
 _ADVERSARIAL_CODES = ("wae-gan",)
-_WARM, _SHORT, _LONG = 2, (20, 80), (200, 300)
-"""Steps of the runs that find out what a step costs: the first compiles kernels and fills the cache, and the difference
-of two others counts; of two long ones, but for the digits, where a method's first steps are not like its later ones."""
-_LEAST, _MOST = 5.0, 20_000
-"""Seconds that the two have to differ by, or the longer one is made longer, but for this many steps: starting takes now
-some tenths of a second more, now less."""
-_PERIODS = ("critic_warmup", "critic_every", "moment_every")
-"""Settings that say how many steps are not like others."""
+_SKIPPED, _COUNTED, _STAGED = 5, 20, 90
+"""Steps of the run that finds out what a step costs: those at first, which compile kernels, those that are timed, and
+all of a method with stages."""
+_WARMUPS, _PERIODS = ("critic_warmup",), ("critic_every", "moment_every", "pool_every")
+"""Settings that say how many steps at first, or from one to another, are not like others."""
 _STAGES = {"gmmn-ae": "autoencoder_steps", "glann": "glo_steps"}
 """Methods whose training has a first stage, and the setting that says how long it is."""
 _SHOWN = 20
@@ -115,7 +112,6 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str], kept: Rows)
     if plan.smoke:
         steps = dict.fromkeys(chosen, 3)
     if unknown := [name for name in chosen if name not in steps]:
-        _warm(unknown[0], plan)
         for name, cost in zip(unknown, in_turn(lambda name: _tried(step_cost, name, plan), unknown, plan.jobs)):
             if isinstance(cost, RunFailed):
                 _note(failures, f"{name}: {cost}")
@@ -249,58 +245,43 @@ def _weights(name: str, plan: ExperimentPlan) -> list[Path]:
 
 
 def step_cost(name: str, plan: ExperimentPlan) -> float:
-    """Seconds of a training step: from the difference of two short runs, kept in the plan's folder.
+    """Seconds of a training step, kept in the plan's folder.
 
-    InputError if what is kept there is of other flags or settings; RunFailed if the difference means nothing.
+    InputError if what is kept there is of other flags or settings; RunFailed if the run fails.
     """
     file = _folder(plan) / "costs" / f"{name}.json"
-    few, more = _counts(name, plan)
-    flags = training_flags(name, plan, 0, more)
+    steps, stages = _stages(name, plan)
+    flags = training_flags(name, plan, 0, steps)
     asked = {"flags": flags, "settings": settings_digest(flags), "device": plan.device}
     if not file.exists():
-        if plan.device != "cpu" or _config(name, plan).needs.features:
-            _cost_run(name, plan, _WARM)  # every method has kernels of its own, and real images' features in the cache
-        first = _spent(_cost_run(name, plan, few), plan)
-        while (difference := _spent(_cost_run(name, plan, more), plan) - first) < _LEAST and more < _MOST:
-            more = few + 4 * (more - few)
-        seconds = difference / (more - few)
+        parts = seconds_per_step(flags, [span for _, span in stages], plan.threads)
+        seconds = float(np.average(parts, weights=[length for length, _ in stages]))
         write_atomically(file, (json.dumps({**asked, "seconds": seconds}) + "\n").encode())
     known = json.loads(file.read_text())
     check_same(file, {key: known.get(key) for key in asked}, asked)
     found = float(known["seconds"])
-    if found <= 0:
-        raise RunFailed(f"{file}: a step took no time, as other work disturbed the measurement; delete {file.parent}")
     print(f"{name}: {found:.3g} s a step", file=sys.stderr, flush=True)
     return found
 
 
-def _spent(usage: Usage, plan: ExperimentPlan) -> float:
-    if plan.device != "cpu":
-        return usage.seconds
-    assert usage.cpu_seconds is not None  # the run is of one piece
-    return usage.cpu_seconds
+def _stages(name: str, plan: ExperimentPlan) -> tuple[int, list[tuple[int, Span]]]:
+    """Steps of a run, and of each of its stages: how long it is, and which of its steps are timed."""
+    config = _config(name, plan)
+    groups = config.groups().values()
 
+    def longest(settings: Sequence[str]) -> int:
+        return max(getattr(group, key, None) or 0 for group in groups for key in settings)
 
-def _counts(name: str, plan: ExperimentPlan) -> tuple[int, int]:
-    groups = _config(name, plan).groups().values()
-    periods = [getattr(group, key, None) or 0 for group in groups for key in _PERIODS]
-    return _LONG if plan.scale.name != SMALL and max(periods) > _SHORT[0] else _SHORT
-
-
-def _cost_run(name: str, plan: ExperimentPlan, steps: int) -> Usage:
-    """Of a run in one piece: what an interruption left is deleted, as set-up would count twice."""
-    folder = _folder(plan) / "costs" / f"{name}-{steps}"
-    record = folder.with_name(folder.name + ".json")
-    if record.exists() and not json.loads(record.read_text())["done"]:
-        shutil.rmtree(folder, ignore_errors=True)
-        record.unlink()
-    return train(training_flags(name, plan, 0, steps), folder, plan.threads)
-
-
-def _warm(name: str, plan: ExperimentPlan) -> None:
-    """A run of two steps, once before all: what the machine reads for the first time is not counted."""
-    if plan.device == "cpu":
-        _tried(_cost_run, name, plan, _WARM)
+    period = max(longest(_PERIODS), 1)
+    if name not in _STAGES:
+        span = Span(max(_SKIPPED, longest(_WARMUPS)), -(-_COUNTED // period) * period)
+        return max(config.training.steps, span.skipped + span.counted), [(config.training.steps, span)]
+    first = _STAGED * config.flat()[_STAGES[name]] // config.training.steps
+    stages = []
+    for length in (first, _STAGED - first):
+        count = length - _SKIPPED
+        stages.append((length, Span(_SKIPPED, count // period * period or count)))
+    return _STAGED, stages
 
 
 def steps_for(seconds: float, cost: float) -> int:

@@ -211,7 +211,7 @@ _INTRODUCTION = """# All methods under one budget
 same time, and judges their samples; `--document docs/comparison.md ROWS.json` writes this page from the rows. No number
 in it is typed by hand. The budget is seconds of training, CPU seconds on a CPU: what a user pays for a method.
 Steps and generated images count something else in every family, as a step may train a critic five times, draw a pool
-of samples, or only reconstruct. Two short runs of each method say how many steps the budget buys. Pretraining the
+of samples, or only reconstruct. A short run of each method says how many steps the budget buys. Pretraining the
 matched network, and starting, are not counted. A run that is shorter than its preset's has averages of weights, and
 first stages of training, that are shorter by the same factor. All other settings are the presets', which were found
 with other numbers of steps, by the two judges below and with more trials for some methods than for others. On the

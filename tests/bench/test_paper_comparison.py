@@ -13,6 +13,7 @@ from bench.methods import RUNS, MethodRow
 from bench.paper import comparison, orderings
 from bench.paper.__main__ import main
 from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, runs, steps_for, training_flags
+from bench.paper.cost import Span
 from bench.paper.experiments import SCALES
 from bench.paper.orderings import ORDERINGS, Ordering, best_of_groups, holds, page, results_table
 from bench.paper.runs import ExperimentPlan
@@ -111,73 +112,59 @@ def test_averages_of_weights_keep_their_share(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Nothing is trained; folders and steps of what would be, at a quarter of a second a step after nine of set-up."""
-    found: list[tuple[str, int]] = []
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[Span]]]:
+    """Nothing is trained: a step costs a quarter of a second, and one of a second stage three quarters. Steps of the
+    runs, and those that would be timed."""
+    found: list[tuple[int, list[Span]]] = []
 
-    def train(flags: list[str], folder: Path, threads: int | None) -> Usage:
-        steps = int(flags[flags.index("--steps") + 1])
-        found.append((folder.name, steps))
-        return Usage(2 * (9 + 0.25 * steps), 9 + 0.25 * steps, 100.0)
+    def seconds_per_step(flags: list[str], spans: list[Span], threads: int | None) -> list[float]:
+        found.append((int(flags[flags.index("--steps") + 1]), spans))
+        return [0.25, 0.75][: len(spans)]
 
-    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(comparison, "pretrained", lambda name, plan: Path(f"{name}.safetensors"))
     return found
 
 
-def test_a_step_s_cost_is_the_difference_of_two_runs(measured: list[tuple[str, int]], tmp_path: Path) -> None:
+def test_a_step_s_cost_is_kept(measured: list[tuple[int, list[Span]]], tmp_path: Path) -> None:
     plan = plan_in(tmp_path)
     assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
     assert comparison.step_cost("gfmn", plan) == pytest.approx(0.25)
-    assert measured == [("gfmn-2", 2), ("gfmn-20", 20), ("gfmn-80", 80)]  # the first fills the cache
-    comparison.step_cost("vae", plan)
-    assert measured[3:] == [("vae-20", 20), ("vae-80", 80)]
-    assert comparison.step_cost("vae", plan_in(tmp_path, "cifar10", device="cuda")) == pytest.approx(0.5)
+    assert measured == [(900, [Span(5, 20)])]
     assert (steps_for(100, 0.25), steps_for(100, 0.26), steps_for(1, 5)) == (400, 380, 10)
     file = next((tmp_path / "methods-digits/costs").glob("gfmn.json"))
     kept = json.loads(file.read_text())
-    file.write_text(json.dumps({**kept, "seconds": -0.1}))
-    with pytest.raises(RunFailed, match=r"other work disturbed .*; delete"):
-        comparison.step_cost("gfmn", plan)
     for other in ({"settings": "another"}, {"device": "cuda"}, {"flags": kept["flags"][:-1]}):
         file.write_text(json.dumps({**kept, **other}))
         with pytest.raises(InputError, match="was run with other flags"):
             comparison.step_cost("gfmn", plan)
 
 
-def test_cheap_steps_are_counted_over_more_of_them(
-    measured: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("scale", "name", "span"),
+    [
+        ("digits", "sngan", Span(5, 20)),
+        ("digits", "imle", Span(5, 20)),  # two pools of ten steps
+        ("cifar10", "imle", Span(5, 20)),
+        ("cifar10", "wgan", Span(25, 500)),  # 25 steps of 100 critic steps, and every 500th after them
+        ("cifar10", "molm", Span(5, 100)),  # a moment network every 100 steps
+    ],
+)
+def test_steps_that_are_unlike_others_count_in_their_share(
+    scale: str, name: str, span: Span, measured: list[tuple[int, list[Span]]], tmp_path: Path
 ) -> None:
-    """A tenth of a second more or less at the start would be much of 60 steps."""
-    train = comparison.train
-
-    def cheap(flags: list[str], folder: Path, threads: int | None) -> Usage:
-        train(flags, folder, threads)
-        return Usage(0.0, 9 + 0.01 * measured[-1][1], 100.0)
-
-    monkeypatch.setattr(comparison, "train", cheap)
-    assert comparison.step_cost("glann", plan_in(tmp_path)) == pytest.approx(0.01)
-    assert [steps for _, steps in measured] == [20, 80, 260, 980]
-    assert comparison.step_cost("glann", plan_in(tmp_path)) == pytest.approx(0.01)
-    assert len(measured) == 4
+    comparison.step_cost(name, plan_in(tmp_path, scale))
+    assert measured[0][1] == [span]
 
 
-def test_costs_of_methods_whose_first_steps_are_unlike_others(measured: list[tuple[str, int]], tmp_path: Path) -> None:
-    plan = plan_in(tmp_path, "cifar10", device="cuda")
-    for name, steps in (("wgan", [2, 200, 300]), ("molm", [2, 200, 300]), ("sngan", [2, 20, 80]), ("vae", [2, 20, 80])):
-        measured.clear()
-        assert comparison.step_cost(name, plan) == pytest.approx(0.5)
-        assert [count for _, count in measured] == steps
-
-
-def test_an_interrupted_cost_run_begins_anew(measured: list[tuple[str, int]], tmp_path: Path) -> None:
-    folder = tmp_path / "methods-digits/costs/gfmn-20"
-    folder.mkdir(parents=True)
-    record = folder.with_name("gfmn-20.json")
-    record.write_text(json.dumps({"done": False, "used": [None]}))
-    comparison.step_cost("gfmn", plan_in(tmp_path))
-    assert not folder.exists()
-    assert not record.exists()
+def test_every_stage_counts_in_its_share(measured: list[tuple[int, list[Span]]], tmp_path: Path) -> None:
+    plan = plan_in(tmp_path)
+    # A sixth and two thirds of the presets' steps; glann's second stage has a pool every 14 steps.
+    assert comparison.step_cost("glann", plan) == pytest.approx((15 * 0.25 + 75 * 0.75) / 90)
+    assert comparison.step_cost("gmmn-ae", plan) == pytest.approx((60 * 0.25 + 30 * 0.75) / 90)
+    assert measured == [(90, [Span(5, 10), Span(5, 70)]), (90, [Span(5, 55), Span(5, 25)])]
+    of_halves = plan_in(tmp_path, "fashion")
+    assert comparison.step_cost("glann", of_halves) == pytest.approx((0.25 + 0.75) / 2)
 
 
 @pytest.fixture
@@ -201,7 +188,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(comparison, "judged", judged)
     monkeypatch.setattr(comparison, "pretrain", lambda: None)
     monkeypatch.setattr(comparison, "draw", lambda *_: None)
-    monkeypatch.setattr(comparison, "_warm", lambda *_: None)
     monkeypatch.setattr(comparison, "step_cost", lambda name, plan: {"vae": 0.5, "gfmn": 0.25}.get(name, 1.0))
 
     class Settings:
