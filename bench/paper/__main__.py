@@ -28,8 +28,9 @@ from bench.commands import interruptible
 from bench.methods import MethodRow
 from bench.paper import comparison, orderings
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Experiment
-from bench.paper.results import draw, findings, page, read_rows, results_table, settings_of
-from bench.paper.runs import ExperimentPlan, Rows, RunRow, run_experiment, run_folder, steps_of
+from bench.paper.page import figures_of, page
+from bench.paper.results import draw, findings, read_rows, results_table, settings_of
+from bench.paper.runs import ExperimentPlan, Rows, RunRow, chosen, run_experiment, run_folder, steps_of
 from bench.rows import Row, write_json
 from engine.configuration.command import Parser, output_file, run_command
 from engine.support.errors import InputError
@@ -165,6 +166,8 @@ def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], 
         print("\n".join(f"- {sentence}" for sentence in findings(rows)))
     figure = figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
     settings = {setting.name: setting for setting in experiment.settings(plan.scale)}
+    asked = {setting.name for setting in chosen(experiment.settings(plan.scale), plan.only)}
+    rows = [row for row in rows if row.setting in asked]  # a figure for each part of the experiment that is run
     folders = {name: run_folder(experiment, settings[name], plan, plan.seeds[0]) for name in settings_of(rows)}
     if shown := {name: folder for name, folder in folders.items() if (folder / "row.json").exists()}:
         draw(figure, rows, shown)
@@ -201,13 +204,13 @@ def _document(arguments: argparse.Namespace) -> None:
         return
     results = [read_rows(path) for path in arguments.rows]
     folder = arguments.document.parent
-    figures = [f"experiments/{rows[0].experiment}.png" for rows in results]
-    for figure in figures:
-        if not (folder / figure).exists():
-            parser().error(f"--document: {folder / figure} does not exist; draw it with --figure")
-    order = list(EXPERIMENTS)
-    pairs = sorted(zip(results, figures), key=lambda pair: order.index(pair[0][0].experiment))
-    write_atomically(arguments.document, page([rows for rows, _ in pairs], [name for _, name in pairs]).encode())
+    results.sort(key=lambda rows: list(EXPERIMENTS).index(rows[0].experiment))
+    figures = [figures_of(folder, rows) for rows in results]
+    for rows, files in zip(results, figures):
+        if not files:
+            missing = folder / f"experiments/{rows[0].experiment}.png"
+            parser().error(f"--document: {missing} does not exist; draw it with --figure")
+    write_atomically(arguments.document, page(results, figures).encode())
     print(os.fspath(arguments.document))
 
 

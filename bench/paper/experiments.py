@@ -250,29 +250,6 @@ def _no_claims(scale: Scale) -> tuple[Claim, ...]:
     return ()
 
 
-def _earlier_claims(scale: Scale) -> tuple[Claim, ...]:
-    return (
-        Claim("with MA, minibatch 512 is better than 64", "MA, 512", "MA, 64"),
-        Claim("at minibatch 64, AMA is better than MA", "AMA, 64", "MA, 64"),
-        Claim("at minibatch 64, AMA is better than no average", "AMA, 64", "none, 64"),
-        Claim("AMA at minibatch 64 is better than MA at 512", "AMA, 64", "MA, 512"),
-    )
-
-
-EARLIER_AVERAGING = Experiment(
-    "averaging",
-    "What smooths the differences of moments: an earlier, smaller experiment",
-    "Figure 4",
-    lambda scale: (),
-    _earlier_claims,
-    120,
-    (*_FAST, *_PAPERS_AMA),
-    remark="This is not what the command runs now. It had few steps and no search: all averagers had the rates that "
-    "were chosen after a look at AMA. To the eye, AMA draws sharper strokes, and more of its digits are "
-    "readable. They also have fringes of colour, which the judge sees.",
-)
-"""For the page only, until there are rows of the `averaging` that searches."""
-
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (

@@ -1,11 +1,10 @@
-"""From rows to a table, a figure and a page: every number in them is computed here, from the rows."""
+"""From rows to a table, findings and a figure: every number in them is computed here, from the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,9 +13,8 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
-from bench.paper.experiments import EARLIER_AVERAGING, EXPERIMENTS, SCALES, SMALL, Claim, Experiment
+from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
 from bench.paper.runs import RunRow
-from bench.paper.search import best
 from bench.rows import read_json, save_figure, table
 from engine.configuration.inputs import load_run_sampler
 from engine.support.errors import InputError
@@ -177,15 +175,9 @@ def trend(rows: Sequence[RunRow]) -> str:
     return f"rank correlation of the number of layers with the mean kernel distance: {value:.2f} (−1: more is better)"
 
 
-def experiment_of(rows: Sequence[RunRow]) -> Experiment:
-    """The experiment whose rows these are; those of averagers that were not searched are the earlier one's."""
-    earlier = rows[0].experiment == EARLIER_AVERAGING.name and not any(row.searched for row in rows)
-    return EARLIER_AVERAGING if earlier else EXPERIMENTS[rows[0].experiment]
-
-
 def tested(rows: Sequence[RunRow]) -> list[str]:
     """What Welch's test says of the paper's claims, or of two settings, a sentence each."""
-    experiment, scale = experiment_of(rows), SCALES[rows[0].scale]
+    experiment, scale = EXPERIMENTS[rows[0].experiment], SCALES[rows[0].scale]
     present = set(settings_of(rows))
     claims = [claim for claim in experiment.claims(scale) if {claim.better, claim.worse} <= present]
     sentences = [verdict(rows, claim) for claim in claims]
@@ -198,7 +190,7 @@ def tested(rows: Sequence[RunRow]) -> list[str]:
 
 def findings(rows: Sequence[RunRow]) -> list[str]:
     """What the rows say, a sentence each: `tested`, and what is no test."""
-    experiment, sentences = experiment_of(rows), tested(rows)
+    experiment, sentences = EXPERIMENTS[rows[0].experiment], tested(rows)
     if experiment.name == "layers":
         sentences.append(trend(rows))
     if experiment.name == "averaging":
@@ -206,21 +198,6 @@ def findings(rows: Sequence[RunRow]) -> list[str]:
     if rows[0].curve:
         sentences += correlations(rows)
     return sentences
-
-
-def searched_table(rows: Sequence[RunRow]) -> str:
-    """A line a setting that was searched: every candidate with its score, and the one that was taken."""
-    trials = {row.setting: row.searched for row in rows if row.searched}
-    lines = []
-    for name, entries in trials.items():
-        taken = " ".join(best(entries))
-        lines.append([name, f"`{taken}`", "; ".join(map(_trial, entries))])
-    return table(["setting", "taken", "trials and their scores"], lines)
-
-
-def _trial(entry: Mapping[str, Any]) -> str:
-    score = entry["score"]
-    return f"`{entry['flags']}` " + ("failed" if score is None else f"{score:.3f}")
 
 
 def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
@@ -303,91 +280,3 @@ def read_rows(path: Path, *, smoke: bool = False) -> list[RunRow]:
     if not smoke and any(row.smoke for row in rows):
         raise InputError(f"{path}: comes from a --smoke run, whose numbers are not reported")
     return rows
-
-
-def page(results: Sequence[list[RunRow]], figures: Sequence[str]) -> str:
-    """docs/experiments.md: what was tried, measured and found, an experiment a section."""
-    agreements = [sentence for rows in results for sentence in findings(rows)]
-    parts = [_INTRODUCTION.format(tests=sum(len(tested(rows)) for rows in results))]
-    for word, heading in (
-        ("disagrees", "Where these runs disagree with the paper"),
-        ("undecided", "What these runs leave open"),
-    ):
-        chosen = [sentence for sentence in agreements if f"**{word}**" in sentence]
-        parts.append(f"## {heading}\n\n" + ("\n".join(f"- {sentence}" for sentence in chosen) or "Nothing."))
-    parts += [_section(rows, figure) for rows, figure in zip(results, figures)]
-    found = {experiment_of(rows).title for rows in results}
-    missing = [name for name, experiment in EXPERIMENTS.items() if experiment.title not in found]
-    if missing:
-        commands = (f"- {EXPERIMENTS[name].title}: `python -m bench.paper --experiment {name}`" for name in missing)
-        parts.append("## Not run yet\n\n" + "\n".join(commands))
-    return "\n\n".join(parts) + "\n"
-
-
-_INTRODUCTION = """# The paper's experiments, at the size of a laptop
-
-`python -m bench.paper --document docs/experiments.md ROWS.json …` writes this page from rows of results; no number in
-it is typed by hand. Each experiment is one command, `python -m bench.paper --experiment NAME`. With `--scale
-cifar10`, `stl10`, `celeba64` or `fashion` the same command runs at the paper's scale on a GPU, judged by Inception
-(FID, KID, IS of 50,000 samples). **Nobody has run that yet.** Everything below is the small scale: scikit-learn's
-1,797 digits, and hundreds or a few thousand steps at large learning rates. So it shows how the method behaves in a
-small training, and no more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen after one look at AMA
-with its first seed.)
-
-A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
-and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim "agrees"
-or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%; otherwise it is "undecided".
-There are {tests} such tests below, each by itself: where nothing differs, one in twenty decides all the same. What
-is said of rank correlations, and of what is closest, is no test. The matched networks are trained on the digits once
-and are the same for all seeds. Where rates were searched, the search ran once."""
-
-
-def _section(rows: Sequence[RunRow], figure: str) -> str:
-    experiment = experiment_of(rows)
-    command = f"```\npython -m bench.paper --experiment {experiment.name}{_scale_flag(rows[0])}\n```"
-    sentences = "\n".join(f"- {sentence}" for sentence in findings(rows))
-    return "\n\n".join(
-        (
-            f"## {experiment.title} ({experiment.source})",
-            *([command] if experiment is not EARLIER_AVERAGING else []),
-            _conditions(rows),
-            f"![{experiment.title}]({figure})",
-            results_table(rows),
-            sentences,
-            *_search_told(rows),
-            *([experiment.remark] if experiment.remark and rows[0].scale == SMALL else []),
-        )
-    )
-
-
-def _search_told(rows: Sequence[RunRow]) -> list[str]:
-    searched = [row for row in rows if row.searched]
-    if not searched:
-        return []
-    steps = sorted({row.trial_steps for row in searched if row.trial_steps})
-    line = f"Rates were searched in trials of {' and '.join(f'{count:,}' for count in steps)} steps, judged by "
-    return [line + f"{searched[0].searched_by}:", searched_table(searched)]
-
-
-def _scale_flag(row: RunRow) -> str:
-    return "" if row.scale == "digits" else f" --scale {row.scale}"
-
-
-def _conditions(rows: Sequence[RunRow]) -> str:
-    row = rows[0]
-    seeds = sorted({entry.seed for entry in rows})
-    commits = ", ".join(sorted({entry.environment["commit"] for entry in rows}))
-    threads = sorted({entry.environment["threads"] for entry in rows})
-    judge = row.network if row.is_inception else f"features of {row.network} (not FID and KID)"
-    minibatches = sorted({entry.minibatch for entry in rows})
-    changed = " ".join(experiment_of(rows).small_flags) if row.scale == SMALL else ""
-    rates = f" with `{changed}`" if changed else ""
-    dtypes = " and ".join(sorted({"bf16" if "--amp" in entry.flags else "float32" for entry in rows}))
-    return (
-        f"{row.steps:,} steps{rates} in {dtypes}, minibatch {' and '.join(map(str, minibatches))}, "
-        f"seeds {', '.join(map(str, seeds))}; "
-        f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
-        f"{row.environment['processor']}, threads: {', '.join(map(str, threads))}; torch "
-        f"{row.environment['versions']['torch']}, commit {commits}, {row.environment['date']}; "
-        f"{sum(entry.seconds for entry in rows) / 60:.0f} minutes of training in all."
-    )

@@ -12,17 +12,8 @@ from scipy.stats import ttest_ind
 
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
-from bench.paper.results import (
-    closest,
-    correlations,
-    findings,
-    page,
-    read_rows,
-    results_table,
-    smaller,
-    summarise,
-    verdict,
-)
+from bench.paper.page import figures_of, page
+from bench.paper.results import closest, correlations, findings, read_rows, results_table, smaller, summarise, verdict
 from bench.paper.runs import ExperimentPlan, RunRow, training_flags
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
@@ -165,12 +156,31 @@ def test_page_is_what_its_rows_say() -> None:
     files = sorted((ROOT / "bench/results").glob("paper_*.json"))
     results = sorted((read_rows(path) for path in files), key=lambda rows: list(EXPERIMENTS).index(rows[0].experiment))
     assert results
-    figures = [f"experiments/{rows[0].experiment}.png" for rows in results]
+    figures = [figures_of(ROOT / "docs", rows) for rows in results]
     assert (ROOT / "docs/experiments.md").read_text() == page(results, figures)
-    for rows, figure in zip(results, figures):
-        assert (ROOT / "docs" / figure).exists()
+    for rows, files in zip(results, figures):
+        assert files
         assert {entry.seed for entry in rows} == {0, 1, 2}
         assert findings(rows)
+
+
+def test_page_of_a_part_of_an_experiment_says_what_is_missing(tmp_path: Path) -> None:
+    """Its rows may come from several machines, and its figures from several commands."""
+    machines = [{"commit": c, "date": d, "processor": p, "threads": 1, "versions": {"torch": "2"}} for c, d, p in (
+        ("abc", "2026-01-01", "P"), ("def", "2026-02-02", "Q"))]  # fmt: skip
+    rows = [row(f"{name}, 16", seed, 1.0, experiment="averaging", minibatch=16, environment=machines[seed])
+            for name in ("MA", "AMA") for seed in (0, 1)]  # fmt: skip
+    (tmp_path / "experiments").mkdir()
+    for name in ("averaging-256", "averaging-64", "layers", "averaging-16"):
+        (tmp_path / f"experiments/{name}.png").touch()
+    figures = figures_of(tmp_path, rows)
+    assert figures == [f"experiments/averaging-{minibatch}.png" for minibatch in (16, 64, 256)]
+    text = page([rows], [figures])
+    assert "P, Q, threads: 1; torch 2, commit abc, def, 2026-01-01, 2026-02-02" in text
+    assert all(f"]({figure})" in text for figure in figures)
+    assert "Not run yet: none, 16; AMA authors, 16; population, 16; none, 64; MA, 64; AMA, 64; " in text
+    assert "at minibatch 16, AMA is better than MA: **undecided**" in text
+    assert "- How many layers are matched: `python -m bench.paper --experiment layers`" in text
 
 
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from bench.paper import runs, training
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES
 from bench.paper.judging import pixel_distance
-from bench.paper.results import searched_table
+from bench.paper.page import searched_table
 from bench.paper.runs import ExperimentPlan, RunRow, chosen, run_experiment, steps_of
 from bench.paper.search import best, readability
 from engine.configuration.presets import PRESETS
