@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
 
     exit_on_interrupt()
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -24,7 +25,7 @@ import torch
 
 from bench.commands import check, run_module
 from bench.paper.training import configured
-from engine.configuration.command import run_command
+from engine.configuration.command import Parser, run_command
 from engine.configuration.inputs import choose_device
 from engine.configuration.planning import choose_chunk
 from engine.support.files import write_atomically
@@ -92,16 +93,22 @@ def _now(device: torch.device) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m bench.paper.cost FILE SPANS FLAGS…`, which is for `seconds_per_step` alone."""
-    file, told, *flags = sys.argv[1:] if argv is None else argv
-    asked = configured(flags)
+    """The command line that `seconds_per_step` writes."""
+    parser = Parser(
+        prog="python -m bench.paper.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="for seconds of a step in each span")
+    parser.add_argument("spans", type=json.loads, metavar="SPANS", help="[[steps not timed, steps timed], …]")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of engine.train")
+    arguments = parser.parse_args(argv)
+    asked = configured(arguments.flags)
     device = choose_device(asked.training.device, asked.training.threads, asked.training.float32)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / "run")
         with run.owned(made=False), repeatable():
             trainer = build(choose_chunk(asked, device, ALONE), run, device, None)
-            seconds = timed(trainer, [Span(*numbers) for numbers in json.loads(told)])
-    write_atomically(Path(file), (json.dumps(seconds) + "\n").encode())
+            seconds = timed(trainer, [Span(*numbers) for numbers in arguments.spans])
+    write_atomically(arguments.file, (json.dumps(seconds) + "\n").encode())
 
 
 if __name__ == "__main__":
