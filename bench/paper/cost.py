@@ -56,7 +56,7 @@ def seconds_per_step(flags: Sequence[str], spans: Sequence[Span], threads: int |
         file = Path(folder) / "seconds.json"
         told = json.dumps([dataclasses.astuple(span) for span in spans])
         print(f"python -m engine.train {' '.join(flags)}: what a step costs", file=sys.stderr, flush=True)
-        ended = run_module("bench.paper.cost", [str(file), told, *flags], threads=threads)
+        ended = run_module("bench.paper.cost", [str(file), told, "--", *flags], threads=threads)
         check(ended, f"what a step costs: python -m engine.train {' '.join(flags)}")
         return [float(seconds) for seconds in json.loads(file.read_text())]
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="for seconds of a step in each span")
     parser.add_argument("spans", type=json.loads, metavar="SPANS", help="[[steps not timed, steps timed], …]")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of engine.train")
+    parser.add_argument("flags", nargs="+", metavar="FLAGS", help="of engine.train, after --")
     arguments = parser.parse_args(argv)
     asked = configured(arguments.flags)
     device = choose_device(asked.training.device, asked.training.threads, asked.training.float32)
