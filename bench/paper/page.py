@@ -104,7 +104,27 @@ def _search_told(rows: Sequence[RunRow]) -> list[str]:
         return []
     steps = sorted({row.trial_steps for row in searched if row.trial_steps})
     line = f"Rates were searched in trials of {' and '.join(f'{count:,}' for count in steps)} steps, judged by "
-    return [line + f"{searched[0].searched_by}:", searched_table(searched)]
+    edges = at_the_edge(searched)
+    told = f"The best rate was the smallest or the largest that was tried, so that others may be better: {edges}."
+    return [line + f"{searched[0].searched_by}:", searched_table(searched), *([told] if edges else [])]
+
+
+def at_the_edge(rows: Sequence[RunRow]) -> str:
+    """Settings whose search took the smallest or the largest of three or more values of a flag, with that value."""
+    found = []
+    for name, entries in {row.setting: row.searched for row in rows if row.searched}.items():
+        tried: dict[str, set[float]] = {}
+        for entry in entries:
+            for flag, value in _pairs(entry["flags"].split()):
+                tried.setdefault(flag, set()).add(float(value))
+        for flag, value in _pairs(best(entries)):
+            if len(tried[flag]) > 2 and float(value) in (min(tried[flag]), max(tried[flag])):
+                found.append(f"{name} (`{flag} {value}`)")
+    return "; ".join(found)
+
+
+def _pairs(words: Sequence[str]) -> zip[tuple[str, str]]:
+    return zip(words[::2], words[1::2], strict=True)
 
 
 def _scale_flag(row: RunRow) -> str:

@@ -19,7 +19,7 @@ from bench.paper import runs, training
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES
 from bench.paper.judging import pixel_distance
-from bench.paper.page import searched_table
+from bench.paper.page import at_the_edge, searched_table
 from bench.paper.runs import ExperimentPlan, RunRow, chosen, run_experiment, steps_of
 from bench.paper.search import best, readability
 from engine.configuration.presets import PRESETS
@@ -157,9 +157,13 @@ def test_runs_take_what_the_trials_found(jobs: int, tmp_path: Path, monkeypatch:
     table = searched_table(rows)
     assert "| MA, 64 | `--lr 1e-3 --ma-alpha 0.1 --beta2 0.999` |" in table
     assert "`--lr 1e-3 --ma-alpha 0.03 --beta2 0.9` 0.5" in table
+    assert at_the_edge(rows) == ""
     again = list(run_experiment(AVERAGING, plan, failures, {}))
     assert len(engine.trained) == 8
     assert [row.as_json() for row in again] == [row.as_json() for row in rows]
+    for entry in rows[0].searched or ():
+        entry["score"] = 0.99 if "0.03" in entry["flags"] else 0.5
+    assert at_the_edge(rows[:1]) == "MA, 64 (`--ma-alpha 0.03`)"  # one of two β2 is always at an edge
 
 
 def test_what_diverges_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
