@@ -165,9 +165,8 @@ def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], 
     else:
         print("\n".join(f"- {sentence}" for sentence in findings(rows)))
     figure = figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
-    settings = {setting.name: setting for setting in experiment.settings(plan.scale)}
-    asked = {setting.name for setting in chosen(experiment.settings(plan.scale), plan.only)}
-    rows = [row for row in rows if row.setting in asked]  # a figure for each part of the experiment that is run
+    settings = {setting.name: setting for setting in chosen(experiment.settings(plan.scale), plan.only)}
+    rows = [row for row in rows if row.setting in settings]  # a figure for each part of the experiment that is run
     folders = {name: run_folder(experiment, settings[name], plan, plan.seeds[0]) for name in settings_of(rows)}
     if shown := {name: folder for name, folder in folders.items() if (folder / "row.json").exists()}:
         draw(figure, rows, shown)

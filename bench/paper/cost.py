@@ -71,6 +71,7 @@ def timed(trainer: Trainer, spans: Sequence[Span]) -> list[float]:
         while last and seconds < _LEAST and trainer.step + span.counted <= trainer.schedule.steps:
             seconds, steps = seconds + _take(trainer, span.counted), steps + span.counted
         found.append(seconds / steps)
+    trainer.check_finite()
     return found
 
 
@@ -81,7 +82,6 @@ def _take(trainer: Trainer, steps: int) -> float:
         trainer.train_step()
         if trainer.device.type == "cpu":  # as in `Trainer.fit`
             trainer.check_finite()
-    trainer.check_finite()
     return _now(trainer.device) - begun
 
 
