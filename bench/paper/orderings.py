@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.methods import MethodRow
 from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, read_rows
-from bench.paper.results import WORDS, Summary, next_to, smaller, summarise
+from bench.paper.results import WORDS, Summary, conditions, next_to, smaller, summarise
 from bench.rows import table
 from engine.support.errors import InputError
 from engine.support.files import write_atomically
@@ -190,18 +190,10 @@ def _section(rows: Sequence[MethodRow], figure: bool) -> str:
 
 
 def _conditions(rows: Sequence[MethodRow]) -> str:
-    seen = [row.environment for row in rows]
-    told = {
-        key: ", ".join(sorted({str(entry[key]) for entry in seen}))
-        for key in ("processor", "threads", "commit", "date")
-    }
-    torch = ", ".join(sorted({entry["versions"]["torch"] for entry in seen}))
     seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows if row.seed is not None}))
-    minutes = sum(row.seconds for row in rows) / 60
     return (
         f"{rows[0].budget} seconds of training for each method, seeds {seeds}; distances, precision and recall by "
-        f"{rows[0].judge}. {told['processor']}, threads of the judge: {told['threads']}; torch {torch}, commit "
-        f"{told['commit']}, {told['date']}; {minutes:.0f} minutes of training in all."
+        f"{rows[0].judge}. {conditions(rows, 'threads of the judge')}"
     )
 
 

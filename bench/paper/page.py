@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL
-from bench.paper.results import findings, results_table, settings_of, tested
+from bench.paper.results import conditions, findings, results_table, settings_of, tested
 from bench.paper.runs import RunRow
 from bench.paper.search import best
 from bench.rows import table
@@ -134,11 +134,6 @@ def _scale_flag(row: RunRow) -> str:
 def _conditions(rows: Sequence[RunRow]) -> str:
     row = rows[0]
     seeds = sorted({entry.seed for entry in rows})
-    commits, processors, dates = (
-        ", ".join(sorted({entry.environment[key] for entry in rows})) for key in ("commit", "processor", "date")
-    )
-    torch = ", ".join(sorted({entry.environment["versions"]["torch"] for entry in rows}))
-    threads = sorted({entry.environment["threads"] for entry in rows})
     judge = row.network if row.is_inception else f"features of {row.network} (not FID and KID)"
     minibatches = sorted({entry.minibatch for entry in rows})
     changed = " ".join(EXPERIMENTS[rows[0].experiment].small_flags) if row.scale == SMALL else ""
@@ -148,6 +143,5 @@ def _conditions(rows: Sequence[RunRow]) -> str:
         f"{row.steps:,} steps{rates} in {dtypes}, minibatch {' and '.join(map(str, minibatches))}, "
         f"seeds {', '.join(map(str, seeds))}; "
         f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
-        f"{processors}, threads: {', '.join(map(str, threads))}; torch {torch}, commit {commits}, {dates}; "
-        f"{sum(entry.seconds for entry in rows) / 60:.0f} minutes of training in all."
+        f"{conditions(rows)}"
     )

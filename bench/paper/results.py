@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
+from bench.methods import MethodRow
 from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
 from bench.paper.runs import RunRow
 from bench.rows import read_json, save_figure, table
@@ -198,6 +199,21 @@ def findings(rows: Sequence[RunRow]) -> list[str]:
     if rows[0].curve:
         sentences += correlations(rows)
     return sentences
+
+
+def conditions(rows: Sequence[RunRow | MethodRow], threads: str = "threads") -> str:
+    """A part of a sentence: the machines that the rows come from, whose `threads` are told by that name, and how long
+    training took."""
+    seen = [row.environment for row in rows]
+    told = {
+        key: ", ".join(sorted({str(entry[key]) for entry in seen}))
+        for key in ("processor", "threads", "commit", "date")
+    }
+    torch = ", ".join(sorted({entry["versions"]["torch"] for entry in seen}))
+    return (
+        f"{told['processor']}, {threads}: {told['threads']}; torch {torch}, commit {told['commit']}, {told['date']}; "
+        f"{sum(row.seconds for row in rows) / 60:.0f} minutes of training in all."
+    )
 
 
 def draw(path: Path, rows: Sequence[RunRow], folders: dict[str, Path]) -> None:
