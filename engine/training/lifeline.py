@@ -10,7 +10,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine.support.errors import InputError, one_line
@@ -135,10 +135,14 @@ def unreached(error: RuntimeError) -> InputError:
     return InputError("", f"processes of this job could not exchange tensors ({said}); start the job again to resume")
 
 
-def end_with_others(store: Any, ended: threading.Event) -> None:
+def end_with_others(store: Any, ended: threading.Event, leave: Callable[[Any], None]) -> None:
     """Until `ended`, end this process when another one has failed and this one doesn't come to its end by itself.
 
     For a thread: one that waits in a collective, or for others to make a group, can be ended in no other way.
+
+    Args:
+        leave: given a store, wait until the others have come to their ends as well: it may be this process that serves
+            the store in which they find that somebody has said why.
     """
     own: Any = None
     with contextlib.suppress(RuntimeError):  # the launcher has gone
@@ -153,5 +157,8 @@ def end_with_others(store: Any, ended: threading.Event) -> None:
                 with contextlib.suppress(RuntimeError):
                     if own is not None and own.add(FAILURES, 1) == 1:  # nobody else has said why
                         os.write(2, f"error: {KILLED}\n".encode())
+                with contextlib.suppress(RuntimeError):
+                    if own is not None:
+                        leave(own)
                 os._exit(2)
             return

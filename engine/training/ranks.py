@@ -50,6 +50,7 @@ class Ranks:
         self._named: Counter[str] = Counter()
         self._group = False
         self._ended = threading.Event()
+        self._left = False
         self._lifeline: Lifeline | None = None
         # The counts of one step that is taken for a capture, and what of them the capture has not asked for yet.
         self._told: list[tuple[int, list[int]]] | None = None
@@ -304,7 +305,7 @@ class Ranks:
             self._end_with_others(self._ended)
 
     def _end_with_others(self, until: threading.Event) -> None:
-        threading.Thread(target=end_with_others, args=(self.store, until), daemon=True).start()
+        threading.Thread(target=end_with_others, args=(self.store, until, self._leave), daemon=True).start()
 
     def close(self) -> None:
         """Leave the group."""
@@ -333,7 +334,7 @@ class Ranks:
             first = self.store.add(FAILURES, 1) == 1
             if not torch.cuda.is_available():
                 self.close()  # what others wait for won't come, and with gloo they see that
-            self._leave()
+            self._leave(self.store)
         except RuntimeError:  # the launcher, and with it the store, has gone
             return True
         return first
@@ -349,13 +350,15 @@ class Ranks:
             with contextlib.suppress(RuntimeError):
                 if status:
                     self.store.set(_INTERRUPTED, str(status))
-                self._leave()
+                self._leave(self.store)
         self.close()
 
-    def _leave(self) -> None:
-        self.store.add("ended", 1)
+    def _leave(self, store: Any) -> None:
+        if not self._left:
+            self._left = True
+            store.add("ended", 1)
         end = time.monotonic() + _ENDING
-        while self.store.add("ended", 0) + self.store.add(LOST, 0) < self.size and time.monotonic() < end:
+        while store.add("ended", 0) + store.add(LOST, 0) < self.size and time.monotonic() < end:
             time.sleep(_POLL / 4)
         # The store may live in rank 0's process.
         if self.rank == 0:

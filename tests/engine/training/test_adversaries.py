@@ -219,7 +219,8 @@ def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("preset", ["mmd-gan-rbf", "sngan", "cr-gan", "dfm"])
 def test_ranks_take_the_steps_of_one_process(preset: str) -> None:
     """With the recipe's own networks: spectral vectors, a decoder, BatchNorm over all ranks; shares of 3 and 2."""
-    small = {"lr": 1e-5, "generator": "dcgan", "critic_steps": 2}
+    # Adam moves by ±lr a weight whose gradient is 0 but for rounding, as a bias before BatchNorm: that must be nothing.
+    small = {"lr": 1e-7, "generator": "dcgan", "critic_steps": 2}
     config = configuration(preset, small | ({"denoiser_width": 8, "denoiser_layers": 2} if preset == "dfm" else {}))
 
     def work(ranks: Ranks) -> dict[str, Tensor]:
@@ -236,8 +237,7 @@ def test_ranks_take_the_steps_of_one_process(preset: str) -> None:
     for found in on_ranks(2, work):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            # Gradients that are 0 but for rounding, as of a bias before BatchNorm, are steps of Adam all the same.
-            assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()) + 3e-5, name
+            assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm()) + 2e-5, name
 
 
 @pytest.mark.slow
