@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor
 
 from engine.configuration.command import Parser, arguments_as, memory_advice, output_file, run_command
@@ -199,6 +198,8 @@ def _report(
     device: torch.device,
 ) -> dict[str, Any]:
     """What `--json` writes: the numbers, and all that they depend on."""
+    import torchvision  # here: a command that is refused does without its two seconds
+
     generated = judged.images
     return {
         "metrics": named(values, network),

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from engine.support.files import write_atomically
 
@@ -31,6 +30,8 @@ def grid(images: Tensor, columns: int) -> Tensor:
 
 def pixel_grid(pixels: Tensor, columns: int) -> Tensor:
     """As `grid`, of images uint8 [N, H, W, 3]."""
+    from torchvision.utils import make_grid  # here: commands that draw nothing do without its two seconds
+
     return make_grid(pixels.permute(0, 3, 1, 2), nrow=columns, padding=2, pad_value=64)
 
 

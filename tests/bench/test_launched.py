@@ -84,6 +84,7 @@ show(audit.missing(listener.calls))
 """
 
 
+@pytest.mark.slow
 def test_fake_tensors_launch_what_real_ones_do() -> None:
     kernels, missing = _python(_ON_REAL_TENSORS)
     assert kernels == [

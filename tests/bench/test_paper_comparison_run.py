@@ -17,6 +17,7 @@ from engine.evaluation.metrics import compute_metrics
 from pipelines import read_pixels
 
 
+@pytest.mark.slow
 def test_a_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods with three steps, judged and drawn as in a real run; of the second the real features are kept."""
     pytest.importorskip("timm")

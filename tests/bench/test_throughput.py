@@ -28,6 +28,7 @@ def rows():
     return found
 
 
+@pytest.mark.slow
 def test_every_variant_is_there_and_right(rows):
     assert [(row.variant, row.dtype) for row in rows] == [
         ("naive", "float32"),
@@ -50,6 +51,7 @@ def test_every_variant_is_there_and_right(rows):
         assert row.host_p50 is None
 
 
+@pytest.mark.slow
 def test_ratios(rows):
     seconds = {(row.variant, row.dtype): row.p50 for row in rows}
     found = throughput.ratios(rows)
@@ -60,6 +62,7 @@ def test_ratios(rows):
     assert lines[2:] == [f"| {name} | {value:.2f} |" for name, value in found.items()]
 
 
+@pytest.mark.slow
 def test_table_holds_the_rows(rows, capsys):
     throughput.print_rows(rows)
     headings, _, *lines = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())

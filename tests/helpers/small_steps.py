@@ -198,13 +198,24 @@ _SLOW = ("ae-perceptual", "vae-bf16", "gmmn-ae-float32")
 _ALWAYS = ("gan-minimax", "gan-bf16", "published-wgan-gp", "published-sngan", "published-fisher-gan")
 
 
-def marked(names: Iterable[str]) -> list[Any]:
-    """For `parametrize`: variants, of which most that have a critic are slow tests: they are many, and much alike."""
+def marked(names: Iterable[str], slow: Callable[[Config], bool] = lambda config: False) -> list[Any]:
+    """For `parametrize`: variants, of which those that are much like others are slow tests.
+
+    These are most that have a critic; the presets but the digits'; and what a method has in common with gfmn.
+
+    Args:
+        slow: which others take long in this test.
+    """
 
     def is_slow(name: str) -> bool:
         preset, given = VARIANTS[name]
-        adversarial = given.get("method", preset_method(preset)) in ADVERSARIAL
-        return name in _SLOW or (adversarial and name not in _ALWAYS)
+        if slow(configuration(preset, given)):
+            return True
+        method = given.get("method", preset_method(preset))
+        if method in ADVERSARIAL:
+            return name not in _ALWAYS
+        common = name.removeprefix(f"{method}-") in _OF_ALL.keys() - {"float32"}
+        return name in _SLOW or preset != "digits" or (method != "gfmn" and common)
 
     return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in names]
 

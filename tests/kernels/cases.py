@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -35,6 +38,18 @@ def backend(name: str) -> ModuleType:
 
 def device_of(name: str) -> str:
     return "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def shape_cases(shapes: Iterable[str], modules: Iterable[str], largest: str) -> list[Any]:
+    """For `parametrize`: every shape, dtype and module by name; the `largest` of low precision, and of float64, are
+    slow tests in Triton's interpreter."""
+    return [
+        pytest.param(
+            shape, dtype, name, id=f"{shape}-{dtype_id(dtype)}-{name}",
+            marks=[pytest.mark.slow] if shape == largest and name == "triton" and dtype != torch.float32 else [],
+        )
+        for shape, dtype, name in itertools.product(shapes, TOLERANCE, modules)
+    ]  # fmt: skip
 
 
 def dtype_id(value: object) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ACTIVATIONS, LAYOUTS, MODULES, TOLERANCE, Activations, backend, device_of, dtype_id
+from cases import ACTIVATIONS, LAYOUTS, MODULES, TOLERANCE, Activations, backend, device_of, dtype_id, shape_cases
 from oracle import relative_error
 from torch import Tensor
 
@@ -88,9 +88,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "name"), shape_cases(SHAPES, MODULES, "several tiles of a program"))
 def test_shapes(shape: str, dtype: torch.dtype, name: str) -> None:
     for layout in LAYOUTS:
         Dataset(*SHAPES[shape], dtype, layout).run(name)

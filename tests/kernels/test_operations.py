@@ -9,14 +9,24 @@ import sys
 
 import pytest
 import torch
-from cases import ACTIVATIONS, LAYOUTS, TOLERANCE, Activations, AveragerRun, backend, device_of, dtype_id, moments_of
+from cases import (
+    ACTIVATIONS,
+    LAYOUTS,
+    TOLERANCE,
+    Activations,
+    AveragerRun,
+    backend,
+    device_of,
+    dtype_id,
+    moments_of,
+    shape_cases,
+)
 from oracle import relative_error
 
 from kernels.rules import RULES
 
 FUSED = ("compiled", "triton")
 BACKENDS = ("reference", *FUSED)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = {
     "one value": (1, 1, 1, 1),
     "one image": (1, 5, 3, 3),
@@ -38,12 +48,10 @@ def check(case: Activations, name: str) -> None:
         assert error <= TOLERANCE[case.dtype][key in ("mean", "m2")], f"{key}: {error:.1e} for {case}"
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize(("shape", "dtype", "name"), shape_cases(SHAPES, BACKENDS, "several tiles of a program"))
+def test_shapes(shape: str, dtype: torch.dtype, name: str) -> None:
     for layout in LAYOUTS:
-        check(Activations(shape, dtype, layout, device=device_of(name)), name)
+        check(Activations(SHAPES[shape], dtype, layout, device=device_of(name)), name)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -54,6 +56,16 @@ def test_a_warning_of_a_library_is_one_line(capsys, monkeypatch):
 
     run_command(main, [])
     assert capsys.readouterr().out == "warning: of many lines\n"
+
+
+def test_what_takes_seconds_to_import_is_imported_when_it_is_used():
+    """--help, a plan and a line about bad input do without it."""
+    commands = "train, sample, evaluate, report, pretrain, precompute, env"
+    code = f"import sys; from engine import {commands}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    late = {"torchvision", "torch._dynamo", "triton", "sympy", "matplotlib", "scipy", "sklearn", "timm", "nvidia.dali"}
+    assert "engine.configuration.config" in loaded
+    assert not late & set(loaded)
 
 
 def test_an_argument_is_renamed_and_others_are_left():

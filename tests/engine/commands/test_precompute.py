@@ -91,7 +91,7 @@ FeaturePass.collect = slowly
 """
 
 
-@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C", "kill -9 while saving"])
+@pytest.mark.parametrize("how", [pytest.param("kill -9", marks=pytest.mark.slow), "Ctrl-C", "kill -9 while saving"])
 def test_stopped_and_run_again_gives_the_same_file(how: str, tmp_path: Path, monkeypatch) -> None:
     argv = [*FLAGS, "--batch-size", "17"]
     precompute.main([*argv, "--out", str(tmp_path / "whole.safetensors")])

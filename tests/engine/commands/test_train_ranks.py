@@ -34,7 +34,7 @@ SMALL = [
         "4",
     ),
 ]
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow))
 
 
 def train_on(size: int, *flags: object) -> list[tuple[int, str]]:
@@ -77,6 +77,7 @@ def test_two_ranks_train_the_run_of_one(alone: Path, two: Path) -> None:
     assert [json.loads(line)["step"] for line in (two / "metrics.jsonl").read_text().splitlines()] == [*range(1, 13)]
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_ranks(two: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     succeeds(2, *SMALL, "--steps", 4, "--out", run)
@@ -136,7 +137,7 @@ def test_nan_on_all_is_one_line(tmp_path: Path, alone: Path) -> None:
     ("flags", "named"),
     [
         (["--batch-size", "2"], "--batch-size"),
-        (["--extractor-bn", "batch"], "--extractor-bn"),
+        pytest.param(["--extractor-bn", "batch"], "--extractor-bn", marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

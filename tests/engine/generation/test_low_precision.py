@@ -13,7 +13,10 @@ from engine.generation.networks import build_generator, run_generator
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("name", "upsampling"), [("dcgan", "transposed"), ("dcgan", "bilinear"), ("resnet", "")])
+@pytest.mark.parametrize(
+    ("name", "upsampling"),
+    [("dcgan", "transposed"), ("dcgan", "bilinear"), pytest.param("resnet", "", marks=pytest.mark.slow)],
+)
 def test_as_under_autocast(name: str, upsampling: str, dtype: torch.dtype, recompute: bool) -> None:
     options = {"upsampling": upsampling} if upsampling else {}
     generator = build_generator(name, image_size=32, nz=10, **options)

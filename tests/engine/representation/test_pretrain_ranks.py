@@ -179,6 +179,7 @@ def test_a_signal_to_one_stops_all_and_any_number_resumes(
     close(out, whole)
 
 
+@pytest.mark.slow
 def test_what_one_process_began_two_end(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

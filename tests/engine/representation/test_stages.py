@@ -131,8 +131,11 @@ def test_stages_keep_at_most_two_thirds():
     assert numbers <= 0.65 * extractor.num_features
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("name", ["dcgan", "resnet"])
+@pytest.mark.parametrize(
+    ("name", "autocast"),
+    [("dcgan", False), ("dcgan", True), ("resnet", False), pytest.param("resnet", True, marks=pytest.mark.slow)],
+    ids=lambda value: {False: "float32", True: "bf16"}.get(value, value),
+)
 def test_recomputed_generator(name, autocast):
     """Images, gradients and BatchNorm's running statistics, bit for bit."""
     plain = build_generator(name, image_size=32, nz=10)

@@ -15,6 +15,7 @@ from helpers.step_trace import StepTrace, capture_faults, differences
 from torch import Tensor
 
 from engine.comparison.games.penalties import PENALTIES
+from engine.configuration.config import Config
 from engine.configuration.groups import GROUPS
 from engine.configuration.presets import PRESETS
 
@@ -34,7 +35,11 @@ def plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("name", marked([name for name in VARIANTS if name not in NOT_CAPTURED]))
+def in_low_precision(config: Config) -> bool:
+    return config.training.amp  # which many a CPU takes long for
+
+
+@pytest.mark.parametrize("name", marked([name for name in VARIANTS if name not in NOT_CAPTURED], slow=in_low_precision))
 def test_steps_can_be_captured(name: str) -> None:
     assert capture_faults(device_step(small_trainer(configuration(*VARIANTS[name])))) == []
 

@@ -72,7 +72,7 @@ LONGER = ["--steps", str(STEPS)]
             *("--generator-ema", "0.5,0.9", "--sample-ema", "0.9", "--optimizer", "adamw", "--clip-grad", "0.1"),
             *("--lr-schedule", "cosine", "--warmup-steps", "2"),
         ],
-        ["--amp", "--amp-dtype", "fp16", "--chunk-size", "2"],
+        pytest.param(["--amp", "--amp-dtype", "fp16", "--chunk-size", "2"], marks=pytest.mark.slow),
         ["--method", "mmd", "--mmd-images", "20"],
     ],
     ids=lambda more: " ".join(more).replace("--", ""),
@@ -292,7 +292,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_in_a_replay() -> N
         graphed.check_finite()
 
 
-@pytest.mark.parametrize("where", ["first", "optimizer", "scaler"])
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param("first", marks=pytest.mark.slow), pytest.param("optimizer", marks=pytest.mark.slow), "scaler"],
+)
 def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, monkeypatch, caplog) -> None:
     """It fails at its beginning, in the middle of the optimizer's step, and in the middle of the loss scaling."""
     eager, graphed, graphs = pair(amp=True, amp_dtype="fp16")

@@ -178,7 +178,7 @@ def test_a_step_is_planned(name: str) -> None:
 
 def test_a_plan_does_not_need_the_frozen_network_s_weights(capsys: pytest.CaptureFixture[str]) -> None:
     text = "--method imle --search features --perceptual vgg-small --perceptual-weights none.safetensors --plan"
-    train.main([*text.split(), "--batch-size", "4", "--nz", "4"])
+    train.main([*text.split(), "--batch-size", "4", "--nz", "4", "--pool-size", "8"])
     assert "peak (modelled)" in capsys.readouterr().out
 
 

@@ -41,7 +41,7 @@ PASSES = BEGIN + "        time.sleep(3 * ranks.rank)\n" + "run_command(main)\n"
 
 @pytest.mark.parametrize(
     ("killed", "waits"),
-    [(0, WAITS), (2, WAITS), (1, CHECKS)],
+    [(0, WAITS), pytest.param(2, WAITS, marks=pytest.mark.slow), (1, CHECKS)],
     ids=["who serves the store", "before a meeting", "between two batches"],
 )
 def test_a_killed_process_ends_those_that_wait(killed: int, waits: str) -> None:

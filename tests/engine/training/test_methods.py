@@ -40,7 +40,13 @@ def test_resumed_equals_uninterrupted(name: str, flags: list[str], tmp_path: Pat
     assert whole.read_bytes() == resumed.read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith(("drifting", "gfmn"))])
+LOWERING = [name for name in METHODS if not name.startswith(("drifting", "gfmn"))]
+LONG = ("frechet-ema", "frechet-queue", "landmarks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in LOWERING]
+)
 def test_lowers_its_loss(name: str, flags: list[str], tmp_path: Path) -> None:
     """Drifting's loss says little, and gfmn's is tested elsewhere."""
     more = ["--steps", "40", "--lr", "1e-3", "--batch-size", "16", "--log-every", "1", "--checkpoint-every", "50"]

@@ -52,7 +52,9 @@ def test_resumed_equals_uninterrupted(run: Path, flags: list[str], tmp_path: Pat
     assert (tmp_path / "run/generator.safetensors").read_bytes() == (run / "generator.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [name if name == "energy" else pytest.param(name, marks=pytest.mark.slow) for name in KERNELS]
+)
 def test_every_kernel_lowers_its_loss(kernel: str, flags: list[str], tmp_path: Path) -> None:
     more = ["--mmd-kernel", kernel, "--steps", "40", "--lr", "1e-3", "--batch-size", "16", "--log-every", "1"]
     more += ["--sample-every", "50", "--checkpoint-every", "50"]

@@ -63,10 +63,14 @@ def measured(config: Config, plans: Planner) -> int:
         {"chunk_size": 4},
         {"recompute": "stages", "recompute_generator": True},
         {"amp": True},
-        {"amp": True, "chunk_size": 4, "recompute_generator": True, "averager": "ma"},
+        pytest.param(
+            {"amp": True, "chunk_size": 4, "recompute_generator": True, "averager": "ma"}, marks=pytest.mark.slow
+        ),
         {"generator_ema": (0.5, 0.9, 0.99), "optimizer": "adamw", "clip_grad": 0.1},
         {"generator_ema": None, "feature_scale": "target-deviation"},
-        {"generator": "resnet", "batch_size": 4, "amp": True, "recompute": "stages"},
+        pytest.param(
+            {"generator": "resnet", "batch_size": 4, "amp": True, "recompute": "stages"}, marks=pytest.mark.slow
+        ),
         {"extractor_bn": "batch"},
     ],
     ids=lambda flags: " ".join(f"{name}={value}" for name, value in flags.items()) or "plain",

@@ -120,6 +120,7 @@ def until(files: Sequence[Path], job: Sequence[subprocess.Popen[str]]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_training_killed_in_the_pass_resumes_it_on_every_rank(folder: Path, tmp_path: Path, monkeypatch) -> None:
     argv = [*FLAGS, "--data", folder / "61.npy"]
     monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "alone"))

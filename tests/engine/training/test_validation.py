@@ -172,7 +172,7 @@ def test_the_critic_s_rate_is_lowered_as_well(flags: list[str], tmp_path: Path) 
     assert kept == pytest.approx({"generator": FACTOR * 1e-12, "critic": FACTOR * 2e-12})
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted(stop: int, flags: list[str], finished: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     train.main([*flags, "--lr-adapt", "kid", "--lr", "1e-12", "--out", out, "--steps", str(stop)])
