@@ -61,7 +61,7 @@ def traffic(results: Results) -> str:
 
 
 def times(results: Results) -> str:
-    """Taps without a shortcut, the averager and pairs of rows: ours, and how many times longer others take."""
+    """Taps without a shortcut and the averager: ours, and how many times longer others take."""
     medians: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in results.rows:
         key = (row["op"], row["dtype"], row["shape"])
@@ -69,11 +69,9 @@ def times(results: Results) -> str:
         medians.setdefault(key, {})[name] = row["p50"]
     lines = []
     for (op, dtype, shape), found in medians.items():
-        if "shortcut" in shape:
+        if "shortcut" in shape or op.startswith("pairwise"):
             continue
         what = f"{int(shape):,} features" if shape.isdecimal() else shape.split("×", 1)[1]
-        if op.startswith("pairwise"):
-            what = "{:,}×{:,} pairs of {:,} features".format(*map(int, shape.split("×")))
         least = f"{found['ours'] / found[_LEAST]:.2f}" if _LEAST in found else ""
         others = (
             f"{found[name] / found['ours']:.1f}" if name in found else "" for name in ("plain PyTorch", "torch.compile")
@@ -84,6 +82,23 @@ def times(results: Results) -> str:
         "ours / ReLU in place and one read",
     )  # fmt: skip
     lines.sort(key=lambda line: (not line[0].startswith("relu"), line[1], line[0]))
+    return f"{table(headings, lines)}\n\n{results.conditions('triton')}"
+
+
+def pairs(results: Results) -> str:
+    """Every operation on pairs of rows: time and memory of ours, and how many times as much plain PyTorch takes."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in results.rows:
+        found.setdefault((row["op"], row["dtype"], row["shape"]), {})[row["backend"]] = row
+    headings = ("operation", "dtype", "pairs", "features", "ours, ms", "plain / ours", "ours, MiB", "plain, MiB")
+    lines = []
+    for (op, dtype, shape), backends in found.items():
+        plain = backends.pop("plain PyTorch")
+        (ours,) = backends.values()
+        count, others, features = map(int, shape.split("×"))
+        times = (f"{ours['p50'] / 1e3:.1f}", f"{plain['p50'] / ours['p50']:.1f}")
+        memory = (f"{row['peak_memory'] / 2**20:.0f}" for row in (ours, plain))
+        lines.append([op, dtype, f"{count:,}×{others:,}", features, *times, *memory])
     return f"{table(headings, lines)}\n\n{results.conditions('triton')}"
 
 
@@ -107,5 +122,6 @@ TABLES: Mapping[str, tuple[str, Writer]] = {
     "kernels-audit": ("kernels_audit", audit),
     "kernels-bytes": ("kernels_bytes", traffic),
     "kernels-times": ("kernels_times_cpu", times),
+    "kernels-pairs": ("kernels_pairs_cpu", pairs),
     "kernels-step": ("kernels_step_cpu", step),
 }

@@ -184,6 +184,7 @@ def test_percentiles() -> None:
 # What docs and later versions read: the names in bench/results/ are the rows' fields.
 _RESULTS = {
     "data": (LoadingRow,),
+    "kernels_pairs": (OperationRow,),
     "kernels_step": (CriterionRow,),
     "kernels_times": (OperationRow,),
     "paper_*": (RunRow,),
