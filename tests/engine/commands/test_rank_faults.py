@@ -95,6 +95,7 @@ def test_a_signal_to_the_launcher_of_one_machine_stops_both(whole: Path, tmp_pat
     assert f"stopped at step {stopped} of 100000" in said[0]
 
 
+@pytest.mark.slow
 def test_two_machines_train_the_run_of_one(whole: Path, tmp_path: Path) -> None:
     found = ends(start_torchrun(2, "engine.train", *FLAGS, "--out", str(tmp_path / "run")), within=300)
     assert [status for status, _ in found] == [0, 0], found

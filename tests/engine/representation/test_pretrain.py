@@ -334,9 +334,8 @@ def test_classify_without_labels_says_what_to_do(tmp_path):
 
 
 def test_too_few_images(tmp_path):
-    dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", count=19), image_size=16)
     with pytest.raises(InputError) as error:
-        short(dataset)
+        short(open_dataset("images", make_array(tmp_path / "tiny.npz", count=19), image_size=16))
     assert error.value.argument == "dataset"
     assert all(part in error.value.message for part in ("20", "19"))
 

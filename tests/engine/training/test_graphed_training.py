@@ -67,7 +67,7 @@ LONGER = ["--steps", str(STEPS)]
         ["--averager", "ama", "--generator-ema", "0.9"],
         ["--averager", "ma", "--ma-variant", "authors", "--chunk-size", "3"],
         ["--averager", "none", "--recompute", "stages", "--recompute-generator"],
-        ["--amp", "--generator-ema", "0.5"],
+        pytest.param(["--amp", "--generator-ema", "0.5"], marks=pytest.mark.slow),
         [
             *("--generator-ema", "0.5,0.9", "--sample-ema", "0.9", "--optimizer", "adamw", "--clip-grad", "0.1"),
             *("--lr-schedule", "cosine", "--warmup-steps", "2"),
