@@ -27,7 +27,7 @@ import torch
 from bench.commands import interruptible
 from bench.methods import MethodRow
 from bench.paper import comparison, orderings
-from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL, Experiment
+from bench.paper.experiments import EXPERIMENTS, SCALES, SEEDS, SMALL, Experiment
 from bench.paper.page import figures_of, page
 from bench.paper.results import draw, findings, read_rows, results_table, settings_of
 from bench.paper.runs import ExperimentPlan, Rows, RunRow, chosen, run_experiment, run_folder, steps_of
@@ -48,7 +48,7 @@ def parser() -> Parser:
     what.add_argument("--document", type=Path, metavar="PAGE", help="write this Markdown page from files of rows")
     add("rows", nargs="*", type=Path, metavar="ROWS", help="with --document: files that --json wrote")
     add("--scale", choices=tuple(SCALES), default=SMALL, help="data set (default: %(default)s)")
-    add("--seeds", type=int, default=3, metavar="N", help="runs of every setting (default: %(default)s)")
+    add("--seeds", type=int, default=SEEDS, metavar="N", help="runs of every setting (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="training steps, in place of the scale's")
     add("--only", nargs="+", default=(), metavar="NAME", help="some of the settings or methods: names, or parts of "
         "them between commas, such as a minibatch")  # fmt: skip

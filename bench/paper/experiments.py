@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SMALL = "digits"
+SEEDS = 3
+"""Runs of every setting, if nobody asks for another number."""
 # Table 3's numbers of layers of VGG19.
 _VGG19_LAYERS = (1, 3, 5, 7, 9, 11, 13, 15, 16)
 

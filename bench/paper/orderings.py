@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.methods import MethodRow
 from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, read_rows
+from bench.paper.experiments import SEEDS
 from bench.paper.results import WORDS, Summary, conditions, next_to, smaller, summarise
 from bench.rows import table
 from engine.support.errors import InputError
@@ -191,9 +192,11 @@ def _section(rows: Sequence[MethodRow], figure: bool) -> str:
 
 def _conditions(rows: Sequence[MethodRow]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows if row.seed is not None}))
+    wanted = SEEDS * len(names_of(rows))
+    missing = f"**{len(rows)} of {wanted} runs so far.** " if len(rows) < wanted else ""
     return (
-        f"{rows[0].budget} seconds of training for each method, seeds {seeds}; distances, precision and recall by "
-        f"{rows[0].judge}. {conditions(rows, 'threads of the judge')}"
+        f"{missing}{rows[0].budget} seconds of training for each method, seeds {seeds}; distances, precision and "
+        f"recall by {rows[0].judge}. {conditions(rows, 'threads of the judge')}"
     )
 
 
