@@ -155,10 +155,9 @@ def end_with_others(store: Any, ended: threading.Event, leave: Callable[[Any], N
         if failed:
             if not ended.wait(_GRACE):
                 with contextlib.suppress(RuntimeError):
-                    if own is not None and own.add(FAILURES, 1) == 1:  # nobody else has said why
-                        os.write(2, f"error: {KILLED}\n".encode())
-                with contextlib.suppress(RuntimeError):
                     if own is not None:
+                        if own.add(FAILURES, 1) == 1:  # nobody else has said why
+                            os.write(2, f"error: {KILLED}\n".encode())
                         leave(own)
                 os._exit(2)
             return

@@ -209,13 +209,13 @@ def marked(names: Iterable[str], slow: Callable[[Config], bool] = lambda config:
 
     def is_slow(name: str) -> bool:
         preset, given = VARIANTS[name]
-        if slow(configuration(preset, given)):
-            return True
         method = given.get("method", preset_method(preset))
-        if method in ADVERSARIAL:
-            return name not in _ALWAYS
         common = name.removeprefix(f"{method}-") in _OF_ALL.keys() - {"float32"}
-        return name in _SLOW or preset != "digits" or (method != "gfmn" and common)
+        if method in ADVERSARIAL:
+            alike = name not in _ALWAYS
+        else:
+            alike = name in _SLOW or preset != "digits" or (method != "gfmn" and common)
+        return alike or slow(configuration(preset, given))
 
     return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in names]
 
