@@ -37,14 +37,15 @@ class Checkpoint:
         """Write the file, whole or not at all."""
         tensors = {f"{part}/{name}": tensor for part, state in self.parts.items() for name, tensor in state.items()}
         metadata = {"format": _FORMAT, "step": str(self.step), "fingerprint": json.dumps(self.fingerprint)}
+        metadata["parts"] = json.dumps(list(self.parts))  # of one without tensors the file has nothing else
         save_safetensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
         """Read a file that `save` wrote; InputError that names it if it is damaged or something else."""
         tensors, metadata = read_safetensors(path, _FORMAT, "a checkpoint of this version of the engine", advice="")
-        parts: dict[str, dict[str, Tensor]] = {}
         try:
+            parts: dict[str, dict[str, Tensor]] = {part: {} for part in json.loads(metadata.get("parts", "[]"))}
             for name, tensor in tensors.items():
                 part, key = name.split("/", 1)
                 parts.setdefault(part, {})[key] = tensor

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from engine.configuration.presets import PRESETS, preset_method
 from engine.configuration.published import PUBLISHED
 from engine.configuration.running import make_schedule, training_images
 from engine.generation.drawn_ahead import DrawnAhead
+from engine.training.checkpoint import Checkpoint
 from engine.training.delivery import Delivery
 from engine.training.graphs import Graphs
 from engine.training.ranks import ALONE, Ranks
@@ -272,7 +275,7 @@ def resumed_equals_whole(config: Config) -> set[str]:
         whole.train_step()
     for _ in range(2):
         first.train_step()
-    second.restore(first._checkpoint())
+    second.restore(through_a_file(first._checkpoint()))
     before = everything(second)
     for _ in range(3):
         second.train_step()
@@ -281,6 +284,12 @@ def resumed_equals_whole(config: Config) -> set[str]:
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
     assert torch.equal(second.picture(), whole.picture())
     return {key for key in found if key not in before or not torch.equal(before[key], found[key])}
+
+
+def through_a_file(checkpoint: Checkpoint) -> Checkpoint:
+    with TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder, "checkpoint"))
+        return Checkpoint.load(Path(folder, "checkpoint"))
 
 
 def device_step(trainer: Trainer) -> Callable[[AbstractContextManager[Any]], object]:

@@ -35,7 +35,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "glann": {"method": "glann", "pool_size": 9, "glo_steps": 3},
     "amid noise": {"method": "glann", "pool_size": 9, "pool_every": 3, "glo_steps": 1},
 }
-_ALWAYS = ("imle", "amid noise")
+_ALWAYS = ("imle", "glann", "amid noise")
 
 
 @pytest.mark.parametrize(
