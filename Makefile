@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train on real handwritten digits and draw new ones (a few minutes on 2 CPU cores)"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes, the demo's independent check among them"
-	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (four minutes)"
+	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (5 to 9 minutes)"
 	@echo "make docs       build the documentation as a site, build/site/index.html; fails on a broken link"
 	@echo "make check      lint and type-check; edits nothing (.pre-commit-config.yaml runs the same)"
 	@echo "make gpu        on a CUDA device: its tests and all benchmarks in ten minutes, into one file of bench/results/"
@@ -35,7 +35,7 @@ test-slow: .venv/.installed
 	$(RUN) -m pytest -m slow --capture no
 
 audit: .venv/.installed
-	$(RUN) -m bench.kernels --audit
+	$(RUN) -m bench.kernels --audit $(if $(TARGETS),--targets $(TARGETS))
 
 check: .venv/.installed
 	$(RUN) -m ruff check --no-fix .

@@ -46,6 +46,14 @@ def test_every_part_of_the_ci_is_a_target_of_make() -> None:
         assert commands(part)
 
 
+def test_the_audit_is_for_all_gpus_unless_some_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (every,) = commands("audit")
+    assert every.split()[-1] == "--audit"
+    monkeypatch.setenv("TARGETS", "sm_80 sm_100")  # as .ci/run names one
+    (some,) = commands("audit")
+    assert some.endswith("--audit --targets sm_80 sm_100")
+
+
 def test_the_workflow_runs_every_part_on_two_pythons() -> None:
     steps = WORKFLOW["jobs"]["ci"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == [f".ci/run {part}" for part in ci_parts()]
