@@ -136,6 +136,7 @@ def test_calls_of_one_process_are_counted_once() -> None:
     assert not {"share", "sum_", "counts"} & set(vars(alone)), "the methods are its own again"
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_benchmark() -> None:
     with (
         pytest.raises(RuntimeError, match="rank 0 of 1 ended with status 1"),

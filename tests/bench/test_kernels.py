@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.marks import slow
 
 from bench.kernels import __main__ as program
 from bench.kernels import times
@@ -78,7 +79,7 @@ class TestAudit:
     @pytest.mark.parametrize(
         ("change", "only", "complaint"),
         [
-            ("moments.BLOCK_MERGE = 8192", "merge_splits", r"spills \d+ bytes; uses \d+ bytes of stack"),
+            slow("moments.BLOCK_MERGE = 8192", "merge_splits", r"spills \d+ bytes; uses \d+ bytes of stack"),
             ("launching.BLOCKS_F = (4,)", "relu_moments_backward", "0 16-byte stores, 2 needed"),
         ],
         ids=["spilled", "narrow"],

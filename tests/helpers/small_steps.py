@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from helpers.marks import quick
 from helpers.recorded_graphs import RecordedImageLane, RecordedLane
 from torch import Tensor
 
@@ -197,7 +197,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
 }
 """Name → preset and settings, of every way to train whose operators or arguments are its own."""
-_SLOW = ("ae-perceptual", "vae-bf16", "gmmn-ae-float32")
+_SLOW = {
+    *("ae-perceptual", "vae-bf16", "gmmn-ae-float32", "gfmn-uneven-chunks", "gfmn-stages-of-chunks", "gfmn-nearest"),
+    *("gfmn-clipped-fp16", "gfmn-ama-authors", "gfmn-ma-authors-smooth", "gfmn-correction-0", "mmd-mean-pool"),
+    *("mmd-gaussian", "mmd-imq", "mmd-linear", "mmd-polynomial"),
+}
 _ALWAYS = ("gan-minimax", "gan-bf16", "published-wgan-gp", "published-sngan", "published-fisher-gan")
 
 
@@ -220,7 +224,8 @@ def marked(names: Iterable[str], slow: Callable[[Config], bool] = lambda config:
             alike = name in _SLOW or preset != "digits" or (method != "gfmn" and common)
         return alike or slow(configuration(preset, given))
 
-    return [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in names]
+    names = list(names)
+    return quick(names, [name for name in names if not is_slow(name)])
 
 
 def configuration(preset: str, given: dict[str, Any]) -> Config:

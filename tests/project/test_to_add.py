@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.marks import quick
 
 ROOT = Path(__file__).parents[2]
 AVERAGER = '''
@@ -59,7 +60,7 @@ def named(what: str) -> set[str]:
     return {name for name in re.findall(r"`([\w/.]+)`", section) if "/" in name}
 
 
-@pytest.mark.parametrize("what", ADDITIONS)
+@pytest.mark.parametrize("what", quick(ADDITIONS, ["averager"]))
 def test_a_toy_touches_what_readme_says(what: str, tmp_path: Path) -> None:
     path, text, flags = ADDITIONS[what]
     assert path in named(what)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.marks import quick, slow
 from helpers.runs import start
 from helpers.tiny_datasets import cut, make_celeba, make_cifar10, make_fashion, make_lsun, make_stl10
 from PIL import Image
@@ -47,7 +48,7 @@ def folder(photos: list[np.ndarray], tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", quick(FORMATS, ["digits", "stl10", "images", "npy"]))
 def test_every_format_precomputes_and_trains_ten_steps(
     name: str, photos: list[np.ndarray], folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -91,7 +92,7 @@ FeaturePass.collect = slowly
 """
 
 
-@pytest.mark.parametrize("how", [pytest.param("kill -9", marks=pytest.mark.slow), "Ctrl-C", "kill -9 while saving"])
+@pytest.mark.parametrize("how", [slow("kill -9"), "Ctrl-C", slow("kill -9 while saving")])
 def test_stopped_and_run_again_gives_the_same_file(how: str, tmp_path: Path, monkeypatch) -> None:
     argv = [*FLAGS, "--batch-size", "17"]
     precompute.main([*argv, "--out", str(tmp_path / "whole.safetensors")])

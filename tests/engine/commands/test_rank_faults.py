@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.jobs import ends, start_job, start_torchrun
+from helpers.marks import quick
 from helpers.runs import same_run
 
 from engine import train
@@ -42,7 +43,6 @@ FAULTS = {
     "a NaN": (1, 6, "self.divergence.first_bad['generator'].fill_(6)", "NaN or infinite at step 6"),
     "no memory": (1, 6, "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')", "2.00 GiB"),
 }
-FIRST = ("an error",)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,7 @@ def succeed(*command: str) -> None:
         assert status == 0, errors
 
 
-@pytest.mark.parametrize(
-    "fault", [*FIRST, *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS if fault not in FIRST)]
-)
+@pytest.mark.parametrize("fault", quick(FAULTS, ["an error"]))
 def test_a_fault_on_one_rank_ends_all(fault: str, whole: Path, tmp_path: Path) -> None:
     run, mark = tmp_path / "run", tmp_path / "mark"
     rank, step, act, said = FAULTS[fault]

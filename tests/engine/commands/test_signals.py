@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.marks import slow
 from helpers.runs import command
 
 from engine import precompute, pretrain, train
@@ -206,7 +207,7 @@ def interrupted_when(module: str, loaded: str, delay: float = 0.0) -> tuple[int,
         ("engine.train", "libtorch_python"),
         ("engine.sample", "_multiarray_umath"),
         ("bench.data", "libtorch_global_deps"),
-        pytest.param("engine.env", "libtorch_global_deps", marks=pytest.mark.slow),  # it waits for all of torch
+        slow("engine.env", "libtorch_global_deps"),  # it waits for all of torch
     ],
 )
 def test_ctrl_c_while_libraries_are_imported(module: str, loaded: str) -> None:

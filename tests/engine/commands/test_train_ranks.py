@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.jobs import ends, start_job, start_ranks
+from helpers.marks import slow
 from helpers.runs import metrics, same_run
 
 from engine import train
@@ -34,7 +35,7 @@ SMALL = [
         "4",
     ),
 ]
-STOPS = (signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow))
+STOPS = (signal.SIGTERM, slow(signal.SIGUSR1))
 
 
 def train_on(size: int, *flags: object) -> list[tuple[int, str]]:
@@ -111,7 +112,7 @@ def until_steps(run: Path, steps: int) -> None:
     raise AssertionError(f"{run} has not come to step {steps}")
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("victim", [slow(0), 1])
 def test_a_killed_rank_ends_all_and_nothing_is_lost(victim: int, two: Path, tmp_path: Path) -> None:
     run, draw = tmp_path / "run", random.Random(victim)
     job = start_job(2, ["-m", "engine.train", *SMALL, "--steps", "12", "--out", str(run)])
@@ -137,7 +138,7 @@ def test_nan_on_all_is_one_line(tmp_path: Path, alone: Path) -> None:
     ("flags", "named"),
     [
         (["--batch-size", "2"], "--batch-size"),
-        pytest.param(["--extractor-bn", "batch"], "--extractor-bn", marks=pytest.mark.slow),
+        slow(["--extractor-bn", "batch"], "--extractor-bn"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

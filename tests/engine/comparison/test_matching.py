@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.objectives import (
     AVERAGERS,
     CHUNKS,
@@ -63,7 +64,7 @@ class TestAgainstTheWrittenOutObjective:
                 assert relative_error(found_gradient, gradient) <= tolerance, f"chunk {chunk}"
                 assert_same_state(objective, oracle, tolerance)
 
-    @pytest.mark.parametrize("kernels", ["reference", pytest.param("compiled", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("kernels", ["reference", slow("compiled")])
     def test_a_built_pair_in_float32(self, kernels, built_extractor, draw_images):
         """AMA's first steps are sign-like, so its own oracle state is handed over before each gradient."""
         extractor = built_extractor("vgg-small+resnet18")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+from helpers.marks import quick
 
 from engine.generation.low_precision import LowPrecision
 from engine.generation.networks import build_generator, run_generator
 
+NETWORKS = (("dcgan", "transposed"), ("dcgan", "bilinear"), ("resnet", ""))
+CASES = [
+    (*network, dtype, recompute)
+    for network, dtype, recompute in itertools.product(NETWORKS, (torch.bfloat16, torch.float16), (False, True))
+]
+TRANSPOSED, BILINEAR, _ = NETWORKS
+QUICK = [(*TRANSPOSED, torch.bfloat16, False), (*BILINEAR, torch.bfloat16, True), (*TRANSPOSED, torch.float16, True)]
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(
-    ("name", "upsampling"),
-    [("dcgan", "transposed"), ("dcgan", "bilinear"), pytest.param("resnet", "", marks=pytest.mark.slow)],
-)
+
+@pytest.mark.parametrize(("name", "upsampling", "dtype", "recompute"), quick(CASES, QUICK))
 def test_as_under_autocast(name: str, upsampling: str, dtype: torch.dtype, recompute: bool) -> None:
     options = {"upsampling": upsampling} if upsampling else {}
     generator = build_generator(name, image_size=32, nz=10, **options)

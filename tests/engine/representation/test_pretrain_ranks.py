@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import pretrain_worker
 from helpers.jobs import ends, start_job, start_ranks
+from helpers.marks import slow
 from helpers.pretrain_worker import CASES, COUNT, Tiny, make_data, open_data, signalled
 from oracle import relative_error
 from safetensors import safe_open
@@ -162,9 +163,7 @@ def test_the_command_writes_one_file_for_all(folder: Path, whole: Path, tmp_path
     close(out, whole)
 
 
-@pytest.mark.parametrize(
-    "sent", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=lambda s: s.name
-)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, slow(signal.SIGUSR1)], ids=lambda s: s.name)
 def test_a_signal_to_one_stops_all_and_any_number_resumes(
     sent: signal.Signals, folder: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.objectives import AVERAGERS, MINIBATCH, make_pair, run_step
 from oracle import in_float64, relative_error, tapped
 from torch import nn
@@ -133,7 +134,7 @@ def test_stages_keep_at_most_two_thirds():
 
 @pytest.mark.parametrize(
     ("name", "autocast"),
-    [("dcgan", False), ("dcgan", True), ("resnet", False), pytest.param("resnet", True, marks=pytest.mark.slow)],
+    [("dcgan", False), ("dcgan", True), ("resnet", False), slow("resnet", True)],
     ids=lambda value: {False: "float32", True: "bf16"}.get(value, value),
 )
 def test_recomputed_generator(name, autocast):

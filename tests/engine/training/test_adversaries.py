@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.adversaries import drawn_from
 from helpers.jobs import ends, start_job
+from helpers.marks import quick
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, few_pictures, resumed_equals_whole, small_trainer
 from helpers.thread_ranks import on_ranks
@@ -44,9 +45,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "all at once" else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
-)
+@pytest.mark.parametrize("name", quick(RESUMED, ["all at once"]))
 def test_resumed_equals_uninterrupted(name: str) -> None:
     """Bit for bit: weights, spectral vectors, Λ or k, both optimizers, the place among images and random numbers."""
     config = configuration("digits", {**SMALL, **RESUMED[name]})

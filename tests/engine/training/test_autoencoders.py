@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.marks import quick
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, resumed_equals_whole, small_trainer
 from PIL import Image
@@ -24,12 +25,9 @@ RESUMED: dict[str, dict[str, Any]] = {
     "before the codes": {"method": "gmmn-ae", "autoencoder_steps": 3},
     "amid the codes": {"method": "gmmn-ae", "autoencoder_steps": 1},
 }
-_ALWAYS = ("vae", "before the codes")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in _ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
-)
+@pytest.mark.parametrize("name", quick(RESUMED, ["vae", "before the codes"]))
 def test_resumed_equals_uninterrupted(name: str) -> None:
     """Bit for bit: all networks, optimizers and remembered codes, the place among images and random numbers."""
     config = configuration("digits", {"batch_size": 3, **RESUMED[name]})
@@ -44,9 +42,7 @@ def test_resumed_equals_uninterrupted(name: str) -> None:
 PRIORS = {"gmmn-ae": "mapped", "vae": "gaussian", "ae": "fitted", "wae": "gaussian"}
 
 
-@pytest.mark.parametrize(
-    "name", ["gmmn-ae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vae", "ae", "wae"))]
-)
+@pytest.mark.parametrize("name", quick(PRIORS, ["gmmn-ae"]))
 def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path: Path) -> None:
     text = f"""--method {name} --data {pictures} --batch-size 4 --nz 8 --generator dcgan --loader torch
         --log-every 1 --checkpoint-every 2 --threads 1 --generator-ema .5 --upsampling transposed"""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.recorded_graphs import RecordedGraphs, RecordedLane
 from helpers.runs import command, same_run
 
@@ -65,14 +66,14 @@ LONGER = ["--steps", str(STEPS)]
     "more",
     [
         ["--averager", "ama", "--generator-ema", "0.9"],
-        ["--averager", "ma", "--ma-variant", "authors", "--chunk-size", "3"],
+        slow(["--averager", "ma", "--ma-variant", "authors", "--chunk-size", "3"]),
         ["--averager", "none", "--recompute", "stages", "--recompute-generator"],
-        pytest.param(["--amp", "--generator-ema", "0.5"], marks=pytest.mark.slow),
+        slow(["--amp", "--generator-ema", "0.5"]),
         [
             *("--generator-ema", "0.5,0.9", "--sample-ema", "0.9", "--optimizer", "adamw", "--clip-grad", "0.1"),
             *("--lr-schedule", "cosine", "--warmup-steps", "2"),
         ],
-        pytest.param(["--amp", "--amp-dtype", "fp16", "--chunk-size", "2"], marks=pytest.mark.slow),
+        slow(["--amp", "--amp-dtype", "fp16", "--chunk-size", "2"]),
         ["--method", "mmd", "--mmd-images", "20"],
     ],
     ids=lambda more: " ".join(more).replace("--", ""),
@@ -292,10 +293,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_in_a_replay() -> N
         graphed.check_finite()
 
 
-@pytest.mark.parametrize(
-    "where",
-    [pytest.param("first", marks=pytest.mark.slow), pytest.param("optimizer", marks=pytest.mark.slow), "scaler"],
-)
+@pytest.mark.parametrize("where", [slow("first"), slow("optimizer"), "scaler"])
 def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, monkeypatch, caplog) -> None:
     """It fails at its beginning, in the middle of the optimizer's step, and in the middle of the loss scaling."""
     eager, graphed, graphs = pair(amp=True, amp_dtype="fp16")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow
 from helpers.runs import metrics, same_run, start
 from safetensors.torch import save_file
 
@@ -23,7 +24,7 @@ from engine.representation.pretraining import recipe
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.mark.parametrize("victim", ["checkpoint", "generator", "config", "target"])
+@pytest.mark.parametrize("victim", ["checkpoint", slow("generator"), "config", "target"])
 def test_kill_in_the_middle_of_writing_a_file(victim: str, flags: list[str], finished: Path, tmp_path: Path) -> None:
     """kill -9 after a file's bytes were written and before it took its place."""
     name, nth = {
@@ -63,7 +64,7 @@ def run_alone(argv: list[str], cache: Path, said: Path) -> None:
     run_command(train.main, argv)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, slow(500)])
 def test_kill_at_any_moment(kills: int, flags: list[str], tmp_path: Path) -> None:
     """Of all that a run does: pretraining, the pass over the data set, training, evaluation and its last files."""
     # Processes that are forked after the imports, which would take most of the time.

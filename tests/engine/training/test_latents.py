@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.judging import write_weights
+from helpers.marks import quick
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, everything, resumed_equals_whole, small_trainer
 from safetensors.torch import load_file
@@ -35,12 +36,9 @@ RESUMED: dict[str, dict[str, Any]] = {
     "glann": {"method": "glann", "pool_size": 9, "glo_steps": 3},
     "amid noise": {"method": "glann", "pool_size": 9, "pool_every": 3, "glo_steps": 1},
 }
-_ALWAYS = ("imle", "glann", "amid noise")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in _ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in RESUMED]
-)
+@pytest.mark.parametrize("name", quick(RESUMED, ["imle", "glann", "amid noise"]))
 def test_resumed_equals_uninterrupted(name: str) -> None:
     """Bit for bit: codes with their moments, the pool, both networks, the place among images and random numbers."""
     config = configuration("digits", {"batch_size": 3, **RESUMED[name]})
@@ -70,7 +68,7 @@ OWN = {
 PRIORS = {"glo": "fitted", "imle": "gaussian", "glann": "mapped"}
 
 
-@pytest.mark.parametrize("name", ["glann", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glo", "imle"))])
+@pytest.mark.parametrize("name", quick(OWN, ["glann"]))
 def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path: Path) -> None:
     flags = ["--method", name, "--data", str(pictures), *FLAGS.split(), *OWN[name]]
     train.main([*flags, "--steps", "3", "--out", str(tmp_path / "whole")])
@@ -166,7 +164,7 @@ def test_presets_leave_steps_for_the_mapping(preset: str) -> None:
     assert config.latent.pool_size >= config.training.batch_size
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "imle")) for name in OWN])
+@pytest.mark.parametrize("name", quick(OWN, ["glo", "glann"]))
 def test_a_step_is_planned(name: str) -> None:
     """On tensors of no memory, as every method's; codes of all images count."""
     config = configuration("digits", {"method": name})

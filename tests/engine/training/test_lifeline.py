@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.jobs import ends, start_ranks
+from helpers.marks import slow
 
 from engine.comparison.reference.cache import exclusive
 from engine.support.errors import InputError, out_of_memory
@@ -41,7 +42,7 @@ PASSES = BEGIN + "        time.sleep(3 * ranks.rank)\n" + "run_command(main)\n"
 
 @pytest.mark.parametrize(
     ("killed", "waits"),
-    [(0, WAITS), pytest.param(2, WAITS, marks=pytest.mark.slow), (1, CHECKS)],
+    [(0, WAITS), slow(2, WAITS), (1, CHECKS)],
     ids=["who serves the store", "before a meeting", "between two batches"],
 )
 def test_a_killed_process_ends_those_that_wait(killed: int, waits: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.marks import quick
 from helpers.runs import command, metrics
 
 from engine import train
@@ -27,7 +28,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, ["frechet-queue", "sinkhorn", "landmarks", "gfmn-ema"]))
 def test_resumed_equals_uninterrupted(name: str, flags: list[str], tmp_path: Path) -> None:
     given = [*flags, *METHODS[name]]
     if name == "gmmn":
@@ -41,12 +42,9 @@ def test_resumed_equals_uninterrupted(name: str, flags: list[str], tmp_path: Pat
 
 
 LOWERING = [name for name in METHODS if not name.startswith(("drifting", "gfmn"))]
-LONG = ("frechet-ema", "frechet-queue", "landmarks")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in LOWERING]
-)
+@pytest.mark.parametrize("name", quick(LOWERING, ["frechet", "gmmn"]))
 def test_lowers_its_loss(name: str, flags: list[str], tmp_path: Path) -> None:
     """Drifting's loss says little, and gfmn's is tested elsewhere."""
     more = ["--steps", "40", "--lr", "1e-3", "--batch-size", "16", "--log-every", "1", "--checkpoint-every", "50"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.marks import quick
 from helpers.runs import command, metrics
 from safetensors.torch import load_file
 
@@ -52,9 +53,7 @@ def test_resumed_equals_uninterrupted(run: Path, flags: list[str], tmp_path: Pat
     assert (tmp_path / "run/generator.safetensors").read_bytes() == (run / "generator.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "kernel", [name if name == "energy" else pytest.param(name, marks=pytest.mark.slow) for name in KERNELS]
-)
+@pytest.mark.parametrize("kernel", quick(KERNELS, ["energy"]))
 def test_every_kernel_lowers_its_loss(kernel: str, flags: list[str], tmp_path: Path) -> None:
     more = ["--mmd-kernel", kernel, "--steps", "40", "--lr", "1e-3", "--batch-size", "16", "--log-every", "1"]
     more += ["--sample-every", "50", "--checkpoint-every", "50"]

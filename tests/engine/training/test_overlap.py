@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.fake_ranks import Events, FakeRanks, Message, fake_ranks
 from helpers.host_waits import fake_cuda_trainer, host_waits
+from helpers.marks import slow
 from helpers.recorded_graphs import RecordedGraphs
 from helpers.small_steps import configuration, device_step, small_trainer
 from helpers.step_trace import capture_faults
@@ -271,7 +272,7 @@ CAPTURED: dict[str, dict[str, Any]] = {
 
 
 class TestCapture:
-    @pytest.mark.parametrize("name", ["fp16-chunks", "mmd", pytest.param("two-networks", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("name", ["fp16-chunks", "mmd", slow("two-networks")])
     @pytest.mark.usefixtures("small_groups")
     def test_on_fake_cuda_the_host_waits_for_nothing(self, name: str, ranks: FakeRanks) -> None:
         """Steps as they are rehearsed wait for other hosts alone, captured ones for nobody; all are the same."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.marks import slow
 
 from bench.rows import peak_memory
 from engine import train
@@ -63,14 +64,10 @@ def measured(config: Config, plans: Planner) -> int:
         {"chunk_size": 4},
         {"recompute": "stages", "recompute_generator": True},
         {"amp": True},
-        pytest.param(
-            {"amp": True, "chunk_size": 4, "recompute_generator": True, "averager": "ma"}, marks=pytest.mark.slow
-        ),
+        slow({"amp": True, "chunk_size": 4, "recompute_generator": True, "averager": "ma"}),
         {"generator_ema": (0.5, 0.9, 0.99), "optimizer": "adamw", "clip_grad": 0.1},
         {"generator_ema": None, "feature_scale": "target-deviation"},
-        pytest.param(
-            {"generator": "resnet", "batch_size": 4, "amp": True, "recompute": "stages"}, marks=pytest.mark.slow
-        ),
+        slow({"generator": "resnet", "batch_size": 4, "amp": True, "recompute": "stages"}),
         {"extractor_bn": "batch"},
     ],
     ids=lambda flags: " ".join(f"{name}={value}" for name, value in flags.items()) or "plain",

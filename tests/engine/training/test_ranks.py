@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import capture_worker, rank_worker, resume_worker
 from helpers.jobs import ends, start_job
+from helpers.marks import quick, slow
 from helpers.rank_worker import AVERAGERS, CASES, DISTANCES
 from oracle import relative_error
 from torch import Tensor
@@ -22,7 +23,7 @@ from engine.training.run_folder import RunFolder
 # Four ranks for every averager and for pooled features; what else there is, for two and three.
 ASKED = [(case, size) for case in CASES for size in (2, 3, 4) if size < 4 or case in {*AVERAGERS, "odd", "mmd"}]
 THREE = ("ama", "odd", "chunks", "groups", "mmd")
-QUICK = [(case, size) for case, size in ASKED if size == 2 or (size == 3 and case in THREE)]
+QUICK = [(case, size) for case, size in ASKED if size == (3 if case in THREE else 2)]
 """The others are slow tests."""
 
 
@@ -48,9 +49,7 @@ def alone() -> Callable[[str], dict[str, Tensor]]:
     return functools.cache(lambda case: rank_worker.run(case, ALONE))
 
 
-@pytest.mark.parametrize(
-    ("case", "size"), [asked if asked in QUICK else pytest.param(*asked, marks=pytest.mark.slow) for asked in ASKED]
-)
+@pytest.mark.parametrize(("case", "size"), quick(ASKED, QUICK))
 def test_ranks_take_the_step_of_one(case: str, size: int, found, alone) -> None:
     # AMA's first steps are sign-like: what is nearly zero may go either way.
     tolerance = 1e-9 if case.startswith("ama") or case in DISTANCES.keys() - {"mmd"} else 1e-12
@@ -66,7 +65,7 @@ def test_ranks_take_the_step_of_one(case: str, size: int, found, alone) -> None:
             assert torch.equal(other[name], first[name]), f"{name} differs between ranks"
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [slow(2), 3])
 def test_groups_of_taps_give_the_same_bits(size: int, found) -> None:
     for grouped, whole in zip(found("groups", size), found("chunks", size), strict=True):
         assert grouped.keys() == whole.keys()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow
 from helpers.runs import command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -172,7 +173,7 @@ def test_the_critic_s_rate_is_lowered_as_well(flags: list[str], tmp_path: Path) 
     assert kept == pytest.approx({"generator": FACTOR * 1e-12, "critic": FACTOR * 2e-12})
 
 
-@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [slow(3), 4, slow(7)])
 def test_resumed_equals_uninterrupted(stop: int, flags: list[str], finished: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     train.main([*flags, "--lr-adapt", "kid", "--lr", "1e-12", "--out", out, "--steps", str(stop)])
