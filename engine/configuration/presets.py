@@ -93,7 +93,10 @@ _OF_CODES: dict[str, dict[str, Any]] = {
     "gmmn-ae": {"nz": 16},
 }
 _SHORT: dict[str, Any] = {"steps": 1200, "autoencoder_steps": 800, "batch_size": 64, "upsampling": "transposed"}
-_SHORT_OWN: dict[str, dict[str, Any]] = {"vae": {"code_weight": 2.0, "steps": 2000}, "wae": {"code_weight": 30.0}}
+_SHORT_OWN: dict[str, dict[str, Any]] = {
+    "vae": {"code_weight": 2.0, "steps": 1100},
+    "wae": {"code_weight": 30.0, "steps": 1000},
+}
 _OF_METHODS |= {
     name: {
         preset: {
@@ -123,7 +126,7 @@ _OF_LATENT: dict[str, dict[str, Any]] = {
 }
 # On the digits short codes that begin at principal components leave fewer gaps; a step of the map takes milliseconds.
 _LATENT_ON_DIGITS: dict[str, dict[str, Any]] = {
-    "glo": {"batch_size": 64, "steps": 1500, "nz": 8, "code_start": "pca"},
+    "glo": {"batch_size": 64, "steps": 1200, "nz": 8, "code_start": "pca"},
     "imle": {"batch_size": 64, "steps": 1200},
     "glann": {
         "batch_size": 64,
