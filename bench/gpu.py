@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from bench.commands import interruptible
 from bench.rows import environment, table
 from engine.configuration.command import Parser, output_file, run_command
 from engine.support.files import write_atomically
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     where = environment("cuda")
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with interruptible(), tempfile.TemporaryDirectory() as folder:
         for job in JOBS:
             print(f"{job.name} …", file=sys.stderr, flush=True)
             results[job.name] = run_job(job, Path(folder))

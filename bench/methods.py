@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.commands import Usage, check, run_module
+from bench.commands import Usage, check, interruptible, run_module
 from bench.digit_judge import INK, DigitJudge, chroma, edge_level
 from bench.rows import Row, environment, newest_file, print_rows, read_json, write_json
 from engine.comparison.distances.nearest import nearest_rows
@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = () if arguments.only is None else rows_before(file, None if arguments.json else newest_file(results, kind))
     arguments.docs.mkdir(parents=True, exist_ok=True)
     rows: dict[str, MethodRow] = {row.name: row for row in before if row.name in runs}
-    with tempfile.TemporaryDirectory() as temporary:
+    with interruptible(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pretrain()
         for name in chosen:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from bench.commands import interruptible
 from bench.rows import Row, environment, print_rows, write_json
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments, flags = parser.parse_known_args(argv)
     rows = []
-    with tempfile.TemporaryDirectory() as temporary:
+    with interruptible(), tempfile.TemporaryDirectory() as temporary:
         pictures = Path(temporary) / "pictures"
         pictures.mkdir()
         cut(pictures)

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
+from bench import gpu, methods, photographs
 from bench.commands import Usage, run_module
 
 _CHILD = """
@@ -51,6 +54,23 @@ def test_the_peak_is_not_that_of_the_parent() -> None:
 def test_a_process_that_held_much_says_so() -> None:
     ended = run_module("timeit", ["-n", "1", "-r", "1", "bytearray(b'x') * (300 * 2**20)"])
     assert 300 < ended.usage.mebibytes < 400
+
+
+@pytest.mark.parametrize(
+    ("command", "work", "flags"),
+    [(methods, "pretrain", ["--docs"]), (photographs, "cut", ["--docs"]), (gpu, "run_job", ["--json"])],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_commands_that_train_take_a_signal_for_ctrl_c(
+    command: ModuleType, work: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the processes which they wait for do not outlive them."""
+    monkeypatch.setattr(command, work, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda device: {})
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*flags, str(tmp_path / "out")])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
