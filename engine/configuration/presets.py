@@ -94,7 +94,7 @@ _OF_CODES: dict[str, dict[str, Any]] = {
 }
 _SHORT: dict[str, Any] = {"steps": 1200, "autoencoder_steps": 800, "batch_size": 64, "upsampling": "transposed"}
 _SHORT_OWN: dict[str, dict[str, Any]] = {
-    "vae": {"code_weight": 2.0, "steps": 1100},
+    "vae": {"code_weight": 2.0, "steps": 2000},
     "wae": {"code_weight": 30.0, "steps": 1000},
 }
 _OF_METHODS |= {
