@@ -26,7 +26,7 @@ from engine.configuration.command import Parser, output_file, run_command
 from engine.configuration.inputs import choose_device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TARGETS = tuple(f"sm_{capability}" for capability in MULTIPROCESSORS)
+TARGETS = {f"sm_{capability}": capability for capability in MULTIPROCESSORS}
 
 
 def parser() -> Parser:
@@ -46,7 +46,7 @@ def parser() -> Parser:
         "--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="that are timed (default: all)"
     )
     arguments.add_argument(
-        "--targets", nargs="+", choices=TARGETS, default=TARGETS, help="that --audit compiles for (default: all)"
+        "--targets", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS), help="of --audit (default: all)"
     )
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--json", type=output_file, metavar="FILE", help="write the rows there too")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show: Callable[[], None]
     with RowFile(args.json) as file:
         if args.audit:
-            audited = file.keep(audit([int(target.removeprefix("sm_")) for target in dict.fromkeys(args.targets)]))
+            audited = file.keep(audit([TARGETS[name] for name in dict.fromkeys(args.targets)]))
             show = partial(print_audit, audited)
             failed = any(row.violations for row in audited)
         elif args.bytes:

@@ -47,6 +47,7 @@ def test_every_part_of_the_ci_is_a_target_of_make() -> None:
 
 
 def test_the_audit_is_for_all_gpus_unless_some_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TARGETS", raising=False)
     (every,) = commands("audit")
     assert every.split()[-1] == "--audit"
     monkeypatch.setenv("TARGETS", "sm_80 sm_100")  # as .ci/run names one
