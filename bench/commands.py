@@ -43,6 +43,8 @@ sys.exit(code if code >= 0 else 128 - code)
 """Starts a command and writes what it used. Linux counts the peak of whoever starts a process as the process's own, so
 that must be something small."""
 
+_REFUSED = 2
+"""Exit code of an InputError (`engine.configuration.command`)."""
 _running: dict[subprocess.Popen[bytes], bool] = {}
 """Launchers of `run_module` that have not ended, and whether they were told to stop."""
 
@@ -140,7 +142,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 class RunFailed(InputError):
-    """A command of the engine ended with an error; its run may have diverged."""
+    """A command of the engine ended with an error.
+
+    Attributes:
+        refused: by the engine's own word: its run diverged, or its flags were wrong. False for one that was killed or
+            broke off.
+    """
+
+    def __init__(self, message: str, *, refused: bool = True):
+        super().__init__(message)
+        self.refused = refused
 
 
 def check(ended: Ended, what: str) -> None:
@@ -148,7 +159,8 @@ def check(ended: Ended, what: str) -> None:
     if ended.interrupted or ended.status - 128 in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
     if ended.status:
-        raise RunFailed(f"{what} failed: {ended.message or 'see above'}")
+        reason = ended.message or (f"exit code {ended.status}" if ended.status != _REFUSED else "see above")
+        raise RunFailed(f"{what} failed: {reason}", refused=ended.status == _REFUSED)
 
 
 def in_turn(work: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Generator[Result, None, None]:

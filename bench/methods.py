@@ -20,11 +20,9 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
     exit_on_interrupt()
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +109,8 @@ class MethodRow(Row):
         scale, seed, budget, smoke: of `bench.paper`: the data set, the run's seed, seconds of training that were given
             to every method, and whether its numbers mean nothing.
         settings, preset_steps: of `bench.paper`: digest of all settings of the run, and its preset's training steps.
+        device, training_threads: of `bench.paper`: what the run was computed on, None is a CPU; and with how many
+            threads, None: not recorded.
     """
 
     name: str
@@ -141,6 +141,8 @@ class MethodRow(Row):
     smoke: bool | None = None
     settings: str | None = None
     preset_steps: int | None = None
+    device: str | None = None
+    training_threads: int | None = None
 
 
 def run(name: str, flags: Sequence[str], folder: Path, picture: Path, imagenet: bool = False) -> MethodRow:
@@ -293,28 +295,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--runs", choices=tuple(RUNS), default="comparing", help="which runs; see above")
     add("--only", nargs="+", metavar="NAME", help="some of them")
-    add("--docs", type=Path, metavar="DIR", default=ROOT / "docs/methods", help="of the pictures")
-    add("--json", type=Path, metavar="FILE", help="the rows (default: one of the day in bench/results/); with --only, "
-        "rows of other runs in it, or else in the newest one, are kept")  # fmt: skip
-    add("--steps", type=int, metavar="N", help="in place of the preset's, to try the command")
+    add("--docs", type=Path, metavar="DIR", help="of the pictures (default: docs/methods)")
+    add("--json", type=Path, metavar="FILE", help="the rows (default: one of the day in bench/results/); those of runs "
+        "that are not made again yet stay as they are in it, or else in the newest one")  # fmt: skip
+    add("--steps", type=int, metavar="N", help="in place of the preset's, to try the command; needs --docs and --json")
     arguments = parser.parse_args(argv)
     runs = RUNS[arguments.runs]
     chosen = arguments.only or tuple(runs)
     if unknown := [name for name in chosen if name not in runs]:
         parser.error(f"--only: {unknown[0]} is none of the runs of --runs {arguments.runs} ({', '.join(runs)})")
+    if arguments.steps is not None and None in (arguments.docs, arguments.json):
+        parser.error("--steps: give --docs and --json as well, so that no published picture or row is replaced")
     more = () if arguments.steps is None else ("--steps", str(arguments.steps))
+    docs = arguments.docs or ROOT / "docs/methods"
     kind = KINDS[arguments.runs]
     results = ROOT / "bench/results"
     file = arguments.json or results / f"{kind}_{time.strftime('%Y-%m-%d')}.json"
-    before = () if arguments.only is None else rows_before(file, None if arguments.json else newest_file(results, kind))
-    arguments.docs.mkdir(parents=True, exist_ok=True)
+    before = rows_before(file, None if arguments.json else newest_file(results, kind))
+    docs.mkdir(parents=True, exist_ok=True)
     rows: dict[str, MethodRow] = {row.name: row for row in before if row.name in runs}
     with interruptible(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pretrain()
         for name in chosen:
-            picture = arguments.docs / f"{name}.png"
-            rows[name] = run(name, (*runs[name], *more), folder, picture, arguments.runs == "imagenet")
+            rows[name] = run(name, (*runs[name], *more), folder, docs / f"{name}.png", arguments.runs == "imagenet")
             write_json(file, [rows[known] for known in runs if known in rows])
     print_rows([rows[name] for name in chosen])
 
@@ -330,12 +334,12 @@ def rows_before(file: Path, newest: Path | None) -> list[MethodRow]:
         raise InputError("json", f"{found} holds no rows of methods ({error}); give another file") from None
 
 
-def pretrain() -> None:
-    """Leave the extractor and the target in the cache, so that the first run's time is as the others'."""
-    with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, "-m", "engine.train", "--preset", "digits", "--steps", "1"]
-        if subprocess.run([*command, "--out", f"{temporary}/run"], check=False).returncode:
-            raise InputError("", "the demo does not train; see above")
+def pretrain(seeds: Iterable[int] = (0,)) -> None:
+    """Leave each seed's extractor and target in the cache, so that the first run's time is as the others'."""
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as temporary:
+            command = ["--preset", "digits", "--steps", "1", "--seed", str(seed), "--out", f"{temporary}/run"]
+            check(run_module("engine.train", command, shown=True), "the extractor: python -m engine.train")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from bench.paper import comparison, orderings
 from bench.paper.experiments import EXPERIMENTS, SCALES, SEEDS, SMALL, Experiment
 from bench.paper.page import figures_of, page
 from bench.paper.results import draw, findings, read_rows, results_table, settings_of
-from bench.paper.runs import ExperimentPlan, Rows, RunRow, chosen, run_experiment, run_folder, steps_of
+from bench.paper.runs import ExperimentPlan, Rows, RunRow, check_device, chosen, run_experiment, run_folder, steps_of
 from bench.rows import Row, write_json
 from engine.configuration.command import Parser, output_file, run_command
 from engine.support.errors import InputError
@@ -50,8 +50,8 @@ def parser() -> Parser:
     add("--scale", choices=tuple(SCALES), default=SMALL, help="data set (default: %(default)s)")
     add("--seeds", type=int, default=SEEDS, metavar="N", help="runs of every setting (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="training steps, in place of the scale's")
-    add("--only", nargs="+", default=(), metavar="NAME", help="some of the settings or methods: names, or parts of "
-        "them between commas, such as a minibatch")  # fmt: skip
+    add("--only", nargs="+", default=(), metavar="NAME", help="some of the methods, or of the experiment's settings, "
+        "also by a part of their names, such as a minibatch's number")  # fmt: skip
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     add("--budget", type=int, metavar="SECONDS", help="of training for each method (CPU seconds; on a GPU, seconds by "
         "the clock), in place of the scale's")  # fmt: skip
@@ -183,6 +183,8 @@ def _kept_rows(file: Path | None, experiment: Experiment, plan: ExperimentPlan) 
     if found != {here}:
         other = next(iter(found - {here}))
         raise InputError("json", f"{file} has rows of {other[0]}, {other[1]}, {other[2]} steps; give another file")
+    for row in rows:
+        check_device(file, row.device, plan)
     return {(row.setting, row.seed): row for row in rows}
 
 

@@ -24,7 +24,7 @@ from bench.commands import Result, RunFailed, Usage, in_turn
 from bench.methods import RUNS, SAMPLES, MethodRow, judged, pretrain
 from bench.paper.cost import Span, seconds_per_step
 from bench.paper.experiments import SMALL
-from bench.paper.runs import ExperimentPlan, pretrained
+from bench.paper.runs import ExperimentPlan, check_device, pretrained
 from bench.paper.training import check_kept, check_same, configured, settings_digest, train
 from bench.rows import read_json, save_figure
 from engine.configuration.config import Config
@@ -101,8 +101,8 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str], kept: Rows)
     chosen = {name: flags for name, flags in chosen.items() if any(name == left for left, _ in runs_left)}
     if not chosen:
         return
-    if plan.scale.name == SMALL:
-        pretrain()
+    if plan.scale.name == SMALL:  # each seed learns a network of its own
+        pretrain(sorted({seed for name, seed in runs_left if _pretrained(name, plan)}))
     else:
         for name in chosen:
             _weights(name, plan)
@@ -150,7 +150,7 @@ def compare(plan: ExperimentPlan, seconds: int, failures: list[str], kept: Rows)
                 name, flags_of(name, seed), folder, found, network, count=_count(plan), metrics=plan.scale.metrics,
                 judge=network.label, scale=plan.scale.name, seed=seed, budget=seconds, smoke=plan.smoke,
                 settings=settings_digest(flags_of(name, seed)), preset_steps=_config(name, plan).training.steps,
-                real_cache=Path(real_features),
+                real_cache=Path(real_features), **plan.machine,
             )  # fmt: skip
             text = json.dumps(row.as_json(), indent=1) + "\n"
             write_atomically(folder / "row.json", text.encode())
@@ -209,7 +209,7 @@ def training_flags(
         flags += [f"--{_STAGES[name].replace('_', '-')}", str(max(first, 1))]
     if (average := config.training.generator_ema) and steps < config.training.steps:
         flags += ["--generator-ema", _same_share(all_of(average), config.training.steps / steps)]
-    # Neither costs anything before the end, where both are written anyway.
+    # Few, for a run of minutes; the last samples are written anyway.
     flags += ["--sample-every", str(steps), "--checkpoint-every", str(max(steps // 4, 1))]
     weights = _weights(name, plan) if weights is None else weights
     return [*flags, *(["--weights", *map(str, weights)] if weights else [])]
@@ -234,14 +234,15 @@ def _config(name: str, plan: ExperimentPlan) -> Config:
 
 
 def _weights(name: str, plan: ExperimentPlan) -> list[Path]:
-    """Of the networks that are matched; none where the preset pretrains them, or nothing is matched."""
-    if plan.scale.name == SMALL:
-        return []
+    """Of the networks that are matched; none where the run pretrains them, or nothing is matched."""
+    return [] if plan.scale.name == SMALL else [pretrained(network, plan) for network in _pretrained(name, plan)]
+
+
+def _pretrained(name: str, plan: ExperimentPlan) -> list[str]:
+    """The networks that the method matches; none if they bring their weights, or nothing is matched."""
     config = _config(name, plan)
     networks = config.networks.extractor.split("+")
-    if config.method.method not in COMPARING or all(map(brings_weights, networks)):
-        return []
-    return [pretrained(network, plan) for network in networks]
+    return [] if config.method.method not in COMPARING or all(map(brings_weights, networks)) else networks
 
 
 def step_cost(name: str, plan: ExperimentPlan) -> float:
@@ -252,7 +253,7 @@ def step_cost(name: str, plan: ExperimentPlan) -> float:
     file = _folder(plan) / "costs" / f"{name}.json"
     steps, stages = _stages(name, plan)
     flags = training_flags(name, plan, 0, steps)
-    asked = {"flags": flags, "settings": settings_digest(flags), "device": plan.device}
+    asked = {"flags": flags, "settings": settings_digest(flags), **plan.machine}
     if not file.exists():
         parts = seconds_per_step(flags, [span for _, span in stages], plan.threads)
         seconds = float(np.average(parts, weights=[length for length, _ in stages]))
@@ -321,6 +322,7 @@ def kept_rows(file: Path | None, plan: ExperimentPlan, seconds: int) -> Rows:
     for row in found:
         if (row.scale, row.budget) != (plan.scale.name, seconds):
             raise InputError("json", f"{file} has rows of {row.scale} and {row.budget} seconds; give another file")
+        check_device(file, row.device, plan)
     return {(row.name, row.seed): row for row in found}
 
 

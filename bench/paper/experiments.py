@@ -244,7 +244,7 @@ _SEARCH = (
 )
 _LOSS = (
     "AMA's loss is v · Δ, and v starts at zero. So the loss rises and falls while v catches up with Δ, passes zero, "
-    "and then hardly moves. The samples improve during that time. ‖Δ‖ is the better sign of progress."
+    "and then hardly moves. The samples improve during that time."
 )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.paper.experiments import EXPERIMENTS, SCALES, SMALL
 from bench.paper.results import conditions, findings, results_table, settings_of, tested
-from bench.paper.runs import RunRow
+from bench.paper.runs import RunRow, chosen
 from bench.paper.search import best
 from bench.rows import table
 
@@ -34,32 +35,34 @@ def page(results: Sequence[list[RunRow]], figures: Sequence[Sequence[str]]) -> s
     found = {rows[0].experiment for rows in results}
     missing = [name for name in EXPERIMENTS if name not in found]
     if missing:
-        commands = (f"- {EXPERIMENTS[name].title}: `python -m bench.paper --experiment {name}`" for name in missing)
+        commands = (f"- {EXPERIMENTS[name].title}: `{_COMMAND.format(name)}`" for name in missing)
         parts.append("## Not run yet\n\n" + "\n".join(commands))
     return "\n\n".join(parts) + "\n"
 
 
+_COMMAND = "python -m bench.paper --experiment {} --json ROWS.json"
 _INTRODUCTION = """# The paper's experiments, at the size of a laptop
 
 `python -m bench.paper --document docs/experiments.md ROWS.json …` writes this page from rows of results; no number in
-it is typed by hand. Each experiment is one command, `python -m bench.paper --experiment NAME`. With `--scale
-cifar10`, `stl10`, `celeba64` or `fashion` the same command runs at the paper's scale on a GPU, judged by Inception
-(FID, KID, IS of 50,000 samples). **Nobody has run that yet.** Everything below is the small scale: scikit-learn's
+it is typed by hand. Each experiment is one command, which stands in its section. With `--scale cifar10`, `stl10`,
+`celeba64` or `fashion` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS of
+50,000 samples). **Nobody has run that yet.** Everything below is the small scale: scikit-learn's
 1,797 digits, and hundreds or a few thousand steps at large learning rates. So it shows how the method behaves in a
 small training, and no more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen after one look at AMA
 with its first seed.)
 
 A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
 and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim "agrees"
-or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%; otherwise it is "undecided".
-There are {tests} such tests below, each by itself: where nothing differs, one in twenty decides all the same. What
-is said of rank correlations, and of what is closest, is no test. The matched networks are trained on the digits once
+or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%, or if the mean rank
+correlation differs from 0 by Student's; otherwise it is "undecided". There are {tests} such tests below, not corrected
+for their number: about one in twenty would decide by chance. Which setting is closest, and the rank correlation with
+the number of layers, are read off the means, without a test. The matched networks are trained on the digits once
 on each machine, and are the same for all seeds. Where rates were searched, the search ran once."""
 
 
 def _section(rows: Sequence[RunRow], figures: Sequence[str]) -> str:
     experiment = EXPERIMENTS[rows[0].experiment]
-    command = f"```\npython -m bench.paper --experiment {experiment.name}{_scale_flag(rows[0])}\n```"
+    command = f"```\n{_COMMAND.format(experiment.name + _scale_flag(rows[0]) + _only_flag(rows))}\n```"
     sentences = "\n".join(f"- {sentence}" for sentence in findings(rows))
     return "\n\n".join(
         (
@@ -128,7 +131,18 @@ def _pairs(words: Sequence[str]) -> zip[tuple[str, str]]:
 
 
 def _scale_flag(row: RunRow) -> str:
-    return "" if row.scale == "digits" else f" --scale {row.scale}"
+    return "" if row.scale == SMALL else f" --scale {row.scale}"
+
+
+def _only_flag(rows: Sequence[RunRow]) -> str:
+    """The flag that chooses the settings of these rows: by a part of their names if that says as much."""
+    settings, present = EXPERIMENTS[rows[0].experiment].settings(SCALES[rows[0].scale]), settings_of(rows)
+    if len(present) == len(settings):
+        return ""
+    parts = present[0].split(", ")
+    of_parts = {part: [setting.name for setting in chosen(settings, [part])] for part in parts}
+    names = next(([part] for part, own in of_parts.items() if sorted(own) == sorted(present)), present)
+    return f" --only {shlex.join(names)}"
 
 
 def _conditions(rows: Sequence[RunRow]) -> str:
@@ -143,5 +157,5 @@ def _conditions(rows: Sequence[RunRow]) -> str:
         f"{row.steps:,} steps{rates} in {dtypes}, minibatch {' and '.join(map(str, minibatches))}, "
         f"seeds {', '.join(map(str, seeds))}; "
         f"{row.samples:,} samples against {row.real:,} real images by {judge}. "
-        f"{conditions(rows)}"
+        f"{conditions(rows)}{' The trials of the search are not counted.' if row.searched else ''}"
     )

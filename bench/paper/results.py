@@ -107,7 +107,7 @@ def smaller(first: Summary, second: Summary) -> int:
         weights = [square**2 / (found.count - 1) for square, found in zip(squares, (first, second))]
         freedom = sum(squares) ** 2 / sum(weights)
         needed = float(student.ppf((1 + _CONFIDENCE) / 2, freedom)) * sum(squares) ** 0.5
-    return 0 if abs(difference) <= needed else 1 if difference > 0 else -1
+    return 0 if not abs(difference) > needed else 1 if difference > 0 else -1  # undecided too if one is not a number
 
 
 def next_to(names: Mapping[str, Summary]) -> str:
@@ -135,12 +135,16 @@ def side_by_side(rows: Sequence[RunRow]) -> str:
     """A sentence on two settings of which the paper claims nothing."""
     one, other = settings_of(rows)
     sign, first, second = closer(rows, one, other)
-    word = {1: f"{one} is closer", -1: f"{other} is closer", 0: "no difference that counts"}[sign]
+    word = {1: f"{one} is closer", -1: f"{other} is closer", 0: f"**{WORDS[0]}**"}[sign]
     return f"{one} against {other}: {word} ({one} {first}, {other} {second})"
 
 
 def correlations(rows: Sequence[RunRow]) -> list[str]:
-    """Sentences on how well the loss and ‖Δ‖ order the evaluations of a run as the kernel distance does (Spearman)."""
+    """Sentences on whether the loss and ‖Δ‖ order the evaluations of a run as the kernel distance does.
+
+    Spearman's rank correlation for each seed. Their mean is against 0, by Student's t-test, two-sided at 95%, which is
+    `smaller` with a mean that has no spread.
+    """
     lines = []
     for key, name in (("loss", "the loss"), ("difference_norm", "‖Δ‖, the distance of the moments,")):
         values = [
@@ -148,11 +152,11 @@ def correlations(rows: Sequence[RunRow]) -> list[str]:
             for row in rows
         ]
         found = summarise(values)
-        word = "agrees" if min(values) > 0.5 else "disagrees" if max(values) < 0.5 else "undecided"
+        word = WORDS[smaller(Summary(0.0, 0.0, found.count), found)]
         each = ", ".join(f"{value:.2f}" for value in values)
         lines.append(
-            f"{name} falls with the held-out kernel distance: **{word}** (rank correlation {found.mean:.2f}; "
-            f"a seed each: {each})"
+            f"{name} falls with the held-out kernel distance: **{word}** (mean rank correlation {found.mean:.2f}; of "
+            f"the seeds: {each})"
         )
     return lines
 
@@ -177,7 +181,7 @@ def trend(rows: Sequence[RunRow]) -> str:
 
 
 def tested(rows: Sequence[RunRow]) -> list[str]:
-    """What Welch's test says of the paper's claims, or of two settings, a sentence each."""
+    """What the tests say of the paper's claims, or of two settings, a sentence each."""
     experiment, scale = EXPERIMENTS[rows[0].experiment], SCALES[rows[0].scale]
     present = set(settings_of(rows))
     claims = [claim for claim in experiment.claims(scale) if {claim.better, claim.worse} <= present]
@@ -186,7 +190,7 @@ def tested(rows: Sequence[RunRow]) -> list[str]:
         sentences += [verdict(rows, claim, "pixel_distance") for claim in claims]
     if experiment.name == "fidelity" and len(present) == 2:
         sentences.append(side_by_side(rows))
-    return sentences
+    return sentences + (correlations(rows) if rows[0].curve else [])
 
 
 def findings(rows: Sequence[RunRow]) -> list[str]:
@@ -196,23 +200,21 @@ def findings(rows: Sequence[RunRow]) -> list[str]:
         sentences.append(trend(rows))
     if experiment.name == "averaging":
         sentences += closest(rows)
-    if rows[0].curve:
-        sentences += correlations(rows)
     return sentences
 
 
-def conditions(rows: Sequence[RunRow | MethodRow], threads: str = "threads") -> str:
-    """A part of a sentence: the machines that the rows come from, whose `threads` are told by that name, and how long
-    training took."""
+def conditions(rows: Sequence[RunRow | MethodRow]) -> str:
+    """A part of a sentence: the machines that the rows come from, and how long training took."""
     seen = [row.environment for row in rows]
     told = {
         key: ", ".join(sorted({str(entry[key]) for entry in seen}))
         for key in ("processor", "threads", "commit", "date")
     }
     torch = ", ".join(sorted({entry["versions"]["torch"] for entry in seen}))
+    own = ", ".join(sorted({str(row.training_threads or "not recorded") for row in rows}))
     return (
-        f"{told['processor']}, {threads}: {told['threads']}; torch {torch}, commit {told['commit']}, {told['date']}; "
-        f"{sum(row.seconds for row in rows) / 60:.0f} minutes of training in all."
+        f"{told['processor']}; threads of a training: {own}, of the judge: {told['threads']}; torch {torch}, commit "
+        f"{told['commit']}, {told['date']}; {sum(row.seconds for row in rows) / 60:.0f} minutes of training in all."
     )
 
 

@@ -44,6 +44,8 @@ class RunRow(Row):
         searched_by: what gave the scores, the larger the better.
         trial_steps: training steps of a trial.
         settings: digest of all settings of the run.
+        device: what the run was computed on; None is a CPU.
+        training_threads: of the run; None: not recorded.
     """
 
     experiment: str
@@ -67,6 +69,8 @@ class RunRow(Row):
     searched_by: str | None = None
     trial_steps: int | None = None
     settings: str | None = None
+    device: str | None = None
+    training_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class ExperimentPlan:
     def threads(self) -> int | None:
         """Of a run; None leaves that to PyTorch."""
         return 1 if self.jobs > 1 else None
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What rows say of where their runs are computed: the device, and the threads of each."""
+        return {"device": self.device, "training_threads": self.threads or torch.get_num_threads()}
 
     @property
     def samples(self) -> int:
@@ -214,6 +223,8 @@ def _search(
         try:
             train(flags, own, plan.threads, retry=False)
         except RunFailed as error:
+            if not error.refused:  # and says nothing about the candidate
+                raise
             return error
         return own
 
@@ -252,6 +263,12 @@ def pretrained(name: str, plan: ExperimentPlan) -> Path:
     print(f"python -m engine.pretrain {' '.join(command)}", file=sys.stderr, flush=True)
     check(run_module("engine.pretrain", command), f"{path}: python -m engine.pretrain")
     return path
+
+
+def check_device(file: Path, device: str | None, plan: ExperimentPlan) -> None:
+    """InputError if a row of `file` was computed on another device than the plan's; None is a CPU."""
+    if (device or "cpu") != plan.device:
+        raise InputError("json", f"{file} has rows of --device {device or 'cpu'}; give that, or another file")
 
 
 def _weights(setting: ExperimentSetting, plan: ExperimentPlan) -> list[Path]:
@@ -356,6 +373,7 @@ def _row(
         searched_by=None if searched is None else judged_by(plan.scale),
         trial_steps=None if searched is None else steps_of(experiment, plan, trial=True),
         settings=settings_digest(flags),
+        **plan.machine,
         environment=environment(plan.device),
     )
 

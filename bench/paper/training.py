@@ -57,11 +57,11 @@ def train(flags: Sequence[str], folder: Path, threads: int | None = None, *, ret
     """What `engine.train FLAGS… --out FOLDER` used, in all its pieces.
 
     Beside the folder lies `FOLDER.json`, which has the flags, a digest of the settings, what every piece used, whether
-    the run is finished, and why it failed. A piece is noted as None before it begins. If one was killed that remains,
-    and the CPU seconds are not known. The file means nothing once the folder was deleted.
+    the run is finished, and why the engine refused to go on, if it did. A piece is noted as None before it begins. If
+    one was killed that remains, and the CPU seconds are not known. The file means nothing once the folder was deleted.
 
     Raises InputError for a folder that was trained with other flags or settings, and RunFailed for training that fails;
-    without `retry` at once for a run that failed before.
+    without `retry` at once for a run that the engine refused before.
     """
     record = folder.with_name(folder.name + ".json")
     asked = {"flags": list(flags), "settings": settings_digest(flags)}
@@ -86,7 +86,8 @@ def train(flags: Sequence[str], folder: Path, threads: int | None = None, *, ret
         try:
             check(ended, f"{folder}: python -m engine.train")
         except RunFailed as error:
-            _write(record, {**known, "failed": str(error)})
+            if error.refused:
+                _write(record, {**known, "failed": str(error)})
             raise
     pieces = [Usage(0.0, None, 0.0) if piece is None else Usage(**piece) for piece in known["used"]]
     return sum(pieces[1:], pieces[0])

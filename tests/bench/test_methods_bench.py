@@ -11,10 +11,14 @@ from helpers.judging import digits, write_weights
 from helpers.runs import command
 
 from bench import method_steps, methods
+from bench.commands import Ended, Usage
 from bench.methods import MethodRow
 from bench.rows import newest_file, write_json
+from engine.configuration.config import Config
+from engine.configuration.flags import given_flags
 from engine.evaluation.judges import EvaluationNetwork, evaluation_network
 from engine.support.errors import InputError
+from engine.train import parser
 
 
 def row(name: str, seconds: float, date: str) -> MethodRow:
@@ -65,6 +69,46 @@ def test_only_begins_with_the_newest_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert newest_file(results, "methods") is None
 
 
+@pytest.mark.usefixtures("ran")
+def test_an_interrupted_command_leaves_the_rows_that_it_did_not_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def run(name: str, *_: object) -> MethodRow:
+        made.append(name)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return row(name, 7.0, "2026-02-02")
+
+    monkeypatch.setattr(methods, "run", run)
+    file = tmp_path / "rows.json"
+    names = list(methods.RUNS["comparing"])
+    write_json(file, [row(name, 1.0, "2026-01-01") for name in names])
+    with pytest.raises(KeyboardInterrupt):
+        methods.main(["--docs", str(tmp_path), "--json", str(file)])
+    assert shown(file) == [(name, 7.0, "2026-02-02") for name in names[:2]] + [
+        (name, 1.0, "2026-01-01") for name in names[2:]
+    ]
+
+
+def test_every_seed_s_network_is_pretrained_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def run_module(module: str, flags: list[str], *, shown: bool) -> Ended:
+        assert module == "engine.train"
+        trained.append(Config.build("digits", given_flags(parser().parse_args(flags))))
+        return Ended(Usage(1.0, 1.0, 1.0), 2 if trained[-1].training.seed == 4 else 0, "")
+
+    monkeypatch.setattr(methods, "run_module", run_module)
+    methods.pretrain((0, 2))
+    assert [(config.training.seed, config.networks.weights) for config in trained] == [
+        (n, ("pretrain",)) for n in (0, 2)
+    ]
+    with pytest.raises(InputError, match=r"engine\.train failed: see above"):
+        methods.pretrain((4,))
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('[{"thing": 1}]')
     with pytest.raises(InputError, match="holds no rows of methods"):
@@ -76,6 +120,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     [
         (methods.main, "--only imagenet-gfmn", "--only: imagenet-gfmn is none of the runs of --runs comparing (gfmn,"),
         (methods.main, "--runs imagenet --only mmd", "--only: mmd is none of the runs of --runs imagenet"),
+        (methods.main, "--steps 3", "--steps: give --docs and --json as well"),
+        (methods.main, "--steps 3 --json rows.json", "--steps: give --docs and --json as well"),
         (method_steps.main, "--repetitions 0", "--repetitions: must be at least 1"),
         (method_steps.main, "--chunk-size 256", "--chunk-size: must be from 1 to 255"),
     ],

