@@ -1,9 +1,16 @@
-"""This package's one way of a tensor to the device."""
+"""What this package asks of the machine: how many CPUs it may use, and its one way of a tensor to the device."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use; all of them where the system does not tell, as macOS does not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipelines.device import usable_cpus
 from pipelines.errors import BadImage, DataError, one_line
 
 log = logging.getLogger("gfmn")
@@ -165,7 +166,7 @@ def _digest(
     start = time.time()
     total = hashlib.sha256()
     complete = True
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)) + 1)) as pool:
+    with ThreadPoolExecutor(min(4, usable_cpus() + 1)) as pool:
         for item, content in enumerate(pool.map(digest_one, range(len(names)))):
             if isinstance(content, OSError):
                 complete = False

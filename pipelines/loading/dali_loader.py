@@ -7,7 +7,6 @@ A pipeline lives for one epoch: building one takes milliseconds, and an abandone
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipelines.dataset import ArrayDataset, EncodedDataset, ImageDataset
+from pipelines.device import usable_cpus
 from pipelines.errors import BadImage
 from pipelines.loading.torch_loader import is_range
 from pipelines.pixels import HALF
@@ -60,7 +60,7 @@ def pipeline_arguments(device: torch.device, batch_size: int, workers: int | Non
 
 def num_threads(workers: int | None) -> int:
     """Decoding threads: what the caller asks for, or one per CPU that this process may use."""
-    return workers or len(os.sched_getaffinity(0))
+    return workers or usable_cpus()
 
 
 def normalise(images: Any, mirrored: Any, layout: str = "CHW", **crop: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from pipelines import DataError, ImageLoader, open_dataset
+from pipelines.device import usable_cpus
 
 Files = dict[str, bytes]
 
@@ -115,6 +117,19 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path, files: Files, kind:
         prints.append(open_dataset("images", SOURCES[kind](tmp_path / place, one)).fingerprint())
     assert prints[0] == prints[1]
     assert prints[0]["content_sha256"] != prints[2]["content_sha256"]
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_parquet])
+def test_a_system_that_does_not_tell_what_cpus_a_process_may_use(
+    tmp_path: Path, files: Files, backend: str, make: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS, whose Python has no os.sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert usable_cpus() == 3
+    dataset = open_dataset("images", make(tmp_path, files))
+    assert len(dataset.fingerprint()["content_sha256"]) == 64
+    assert sum(len(images) for images, _ in ImageLoader(dataset, 5, backend=backend)) == 23
 
 
 def test_an_archive_has_the_fingerprint_of_its_folder(tmp_path: Path, files: Files) -> None:
