@@ -245,6 +245,8 @@ def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
                 _check_new(run)
             _train(asked, run, device, None, ranks)
             return
+        if ranks.rank == 0:
+            run.remove_leftovers()
         checkpoint = run.newest_checkpoint()
         if checkpoint is None or not _is_finished(run, checkpoint, asked.training.steps):
             _train(asked, run, device, checkpoint, ranks)

@@ -29,6 +29,7 @@ log = logging.getLogger("gfmn")
 
 _CHECKSUM = "crc32"
 _POLL = 0.2
+_RANDOM = 8  # characters that `tempfile` puts into a name
 
 
 def what_is(path: str | Path) -> str | None:
@@ -114,6 +115,15 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def leftovers(folder: Path, *names: str) -> Iterator[Path]:
+    """What killed writes of files of these names, or patterns of names, left in `folder`: the drafts of `atomic_file`.
+
+    A write that still goes on has such a draft, too: ask for names that nobody else is writing there.
+    """
+    for name in names:
+        yield from folder.glob(f".{name}.{'?' * _RANDOM}.tmp")
 
 
 def _stream(path: Path) -> int | None:

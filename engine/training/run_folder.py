@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from engine.support.errors import InputError, reason
-from engine.support.files import locked, read_tensors, write_atomically
+from engine.support.files import leftovers, locked, read_tensors, write_atomically
 from engine.training.checkpoint import Checkpoint
 
 COLUMNS = 8
@@ -85,7 +85,6 @@ class RunFolder:
         made = self._mkdir() or made
         try:
             with locked(self.lock, self._busy):
-                self._remove_leftovers()
                 yield
         finally:
             if made:
@@ -126,28 +125,39 @@ class RunFolder:
         raise InputError(self.path, "another process is at this run; wait until it ends, or choose another folder")
 
     def check_new(self) -> None:
-        """InputError if the folder already holds something. A run that had not taken a step is removed."""
+        """InputError if the folder already holds something. A run that had not taken a step is removed, and so is what
+        a kill left behind before there was one."""
         try:
-            entries = set(self.path.iterdir()) - {self.lock}
+            entries = set(self.path.iterdir()) - {self.lock, *leftovers(self.path, self.config.name)}
         except OSError as error:
             raise InputError(self.path, f"cannot be read, {error.strerror or error}") from None
-        if not entries:
-            return
         before = {self.config, self.extractor, self.target, self.bad_images, self.metrics, self.tensorboard}
         stepped = self.metrics.exists() and self.metrics.stat().st_size > 0
-        if self.config not in entries:
+        if entries and self.config not in entries:
             raise InputError(self.path, "is not an empty folder; choose another one")
-        if stepped or entries - before:
+        if stepped or entries - before - set(self._leftovers()):
             raise InputError(self.path, "holds another run; resume that one, or choose another folder")
         for folder in (self.extractor, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.target, self.bad_images, self.metrics, self.config):
             file.unlink(missing_ok=True)
+        self.remove_leftovers()
 
-    def _remove_leftovers(self) -> None:
-        """Delete what a kill in the middle of a write left behind."""
-        for path in self.path.rglob(".*.tmp"):
+    def remove_leftovers(self) -> None:
+        """Delete what a kill in the middle of a write left behind, in a folder that holds a run and is this process's.
+
+        Only drafts of the run's own files: another process may be writing other files here, or another run below.
+        """
+        for path in self._leftovers():
             _discard(path)
+
+    def _leftovers(self) -> Iterator[Path]:
+        products = (self.final_samples, self.loss_plot, self.generator, self.best_generator, self.profile)
+        files = (self.config, self.target, self.bad_images, self.metrics, *products)
+        yield from leftovers(self.path, *(file.name for file in files))
+        yield from leftovers(self.checkpoints, "step_*.safetensors", self.best_checkpoint.name)
+        yield from leftovers(self.samples, "step_*.png")
+        yield from leftovers(self.extractor, "*.safetensors")
 
     def write_config(self, text: str) -> None:
         """Write `config.json`; from here on the folder holds a run."""

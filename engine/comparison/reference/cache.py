@@ -19,7 +19,7 @@ from engine.comparison.reference.saved_pass import forget_partials, own_path, pa
 from engine.comparison.reference.statistics_pass import compute_reference, fingerprint
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
-from engine.support.files import locked, write_atomically
+from engine.support.files import leftovers, locked, write_atomically
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageLoader, cache_is_kept, cached
 
@@ -164,7 +164,7 @@ def exclusive(path: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """
     lock = path.with_name(f".{path.name}.lock")
     with locked(lock, lambda: log.info("%s: another process is at it; waiting", path), ranks.check):
-        for name in (path.name, path.with_suffix(".partial").name):
-            for leftover in path.parent.glob(f".{glob.escape(name)}.*.tmp"):
-                leftover.unlink(missing_ok=True)
+        names = (glob.escape(name) for name in (path.name, path.with_suffix(".partial").name))
+        for leftover in leftovers(path.parent, *names):
+            leftover.unlink(missing_ok=True)
         yield

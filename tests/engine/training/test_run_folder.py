@@ -270,6 +270,69 @@ def test_products_of_a_finished_run_are_made_again(product: str, finished: Path,
     assert saved_step(out / "generator.safetensors") == 6
 
 
+# Drafts of files that a run writes, and others: of its user, of other commands, and of a run below it.
+OWN = (
+    ".config.json",
+    ".target.safetensors",
+    ".metrics.jsonl",
+    ".samples.png",
+    ".generator.safetensors",
+    "checkpoints/.step_00000004.safetensors",
+    "checkpoints/.best.safetensors",
+    "samples/.step_00000003.png",
+    "extractor/.vgg-small.safetensors",
+)
+OTHERS = (
+    ".config.json.mine",
+    ".samples.npy",
+    ".report.html",
+    ".step_00000004.safetensors",
+    "x/.generator.safetensors",
+    "x/checkpoints/.step_00000004.safetensors",
+)
+
+
+def add_drafts(out: Path, *names: str) -> None:
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / f"{name}.k3b_9x0q.tmp").write_text("half")
+
+
+def test_resuming_removes_the_runs_own_drafts_alone(half: Path, tmp_path: Path) -> None:
+    """Not the samples that engine.sample is writing into the folder, nor the checkpoint of a run below it."""
+    out = tmp_path / "run"
+    shutil.copytree(half, out)
+    add_drafts(out, *OWN, *OTHERS)
+    train.main(["--resume", "--out", str(out), "--steps", "6"])
+    left = {name.removesuffix(".k3b_9x0q.tmp") for name in contents(out) if name.endswith(".tmp")}
+    assert left == set(OTHERS)
+
+
+@pytest.mark.parametrize("case", ["the folder above a run", "another run"])
+def test_a_folder_that_is_refused_keeps_all_drafts(case: str, half: Path, tmp_path: Path, no_work, capsys) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(half, out if case == "another run" else out / "x")
+    add_drafts(out, *OWN, *OTHERS)
+    before = contents(out)
+    code, errors = command(train.main, ["--out", str(out)], capsys)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert str(out) in errors
+    assert contents(out) == before
+
+
+def test_drafts_of_a_run_that_took_no_step_do_not_make_a_folder_used(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    add_drafts(tmp_path, ".config.json")
+    run.check_new()
+    assert contents(tmp_path) == {}
+    add_drafts(tmp_path, ".generator.safetensors")
+    with pytest.raises(InputError, match="not an empty folder"):
+        run.check_new()
+    run.config.write_text("{}")
+    run.check_new()
+    assert contents(tmp_path) == {}
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "thesis.tex").write_text("precious")
