@@ -194,7 +194,8 @@ class NoLogbook:
 
 
 def plot_metrics(path: Path, metrics: Sequence[dict[str, Any]]) -> bool:
-    """Write a PNG of every series of the log over the steps: the loss and its parts, and what is of another scale.
+    """Write a PNG of every series of the log over the steps that have it, in the order in which they were first logged:
+    the loss and its parts, and what is of another scale.
 
     Returns whether it did: without matplotlib there is no plot, and a warning that says so.
     """
@@ -204,19 +205,22 @@ def plot_metrics(path: Path, metrics: Sequence[dict[str, Any]]) -> bool:
     except ImportError:
         _warn_once(f"matplotlib is not installed: no {path.name} ({pip_line('matplotlib')})")
         return False
-    names = [name for name, value in metrics[-1].items() if name not in _NOT_PLOTTED and isinstance(value, float)]
-    parts = [name for name in names if name not in _LOGARITHMIC]
-    others = [name for name in names if name in _LOGARITHMIC]
+    series: dict[str, list[tuple[int, float]]] = {}
+    for entry in metrics:
+        for name, value in entry.items():
+            if name not in _NOT_PLOTTED and isinstance(value, float):
+                series.setdefault(name, []).append((entry["step"], value))
+    parts = [name for name in series if name not in _LOGARITHMIC]
+    others = [name for name in series if name in _LOGARITHMIC]
     figure = Figure(figsize=(9, 3 + 3 * len(others)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1 + len(others), sharex=True, squeeze=False)[:, 0]
-    steps = [entry["step"] for entry in metrics]
     for name in parts:
-        axes[0].plot(steps, [entry.get(name) for entry in metrics], label=LABELS.get(name, name), linewidth=1)
+        axes[0].plot(*zip(*series[name], strict=True), label=LABELS.get(name, name), linewidth=1)
     axes[0].set_ylabel("loss")
     axes[0].legend()
     for axis, name in zip(axes[1:], others, strict=True):
-        axis.plot(steps, [entry.get(name) for entry in metrics], color="black", linewidth=1)
+        axis.plot(*zip(*series[name], strict=True), color="black", linewidth=1)
         axis.set_yscale("log")
         axis.set_ylabel(LABELS.get(name, name))
     axes[-1].set_xlabel("step")
