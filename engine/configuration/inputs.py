@@ -187,10 +187,11 @@ def load_run_sampler(path: str | Path, *, best: bool = False) -> SavedSampler:
     run = RunFolder(path)
     if what_is(run.path) != "folder":
         raise InputError("run", f"{run.path} is not a folder")
-    if what_is(run.generator) is None:
+    wanted = run.best_generator if best else run.generator
+    if what_is(wanted) is None:
+        if what_is(run.generator) is not None:
+            raise InputError("best", f"{run.path} was not evaluated during training (--evaluate-every)")
         if what_is(run.config) is None:
             raise InputError("run", f"{run.path} is not the folder of a run: it has no {run.config.name}")
         raise InputError("run", f"{run.path} has no generator yet; train it: {resume_command(run.path)}")
-    if best and what_is(run.best_generator) is None:
-        raise InputError("best", f"{run.path} was not evaluated during training (--evaluate-every)")
-    return load_sampler(run.best_generator if best else run.generator, build_encoder)
+    return load_sampler(wanted, build_encoder)

@@ -90,15 +90,16 @@ def test_what_is_there(tmp_path: Path) -> None:
         assert error.value.argument == tmp_path / name
 
 
+@pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize(("content", "said"), [([], "config.json"), (["config.json"], "--resume")])
-def test_a_folder_without_a_generator(content: list[str], said: str, tmp_path: Path) -> None:
+def test_a_folder_without_a_generator(content: list[str], said: str, best: bool, tmp_path: Path) -> None:
     """The advice is a command that works: a run's folder can't be trained in anew."""
     folder = tmp_path / "it's a run"
     folder.mkdir()
     for name in content:
         (folder / name).write_text("{}")
     with pytest.raises(InputError, match=said) as error:
-        load_run_sampler(folder)
+        load_run_sampler(folder, best=best)
     assert error.value.argument == "run"
     if content:
         assert shlex.split(error.value.message.partition("train it: ")[2])[-1] == str(folder)

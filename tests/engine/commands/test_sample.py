@@ -20,6 +20,7 @@ from torchvision.utils import make_grid
 from engine import evaluate, report, sample
 from engine.configuration.inputs import load_run_sampler
 from engine.generation.sampling import Sampler
+from engine.support.errors import InputError
 from engine.support.pixels import to_uint8
 
 # What a process needed at most, in MiB, after each of some numbers of samples of 128 pixels, by a network so small that
@@ -30,6 +31,7 @@ import torch
 from engine.generation import networks
 from engine.generation.priors import Gaussian
 from engine.generation.sampling import Sampler
+from engine.support.errors import InputError
 from engine.generation.saved import save_sampler
 from pathlib import Path
 
@@ -76,6 +78,14 @@ def test_array_and_picture_hold_the_samplers_images(run: Path, tmp_path: Path) -
     with Image.open(tmp_path / "a.png") as picture:
         grid = make_grid(expected.permute(0, 3, 1, 2), nrow=18, padding=2, pad_value=64).permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(np.asarray(picture), grid)
+
+
+def test_the_best_generator_is_there_before_the_first_checkpoint(run: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(InputError, match="was not evaluated"):
+        load_run_sampler(own, best=True)
+    (own / "generator.safetensors").rename(own / "generator_best.safetensors")
+    assert load_run_sampler(own, best=True).step == 17
 
 
 def test_paths_are_cut_to_the_number_that_is_asked_for(run: Path, tmp_path: Path) -> None:
