@@ -248,16 +248,16 @@ def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
         if ranks.rank == 0:
             run.remove_leftovers()
         checkpoint = run.newest_checkpoint()
-        if checkpoint is None or not _is_finished(run, checkpoint, asked.training.steps):
+        if checkpoint is None or not _is_finished(run, checkpoint, asked.training.steps, ranks):
             _train(asked, run, device, checkpoint, ranks)
 
 
-def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
-    """Whether nothing is left to do, which it says; InputError if more than `steps` have been taken."""
+def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int, ranks: Ranks) -> bool:
+    """Whether nothing is left to do, which rank 0 says; InputError if more than `steps` have been taken."""
     if checkpoint.step > steps:
         raise InputError("steps", f"{run.path} has taken {checkpoint.step} steps already; give a larger number")
     newer = saved_step(run.generator) or 0
-    if newer > checkpoint.step:
+    if newer > checkpoint.step and ranks.rank == 0:
         log.warning(
             "warning: %s is of step %d and the newest checkpoint of step %d: the steps between are trained again",
             run.generator,
@@ -266,6 +266,8 @@ def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int) -> bool:
         )
     if checkpoint.step < steps or not run.is_complete(steps):
         return False
+    if ranks.rank > 0:
+        return True
     if not run.loss_plot.exists():
         _plot(run)
     log.info("%s is finished, all %d steps; to train longer: %s --steps N", run.path, steps, resume_command(run.path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -148,6 +149,15 @@ def test_bad_input_is_one_line(flags: list[str], named: str, tmp_path: Path, alo
     (line,) = error_lines(found)
     assert named in line
     assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_finished_run_says_so_once(two: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(two, tmp_path / "run")
+    (run / "loss.png").unlink()
+    found = train_on(2, "--resume", "--out", run)
+    assert [status for status, _ in found] == [0, 0]
+    assert [errors.count("is finished, all 12 steps") for _, errors in found] == [1, 0]
+    assert (run / "loss.png").read_bytes() == (two / "loss.png").read_bytes()
 
 
 def test_ranks_with_other_flags_are_refused(tmp_path: Path, alone: Path) -> None:
