@@ -34,15 +34,21 @@ class SavedSampler(Sampler):
 
     Attributes:
         step: training steps that its generator has taken.
+        codes_of: the digest of the pictures that `codes` are of; None if the file does not tell.
     """
 
     step: int = 0
+    codes_of: str | None = None
 
 
-def save_sampler(path: Path, sampler: Sampler, step: int) -> None:
+def save_sampler(path: Path, sampler: Sampler, step: int, codes_of: str | None = None) -> None:
     """Write the weights with what is needed to build the sampler again, whole or not at all.
 
     An encoder without a name could not be built again, and is left out.
+
+    Args:
+        codes_of: the digest of the pictures that the sampler's codes are of ("content_sha256" in the fingerprint of
+            their data set), where it has any.
     """
     spec, prior = sampler.generator.spec, sampler.prior
     metadata = {"format": _FORMAT, "name": spec.name, "image_size": str(spec.image_size), "nz": str(spec.nz)}
@@ -58,6 +64,8 @@ def save_sampler(path: Path, sampler: Sampler, step: int) -> None:
     others = {_OF_PRIOR + name: tensor for name, tensor in prior.state_dict().items()}
     if sampler.codes is not None:
         others[_CODES] = sampler.codes
+        if codes_of is not None:
+            metadata["codes_of"] = codes_of
     if (encoder := sampler.encoder) is not None and encoder.name:
         metadata["encoder"] = encoder.name
         metadata["encoder_outputs"] = _GAUSSIAN if encoder.gaussian else _BOUNDED if encoder.bounded else "codes"
@@ -102,7 +110,7 @@ def load_sampler(path: Path, encoders: Encoders | None = None) -> SavedSampler:
         raise InputError(path, "holds weights that are not finite")
     generator = make()
     generator.load_state_dict(tensors)
-    return SavedSampler(prior, generator, metadata.get("bn") == "batch", encoder, codes, step)
+    return SavedSampler(prior, generator, metadata.get("bn") == "batch", encoder, codes, step, metadata.get("codes_of"))
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

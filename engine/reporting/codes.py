@@ -29,6 +29,7 @@ class CodesSection:
 
     Attributes:
         learnt: whether codes were learnt one by one, with no encoder.
+        unchecked: whether nothing tells if they were learnt from the pictures that the data set has now.
         reconstructions: rows of real images, and below each what the generator makes of its code.
         nearest: rows of samples, and below each the real image whose code is nearest.
         paths: rows from one real image to another, with images on the straight line between their codes.
@@ -37,6 +38,7 @@ class CodesSection:
 
     missing: str | None = None
     learnt: bool = False
+    unchecked: bool = False
     reconstructions: Picture | None = None
     nearest: Picture | None = None
     paths: Picture | None = None
@@ -58,7 +60,9 @@ def codes_section(
         return None
     if pixels is None or numbers is None or not len(pixels):
         return CodesSection(missing=real.missing or "no real image can be read")
-    if sampler.encoder is None and (other := _other_images(sampler, real)) is not None:
+    learnt = sampler.encoder is None
+    learnt_from = sampler.codes_of or real.trained.get("data_content_sha256")
+    if learnt and (other := _other_images(sampler, real, learnt_from)) is not None:
         log.warning("warning: no codes of real images in the report: %s", other)
         return CodesSection(missing=other)
     chosen = torch.arange(min(len(pixels), _CODED)) * len(pixels) // min(len(pixels), _CODED)
@@ -72,7 +76,8 @@ def codes_section(
     chosen_ends = 2 * _PATHS if columns == COLUMNS else _PATHS
     ends = torch.arange(chosen_ends) * len(pixels) // chosen_ends
     return CodesSection(
-        learnt=sampler.encoder is None,
+        learnt=learnt,
+        unchecked=learnt and learnt_from is None,
         reconstructions=_pairs(pixels[shown], _drawn(sampler, codes[shown]), columns),
         nearest=_pairs(_drawn(sampler, z), pixels[nearest], columns),
         paths=_paths(sampler, pixels[ends], codes[ends], columns),
@@ -80,15 +85,18 @@ def codes_section(
     )
 
 
-def _other_images(sampler: SavedSampler, real: RealImages) -> str | None:
-    """Why the learnt codes are not those of the data set's images; None if they are, as far as can be told."""
+def _other_images(sampler: SavedSampler, real: RealImages, learnt_from: str | None) -> str | None:
+    """Why the learnt codes are not those of the data set's images; None if they are, as far as can be told.
+
+    Args:
+        learnt_from: the digest of the pictures that they were learnt from; None if nothing tells it.
+    """
     assert sampler.codes is not None
     assert real.dataset is not None
     learnt, images = len(sampler.codes), len(real.dataset)
     if learnt != images:
         return f"codes of {learnt} images were learnt, and the data set has {images} now"
-    now = str(real.dataset.fingerprint()["content_sha256"])
-    changed = real.trained.get("data_content_sha256", now) != now
+    changed = learnt_from is not None and learnt_from != real.dataset.fingerprint()["content_sha256"]
     return "the data set's pictures have changed since the codes were learnt" if changed else None
 
 

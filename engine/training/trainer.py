@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -223,14 +224,17 @@ class Trainer:
     def save_generator(self) -> None:
         """Write the generator alone."""
         if self.writes:
-            save_sampler(self.run.generator, self.sampler(), self.step)
+            self._save_sampler(self.run.generator)
 
     def _save_best(self) -> None:
         if not self.writes:
             return
         self._check_weights()
         self._checkpoint().save(self.run.best_checkpoint)
-        save_sampler(self.run.best_generator, self.sampler(), self.step)
+        self._save_sampler(self.run.best_generator)
+
+    def _save_sampler(self, path: Path) -> None:
+        save_sampler(path, self.sampler(), self.step, self.fingerprint.get("data_content_sha256"))
 
     def _check_weights(self) -> None:
         self.check_finite()
@@ -279,7 +283,7 @@ class Trainer:
             self.graphed.reset()
         if self.writes and saved_step(self.run.best_checkpoint) == self.step:
             # A kill may have come between that checkpoint and its generator.
-            save_sampler(self.run.best_generator, self.sampler(), self.step)
+            self._save_sampler(self.run.best_generator)
 
     def check_finite(self) -> None:
         """InputError that names the first step whose loss was NaN or infinite, or if too many steps in a row had such

@@ -148,10 +148,14 @@ def test_a_generator_alone_is_read_from_the_same_file(run: Path) -> None:
 def test_learnt_codes_are_saved(tmp_path: Path) -> None:
     codes = torch.randn(11, NZ, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "generator.safetensors"
-    save_sampler(path, Sampler(Gaussian(NZ), networks("codes")[0].generator, codes=codes), 1)
+    sampler = Sampler(Gaussian(NZ), networks("codes")[0].generator, codes=codes)
+    save_sampler(path, sampler, 1, "0123abcd")
     found = load_sampler(path)
     assert found.codes is not None
     assert torch.equal(found.codes, codes)
+    assert found.codes_of == "0123abcd"
+    save_sampler(path, sampler, 1)
+    assert load_sampler(path).codes_of is None
 
 
 def renamed(name: str, text: str) -> Callable[[dict, dict], None]:

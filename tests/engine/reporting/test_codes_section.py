@@ -81,6 +81,7 @@ def test_the_section_shows_what_codes_say(kind: str, real: RealImages) -> None:
     known = {"codes": codes()} if kind == "learnt" else {"encoder": Encoder(Measure(), 2, name="measure")}
     found = codes_section(sampler(**known), real, pixels, numbers, SEED)
     assert found is not None
+    assert found.unchecked == (kind == "learnt")  # nothing tells which pictures these codes were learnt from
     assert (found.missing, found.learnt, found.coded) == (None, kind == "learnt", IMAGES)
     own = codes()[numbers].double().numpy()
 
@@ -113,16 +114,23 @@ def test_without_real_images_a_line_says_why() -> None:
     assert found.missing == "the folder is gone"
 
 
+@pytest.mark.parametrize("told_by", ["the generator's file", "the newest checkpoint"])
 @pytest.mark.parametrize("case", ["fewer", "others"])
-def test_codes_of_other_images_are_not_shown(case: str, real: RealImages, tmp_path: Path) -> None:
+def test_codes_of_other_images_are_not_shown(case: str, told_by: str, real: RealImages, tmp_path: Path) -> None:
     assert real.dataset is not None
-    trained = {"data_content_sha256": str(real.dataset.fingerprint()["content_sha256"])}
+    digest = str(real.dataset.fingerprint()["content_sha256"])
+    trained = {"data_content_sha256": digest} if told_by == "the newest checkpoint" else {}
+    codes_of = None if trained else digest
     images = np.load(tmp_path / "levels.npy")
     np.save(tmp_path / "changed.npy", images[1:] if case == "fewer" else images[::-1])
     dataset = open_dataset("images", tmp_path / "changed.npy", image_size=SIDE)
     pixels = torch.from_numpy(images[: len(dataset)]).permute(0, 3, 1, 2)
     found = codes_section(
-        sampler(codes=codes()), RealImages(dataset, trained=trained), pixels, torch.arange(len(dataset)), SEED
+        sampler(codes=codes(), codes_of=codes_of),
+        RealImages(dataset, trained=trained),
+        pixels,
+        torch.arange(len(dataset)),
+        SEED,
     )
     assert found is not None
     said = {

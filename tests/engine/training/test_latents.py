@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.judging import write_weights
 from helpers.marks import quick
+from helpers.report_page import write
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, everything, resumed_equals_whole, small_trainer
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 from engine.configuration.modelling import predict
 from engine.support.errors import InputError
+from engine.support.files import read_tensors, save_safetensors
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -97,6 +99,22 @@ def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys:
     code, errors = command(train.main, ["--resume", "--steps", "3", "--out", str(run)], capsys)
     assert code == 2
     assert "data set's pictures" in errors.splitlines()[-1]
+
+
+def test_codes_are_not_shown_beside_other_pictures(pictures: Path, tmp_path: Path) -> None:
+    """Though there are as many, and no checkpoint is left; an older file, which doesn't tell, says that much."""
+    data, run = shutil.copy(pictures, tmp_path / "digits.npy"), tmp_path / "run"
+    train.main(["--method", "glo", "--data", str(data), *FLAGS.split(), "--steps", "2", "--out", str(run)])
+    shutil.rmtree(run / "checkpoints")
+    assert "don’t tell which pictures" not in write(run)
+    np.save(data, np.load(data)[::-1])
+    assert "Left out: the data set&#39;s pictures have changed since the codes were learnt." in write(run)
+    tensors, metadata = read_tensors(run / "generator.safetensors")
+    del metadata["codes_of"]
+    save_safetensors(run / "generator.safetensors", tensors, metadata)
+    page = write(run)
+    assert "don’t tell which pictures these codes were learnt from" in page
+    assert "Left out" not in page
 
 
 def test_a_frozen_network_is_the_run_s(
