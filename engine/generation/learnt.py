@@ -17,6 +17,7 @@ from engine.generation.priors import PRIORS, Ball, Gaussian, Prior, interpolate,
 from engine.support.errors import InputError
 
 FITTED, MAPPED = "fitted", "mapped"
+_OF_NOISE = "noise."
 
 
 class FittedGaussian:
@@ -107,7 +108,7 @@ class MappedNoise:
         noise: the law of e, one of `PRIORS`; Gaussian by default.
 
     Raises:
-        InputError: "noise" is of another length than T's.
+        InputError: "noise" is of another length than T's, or none of `PRIORS`.
     """
 
     name = MAPPED
@@ -115,6 +116,8 @@ class MappedNoise:
     def __init__(self, network: MappingNetwork, noise: Prior | None = None):
         self.nz = network.widths[-1]
         self.noise = Gaussian(network.widths[0]) if noise is None else noise
+        if self.noise.name not in PRIORS:
+            raise InputError("noise", f"must be one of {', '.join(PRIORS)}, not {self.noise.name}")
         if self.noise.nz != network.widths[0]:
             raise InputError("noise", f"has {self.noise.nz} dimensions, and the network takes {network.widths[0]}")
         self.network = copy.deepcopy(network).cpu().double().requires_grad_(False)
@@ -136,13 +139,17 @@ class MappedNoise:
         return self._codes(self.noise.between(start, end, steps))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network's, float64."""
-        return self.network.state_dict()
+        """The network's, float64, and the numbers that its noise has, as "noise.…"."""
+        return {**self.network.state_dict(), **_of_noise(self.noise)}
 
     def _codes(self, noise: Tensor) -> Tensor:
         with torch.no_grad():
             codes: Tensor = self.network(noise.double())
         return codes.float()
+
+
+def _of_noise(noise: Prior) -> dict[str, Tensor]:
+    return {_OF_NOISE + name: tensor for name, tensor in noise.state_dict().items()}
 
 
 def noise_name(prior: Prior) -> str:
@@ -166,8 +173,11 @@ def read_prior(name: str, nz: int, state: Mapping[str, Tensor], noise: str = "")
     elif name == FITTED and state.keys() == {"mean", "factor"}:
         prior = FittedGaussian(state["mean"], state["factor"])
     elif name == MAPPED:
-        network = _network(state)
-        prior = MappedNoise(network, make_prior(noise or "gaussian", network.widths[0]))
+        network = _network({key: tensor for key, tensor in state.items() if not key.startswith(_OF_NOISE)})
+        usual = make_prior(noise or "gaussian", network.widths[0])
+        state = {**_of_noise(usual), **state}  # older files lack the noise's numbers; runs had the usual ones
+        own = {key.removeprefix(_OF_NOISE): state[key] for key in state if key.startswith(_OF_NOISE)}
+        prior = MappedNoise(network, read_prior(usual.name, usual.nz, own))
     else:
         raise InputError("prior", f"{name!r} is not known, or lacks numbers of its own")
     if prior.nz != nz or prior.state_dict().keys() != state.keys():

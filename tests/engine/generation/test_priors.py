@@ -19,6 +19,7 @@ from engine.generation.priors import Ball, Gaussian, Prior, Uniform, draw_batche
 from engine.generation.sampling import Sampler
 from engine.generation.saved import load_sampler, save_sampler
 from engine.support.errors import InputError
+from engine.support.files import read_tensors, save_safetensors
 from engine.support.pixels import to_uint8
 
 NZ = 5
@@ -42,6 +43,7 @@ PRIORS: dict[str, Prior] = {
     "fitted": FittedGaussian.of(codes()),
     "mapped": MappedNoise(network()),
     "mapped uniform": MappedNoise(network(), Uniform(3)),
+    "mapped ball": MappedNoise(network(), Ball(3, 2.5)),
 }
 
 
@@ -184,6 +186,8 @@ DAMAGED = {
     "no radius": ("ball", lambda state: {}),
     "a negative radius": ("ball", lambda state: {"radius": -state["radius"]}),
     "two radii": ("ball", lambda state: {"radius": state["radius"].repeat(2)}),
+    "two radii of noise": ("mapped ball", lambda state: {**state, "noise.radius": state["noise.radius"].repeat(2)}),
+    "noise with numbers that its law has not": ("mapped", lambda state: {**state, "noise.radius": torch.ones(())}),
 }
 
 
@@ -203,6 +207,25 @@ def test_a_damaged_prior_is_refused(case: str, generator: Generator, tmp_path: P
     with pytest.raises(InputError) as error:
         load_sampler(path)
     assert error.value.argument == str(path) or str(path) in str(error.value)
+
+
+def test_mapped_noise_of_an_older_file_has_the_usual_radius(generator: Generator, tmp_path: Path) -> None:
+    """It has none of its own there."""
+    path, prior = tmp_path / "generator.safetensors", MappedNoise(network(), Ball(3))
+    save_sampler(path, Sampler(prior, generator), 1)
+    tensors, metadata = read_tensors(path)
+    assert tensors.pop("prior.noise.radius") == 1
+    save_safetensors(path, tensors, metadata)
+    assert torch.equal(load_sampler(path).prior.draw(20, 1), prior.draw(20, 1))
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"), [(Gaussian(4), "4 dimensions"), (PRIORS["fitted"], "fitted"), (PRIORS["mapped"], "mapped")]
+)
+def test_noise_that_a_network_does_not_take(noise: Prior, said: str) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        MappedNoise(network(), noise)
+    assert error.value.argument == "noise"
 
 
 def test_a_prior_by_name_needs_nothing_but_nz() -> None:
