@@ -40,7 +40,7 @@ from bench.rows import Row, RowFile, environment, percentiles, print_rows, round
 from bench.scenario import activations_pass
 from engine.comparison.reference.statistics_pass import compute_reference
 from engine.comparison.reference.target import MomentsKind
-from engine.configuration.command import Parser, output_file, run_command
+from engine.configuration.command import Parser, check_two_files, output_file, run_command
 from engine.configuration.inputs import choose_device
 from engine.representation.build import build_extractor
 from pipelines import ImageDataset, ImageLoader, open_dataset
@@ -315,6 +315,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write what --json and --plot ask for, print the tables."""
     args = parser().parse_args(argv)
+    check_two_files(args, "json", "plot")
     choose_device(args.device)  # refuses what is not there
     quick = args.quick
     rows: list[LoadingRow] = []

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.configuration.command import Parser, memory_advice, output_file, run_command
+from engine.configuration.command import Parser, check_two_files, memory_advice, output_file, run_command
 from engine.configuration.config import Config
 from engine.configuration.inputs import check_seed, choose_device, load_run_sampler
 from engine.configuration.methods import AUTOENCODING, named
@@ -161,8 +161,7 @@ def _check(arguments: Any, out: Path) -> None:
         raise InputError("codes", "are those of --encode IMAGE, which is not given")
     if arguments.codes is not None and arguments.codes.suffix != ".npy":
         raise InputError("codes", f"{arguments.codes} must end in .npy")
-    if arguments.codes == out:
-        raise InputError("codes", f"{out} is the file of --out; name another")
+    check_two_files(arguments, "out", "codes")
     if arguments.count is not None and not 1 <= arguments.count <= _MOST:
         raise InputError("count", f"must be from 1 to {_MOST}, got {arguments.count}")
     if out.suffix not in (".png", ".npy"):

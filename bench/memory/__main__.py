@@ -20,7 +20,7 @@ from bench.memory.printing import capacity_table, plot
 from bench.memory.rows import BUDGETS, CAPACITY_PROBLEMS, GIB, METHODS, VARIANTS, CapacityRow, SavedRow, ScaleRow
 from bench.rows import Row, RowFile, print_rows
 from bench.scenario import Problem
-from engine.configuration.command import Parser, output_file, run_command
+from engine.configuration.command import Parser, check_two_files, output_file, run_command
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import choose_device
 
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.one is not None:
         print(json.dumps(measure_given(args.one)))
         return
+    check_two_files(args, "json", "plot")
     limit = memory_bytes(args.measure_up_to, "measure_up_to")
     sizes = sorted(set(args.batch_sizes or ([4096] if args.methods is not None else [4**n for n in range(2, 8)])))
     if min(sizes) < 2:

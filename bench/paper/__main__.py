@@ -32,7 +32,7 @@ from bench.paper.page import figures_of, page
 from bench.paper.results import draw, findings, read_rows, results_table, settings_of
 from bench.paper.runs import ExperimentPlan, Rows, RunRow, check_device, chosen, run_experiment, run_folder, steps_of
 from bench.rows import Row, write_json
-from engine.configuration.command import Parser, output_file, run_command
+from engine.configuration.command import Parser, check_two_files, output_file, run_command
 from engine.support.errors import InputError
 from engine.support.files import locked, write_atomically
 
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.document is not None:
         _document(arguments)
         return
+    check_two_files(arguments, "json", "figure")
     if arguments.rows:
         parser().error("ROWS: only --document takes files of rows")
     if arguments.seeds < 1:

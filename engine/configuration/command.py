@@ -95,6 +95,13 @@ def output_file(text: str) -> Path:
     return Path(text)
 
 
+def check_two_files(arguments: argparse.Namespace, first: str, second: str) -> None:
+    """InputError on the argument `second` if it leads to the file of `first`, by another spelling or a link, too."""
+    one, other = (getattr(arguments, name) for name in (first, second))
+    if one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other):
+        raise InputError(second, f"{other} is the file of --{first}; name another")
+
+
 @contextlib.contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
     """Inside, memory that is refused becomes `OutOfMemory`, which ends with `advice`. Decorates a command's `main`."""

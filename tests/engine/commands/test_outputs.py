@@ -51,6 +51,29 @@ def test_refused_before_the_work(module: str, flag: str, rest: str, path: str, t
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder"]
 
 
+# Every command with two outputs.
+TWO_OUTPUTS = [
+    ("engine.sample", "--out", "--codes", "--run nothing --encode a.png"),
+    ("bench.data", "--json", "--plot", ""),
+    ("bench.memory.__main__", "--json", "--plot", ""),
+    ("bench.paper.__main__", "--json", "--figure", "--experiment layers"),
+]
+
+
+@pytest.mark.parametrize(("module", "one", "other", "rest"), TWO_OUTPUTS, ids=lambda text: text)
+@pytest.mark.parametrize("spelling", ["x.npy", "./x.npy", "{here}/x.npy", "link.npy"])
+def test_two_results_in_one_file_are_refused(
+    module: str, one: str, other: str, rest: str, spelling: str, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("link.npy").symlink_to("x.npy")
+    argv = [*rest.split(), one, "x.npy", other, spelling.format(here=tmp_path)]
+    status, errors = command(importlib.import_module(module).main, argv, capsys)
+    assert (status, errors.count("\n")) == (2, 1), errors
+    assert f"{other}: {Path(spelling.format(here=tmp_path))} is the file of {one}; name another" in errors
+    assert os.listdir(tmp_path) == ["link.npy"]
+
+
 @pytest.mark.parametrize("module", ["engine.precompute", "engine.pretrain"])
 def test_more_files_stand_beside_these(module: str, tmp_path: Path, capsys) -> None:
     link = tmp_path / "link"
