@@ -55,9 +55,9 @@ class CodeTable(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As every module's; ValueError if the codes are those of other images, or of another length."""
-        count, nz = state_dict["codes"].shape
-        if (count, nz) != self.codes.shape:
-            raise ValueError(f"{count} codes of {nz} dimensions, and there are {len(self.codes)} images here")
+        found, own = tuple(state_dict["codes"].shape), tuple(self.codes.shape)
+        if found != own:
+            raise ValueError(f"{found[0]} codes of {found[1]} dimensions, where this run has {own[0]} of {own[1]}")
         return super().load_state_dict(state_dict, strict, assign)
 
     @torch.no_grad()

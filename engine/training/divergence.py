@@ -62,10 +62,10 @@ class Divergence:
         name = min(first, key=lambda name: first[name])
         alone = len(first) == 1
         if first[name] != _NEVER:
-            return name, "the loss" if alone else f"the {name}'s loss", first[name]
+            return name, "the loss" if alone else part_of(name, "loss"), first[name]
         for name, skipped in self.skipped.items():
             if count := skipped.too_many():
-                whose = "the gradient" if alone else f"the {name}'s gradient"
+                whose = "the gradient" if alone else part_of(name, "gradient")
                 return name, f"{whose}, {count} times in a row,", step
         return None
 
@@ -88,6 +88,13 @@ class Divergence:
             own = {key: state[_prefix(name, ".") + key] for key in skipped.state_dict()} if state else {}
             skipped.load_state_dict(own or skipped.state_dict())
             self.steps[name].fill_(step)
+
+
+def part_of(network: str, part: str) -> str:
+    """Such as "the critic's loss" and "the codes' gradient"; the codes of the codes are "the codes"."""
+    if part == network:
+        return f"the {network}"
+    return f"the {network}' {part}" if network.endswith("s") else f"the {network}'s {part}"
 
 
 def _prefix(name: str, mark: str = "_") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from helpers.report_page import write
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, everything, resumed_equals_whole, small_trainer
 from safetensors.torch import load_file
+from torch import Tensor
 
 from engine import report, sample, train
 from engine.configuration.autoencoders import make_errors
 from engine.configuration.build import make_generator, make_networks
+from engine.configuration.command import shown
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 from engine.configuration.modelling import predict
@@ -136,13 +139,39 @@ def test_a_frozen_network_is_the_run_s(
     assert "the weights of the network that compares images changed" in errors.splitlines()[-1]
 
 
-def test_a_table_of_another_size_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda codes: codes[1:], "8 codes of 8 dimensions, where this run has 9 of 8"),
+        (lambda codes: codes.repeat(1, 2), "9 codes of 16 dimensions, where this run has 9 of 8"),
+    ],
+    ids=["count", "length"],
+)
+def test_a_table_of_another_shape_is_refused(change: Callable[[Tensor], Tensor], line: str) -> None:
     """Where the fingerprint of the data tells nothing."""
     config = configuration("digits", {"method": "glo", "batch_size": 3})
     checkpoint = small_trainer(config)._checkpoint()
-    parts = {**checkpoint.parts, "codes": {"codes": checkpoint.parts["codes"]["codes"][1:]}}
-    with pytest.raises(InputError, match="8 codes of 8 dimensions, and there are 9 images"):
+    parts = {**checkpoint.parts, "codes": {"codes": change(checkpoint.parts["codes"]["codes"])}}
+    with pytest.raises(InputError, match=line):
         small_trainer(config).restore(dataclasses.replace(checkpoint, parts=parts))
+
+
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        ({"codes_skipped": torch.tensor(1.0)}, "--code-lr: the codes' gradient, 21 times in a row, became NaN"),
+        ({}, "--code-lr: the codes became NaN or infinite"),
+    ],
+    ids=["skipped", "weights"],
+)
+def test_codes_that_diverge_are_named(step: dict[str, Tensor], line: str) -> None:
+    trainer = small_trainer(configuration("digits", {"method": "glo", "batch_size": 3}))
+    for _ in range(21):
+        trainer.divergence.take_in({"loss": torch.tensor(1.0), "skipped": torch.tensor(0.0), **step})
+    trainer.method.modules["codes"].codes.data[0] = torch.nan
+    with pytest.raises(InputError) as error:
+        trainer._check_weights()
+    assert shown(error.value).startswith(line)
 
 
 GLO, IMLE, GLANN = (["--method", name] for name in ("glo", "imle", "glann"))
