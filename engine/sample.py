@@ -166,8 +166,6 @@ def _check(arguments: Any, out: Path) -> None:
         raise InputError("count", f"must be from 1 to {_MOST}, got {arguments.count}")
     if out.suffix not in (".png", ".npy"):
         raise InputError("out", f"{out} must end in .png or .npy")
-    if out.is_dir():
-        raise InputError("out", f"{out} is a folder; name a file")
     check_seed(_SEED if arguments.seed is None else arguments.seed)
 
 

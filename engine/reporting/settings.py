@@ -10,7 +10,6 @@ from typing import Any
 
 from engine.configuration.config import Config
 from engine.configuration.groups import owners
-from engine.configuration.presets import PRESETS
 
 _PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow", "gfmn-engine")
 
@@ -27,7 +26,7 @@ class ConfigurationLine:
 def configuration_lines(config: Config) -> dict[str, list[ConfigurationLine]]:
     """All values of `config` that are not other methods' alone, group by group."""
     method = config.method.method
-    usual = config.usual() if config.preset in PRESETS else config
+    usual = config.usual()
     groups = {}
     for name, group in config.groups().items():
         defaults = dataclasses.asdict(getattr(usual, name))

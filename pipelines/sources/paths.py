@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.digests import printable
@@ -49,9 +48,9 @@ def unusable(path: str | os.PathLike[str], error: Exception) -> DataError:
     return DataError(f"{printable(path)}: {one_line(error)}; check the path")
 
 
-def check_memory(size: int, where: str, memory: Callable[[], int] | None = None) -> None:
+def check_memory(size: int, where: str) -> None:
     """Refuse `size` bytes that cannot fit this machine before they take the machine down."""
-    total = memory() if memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > total:
         raise DataError(f"{where}: needs {size / 2**30:.1f} GiB of memory, this machine has {total / 2**30:.1f} GiB")
 
