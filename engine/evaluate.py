@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.configuration.command import Parser, arguments_as, memory_advice, output_file, run_command
+from engine.configuration.command import Parser, arguments_as, check_two_files, memory_advice, output_file, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
 from engine.configuration.groups import DataConfig
@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(arguments: Any) -> None:
     _check(arguments)
+    for name in ("images", "against", "weights"):
+        check_two_files(arguments, name, "json")
     fidelity()  # rather missing now than after the samples have been drawn
     metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     device = choose_device(arguments.device, arguments.threads)

@@ -162,6 +162,7 @@ def _check(arguments: Any, out: Path) -> None:
     if arguments.codes is not None and arguments.codes.suffix != ".npy":
         raise InputError("codes", f"{arguments.codes} must end in .npy")
     check_two_files(arguments, "out", "codes")
+    check_two_files(arguments, "encode", "out")
     if arguments.count is not None and not 1 <= arguments.count <= _MOST:
         raise InputError("count", f"must be from 1 to {_MOST}, got {arguments.count}")
     if out.suffix not in (".png", ".npy"):

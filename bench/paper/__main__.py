@@ -200,6 +200,8 @@ def _ordered(rows: Rows, experiment: Experiment, plan: ExperimentPlan) -> list[R
 def _document(arguments: argparse.Namespace) -> None:
     if not arguments.rows:
         parser().error("--document: needs files of rows, as --json writes them")
+    if arguments.document.suffix != ".md":
+        parser().error(f"--document: {arguments.document} must end in .md; the files of rows come after it")
     if all(comparison.are_rows(path) for path in arguments.rows):
         orderings.document(arguments.document, arguments.rows)
         print(os.fspath(arguments.document))

@@ -96,9 +96,11 @@ def output_file(text: str) -> Path:
 
 
 def check_two_files(arguments: argparse.Namespace, first: str, second: str) -> None:
-    """InputError on the argument `second` if it leads to the file of `first`, by another spelling or a link, too."""
-    one, other = (getattr(arguments, name) for name in (first, second))
-    if one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other):
+    """InputError on the argument `second`, a file to be written, if it leads to the file of `first`, or to one of its
+    files; by another spelling or a link, too."""
+    given, other = (getattr(arguments, name) for name in (first, second))
+    files = given if isinstance(given, list) else [given]
+    if other is not None and os.path.realpath(other) in (os.path.realpath(file) for file in files if file is not None):
         raise InputError(second, f"{other} is the file of --{first}; name another")
 
 

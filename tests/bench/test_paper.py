@@ -246,6 +246,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["--experiment", "layers", "--steps", "0"], "--steps: must be at least 1"),
         (["--experiment", "layers", "rows.json"], "only --document"),
         (["--document", "page.md"], "--document: needs files of rows"),
+        (["--document", "a.json", "b.json"], "--document: a.json must end in .md; the files of rows come after it"),
         (["--document", "page.md", "nowhere.json"], "nowhere.json: does not hold rows"),
     ],
 )

@@ -51,23 +51,29 @@ def test_refused_before_the_work(module: str, flag: str, rest: str, path: str, t
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder"]
 
 
-# Every command with two outputs.
-TWO_OUTPUTS = [
+# Every command with two outputs, or with an output and files that it reads.
+TWO_FILES = [
     ("engine.sample", "--out", "--codes", "--run nothing --encode a.png"),
     ("bench.data", "--json", "--plot", ""),
     ("bench.memory.__main__", "--json", "--plot", ""),
     ("bench.paper.__main__", "--json", "--figure", "--experiment layers"),
+    ("engine.sample", "--encode", "--out", "--run nothing"),
+    ("engine.sample", "--encode b.npy", "--out", "--run nothing"),
+    ("engine.evaluate", "--images", "--json", "--against nothing"),
+    ("engine.evaluate", "--against", "--json", "--images nothing"),
+    ("engine.evaluate", "--weights", "--json", "--images nothing"),
 ]
 
 
-@pytest.mark.parametrize(("module", "one", "other", "rest"), TWO_OUTPUTS, ids=lambda text: text)
+@pytest.mark.parametrize(("module", "one", "other", "rest"), TWO_FILES, ids=lambda text: text)
 @pytest.mark.parametrize("spelling", ["x.npy", "./x.npy", "{here}/x.npy", "link.npy"])
-def test_two_results_in_one_file_are_refused(
+def test_a_result_in_another_s_file_is_refused(
     module: str, one: str, other: str, rest: str, spelling: str, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("link.npy").symlink_to("x.npy")
-    argv = [*rest.split(), one, "x.npy", other, spelling.format(here=tmp_path)]
+    one, *more = one.split()
+    argv = [*rest.split(), one, *more, "x.npy", other, spelling.format(here=tmp_path)]
     status, errors = command(importlib.import_module(module).main, argv, capsys)
     assert (status, errors.count("\n")) == (2, 1), errors
     assert f"{other}: {Path(spelling.format(here=tmp_path))} is the file of {one}; name another" in errors
