@@ -331,8 +331,6 @@ def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | N
     if arguments.preset is not None or (of_run is None and given):
         config = Config.build(arguments.preset, given)
     elif of_run is not None:
-        if "data" in given and of_run.data.dataset == "digits":
-            given.setdefault("dataset", "images")
         config = of_run.replaced(given)
     else:
         raise InputError("images", "say what they are compared with: --against PATH, --preset, or --dataset and --data")

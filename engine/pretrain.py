@@ -97,7 +97,7 @@ def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     preset = arguments.preset or preset_for(given)
     data = Config.build(preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
     of_preset = data.dataset == Config.build(preset, {}).data.dataset
-    # Another data set than the preset's takes nothing from it but the image size and crop.
+    # Another data set than the preset's takes nothing from it but the image size, and of pictures the crop.
     values: dict[str, Any] = {**_PRESETS[preset]} if of_preset else {"arch": "vgg19"}
     values |= {name: value for name, value in vars(arguments).items() if name in _PRETRAIN_FLAGS}
     if "steps" in vars(arguments):

@@ -149,8 +149,6 @@ class Config:
         on_digits = given.get("data") is None and given.get("dataset", "digits") == "digits"
         usual = preset_values(preset, method, given.get("population", "none"), on_digits=on_digits)
         values = {**usual, **dropped(given, usual), **given}
-        if given.get("data") is not None and "dataset" not in given and values.get("dataset", "digits") == "digits":
-            values["dataset"] = "images"
         if "extractor" in given and "pool" not in values and has_tokens(given["extractor"]):
             values["pool"] = "mean"  # a grid is of the places of a map
         config = cls.of_flat(preset, values)
@@ -187,10 +185,11 @@ class Config:
             free |= field_names(ValidationConfig) - {"lr_adapt"}
         if given.get("method", self.method.method) == self.method.method:
             check_owners(given, self.method.method)
-        for name, value in sorted(given.items(), key=lambda item: item[0] != "method"):
+        asked = {**dropped(given, flat), **given}
+        for name, value in sorted(asked.items(), key=lambda item: (item[0] != "method", item[0] not in given)):
             if name not in free and flat[name] != value:
                 raise InputError(
-                    name,
+                    name if name in given else "data",  # which alone brings the dataset of pictures
                     f"the run was started with {flat[name]}, it cannot be resumed with {value}; leave it out, or "
                     "start a new run: another --out, without --resume",
                 )
@@ -310,13 +309,20 @@ def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     """What `given` settings make of others among `values`, unless those are given too.
 
     Another penalty or kernel has its own numbers, not those that there were for the one. `scaled` is short for a
-    penalty, and takes the place of those that there were.
+    penalty, and takes the place of those that there were. Another data set has its own files, and their crop; files
+    beside the digits, which have none, are pictures.
     """
     short = bool(given.get("scaled")) and not values.get("scaled")
     found: dict[str, Any] = {"penalty": ("none",)} if short else {}
     numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
     changed = {name for name in numbers if name in given and given[name] != values.get(name)} | found.keys()
-    return {**found, **{of: () for name, of in numbers.items() if name in changed}}
+    found |= {of: () for name, of in numbers.items() if name in changed}
+    dataset = values.get("dataset", "digits")
+    if given.get("data") is not None and dataset == "digits":
+        found["dataset"] = "images"
+    if "data" not in given and given.get("dataset", dataset) != dataset:
+        found |= {"data": None, "center_crop": None}
+    return found
 
 
 def _absolute(entry: str) -> str:

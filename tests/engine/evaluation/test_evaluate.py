@@ -141,6 +141,7 @@ def test_the_real_side_may_be_another(run_folder, folders, small, tmp_path):
     assert real(*run, "--against", str(folders[1])) == {"source": str(folders[1]), "images": 70}
     assert real(*run, "--data", str(tmp_path / "other.npz"))["images"] == 55
     assert real(*run, "--preset", "digits") == {"source": "digits", "images": 1797}
+    assert real(*run, "--dataset", "digits") == {"source": "digits", "images": 1797}
     assert real(*run, "--horizontal-flip")["images"] == 120
     assert real(*run, "--real-samples", "13")["images"] == 13
     assert real(*run, "--real-samples", "1300")["images"] == 60
