@@ -328,7 +328,7 @@ def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | N
         return None if unary else _open(arguments, "against")
     if unary:
         return None
-    if arguments.preset is not None or (of_run is None and given):
+    if arguments.preset is not None or (of_run is None and given.keys() & {"dataset", "data"}):
         config = Config.build(arguments.preset, given)
     elif of_run is not None:
         config = of_run.replaced(given)

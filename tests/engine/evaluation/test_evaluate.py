@@ -290,7 +290,9 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     [
         ("--images A --run RUN", "not allowed with argument"),
         ("", "--run --images is required"),
-        ("--images A", "--images: "),
+        ("--images A", "--images: say what they are compared with: --against PATH, --preset, or --dataset"),
+        ("--images A --loader torch", "--images: say what they are compared with"),
+        ("--images A --skip-bad-images --image-size 16", "--images: say what they are compared with"),
         ("--images nowhere --against B", "--images: nowhere"),
         ("--images A --against nowhere", "--against: nowhere"),
         ("--images A --against NOTES", "--against: "),
