@@ -14,6 +14,7 @@ from engine.configuration.autoencoding import AutoencoderConfig, check_autoencod
 from engine.configuration.games import has_capturable_game
 from engine.configuration.groups import (
     GROUPS,
+    OWN_WEIGHTS,
     DataConfig,
     MatchingConfig,
     NetworksConfig,
@@ -54,6 +55,13 @@ from engine.representation.zoo import has_tokens
 from engine.support.errors import InputError, one_line
 from engine.support.files import expanded, read_file, what_is
 
+# Of every setting that names files of weights, the words that stand for some, whatever lies beside.
+_WEIGHTS = {
+    "weights": ("imagenet", "random", "pretrain"),
+    "critic_weights": ("imagenet",),
+    "perceptual_weights": ("imagenet", "random"),
+    "evaluate_weights": (OWN_WEIGHTS,),
+}
 # Settings of runs made by version 0.1, under today's names.
 _RENAMED = {"checkpoint": "recompute", "checkpoint_generator": "recompute_generator"}
 
@@ -294,14 +302,11 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("data", "target"):
         if result.get(name) is not None:
             result[name] = str(expanded(result[name]).absolute())
-    if result.get("evaluate_weights") is not None:
-        files = result["evaluate_weights"]
-        result["evaluate_weights"] = tuple(map(_absolute, (files,) if isinstance(files, str) else files))
-    for name in ("critic_weights", "perceptual_weights"):
-        if result.get(name) is not None:
-            result[name] = _absolute(result[name])
-    if "weights" in result:
-        result["weights"] = tuple(map(_absolute, result["weights"]))
+    for name, words in _WEIGHTS.items():
+        if isinstance(given := result.get(name), tuple):
+            result[name] = tuple(_absolute(entry, words) for entry in given)
+        elif given is not None:
+            result[name] = _absolute(given, words)
     return result
 
 
@@ -325,7 +330,7 @@ def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-def _absolute(entry: str) -> str:
-    """The whole path of a file; what is none, such as "imagenet", stays."""
+def _absolute(entry: str, words: tuple[str, ...]) -> str:
+    """The whole path of a file; what is none, or one of `words`, stays."""
     file = expanded(entry)
-    return str(file.absolute()) if what_is(file) is not None else entry
+    return str(file.absolute()) if entry not in words and what_is(file) == "file" else entry

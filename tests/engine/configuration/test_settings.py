@@ -267,3 +267,31 @@ def test_a_population_brings_settings_of_its_own() -> None:
     assert (plain.training.beta2, moving.training.beta2) == (0.999, 0.9)
     assert Config.build("digits", {"population": "queue", "beta2": 0.99}).training.beta2 == 0.99
     assert Config.build("digits", {"population": "ema", "method": "frechet"}).training.beta2 == 0.999
+
+
+@pytest.mark.parametrize("beside", ["folder", "file"])
+def test_a_word_for_weights_is_that_word_whatever_lies_beside(beside: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("imagenet", "random", "pretrain", "own"):
+        Path(word).mkdir() if beside == "folder" else Path(word).write_bytes(b"")
+    for word in ("imagenet", "random", "pretrain"):
+        assert Config.build("digits", {"weights": [word]}).networks.weights == (word,)
+    critic = {"method": "gan", "critic": "vgg-small", "critic_weights": "imagenet"}
+    assert Config.build("digits", critic).critic.critic_weights == "imagenet"
+    for word in ("imagenet", "random"):
+        perceptual = {"method": "ae", "reconstruction": "perceptual", "perceptual_weights": word}
+        assert Config.build("digits", perceptual).autoencoder.perceptual_weights == word
+    judge = {"evaluate_every": 1, "evaluate_with": ["vgg19", "inception"], "evaluate_weights": ["./own", "own"]}
+    own = str(tmp_path / "own") if beside == "file" else "./own"  # a word is not a path to what is called so
+    assert Config.build("digits", judge).validation.evaluate_weights == (own, "own")
+
+
+def test_a_file_of_weights_is_named_by_its_whole_path_and_a_folder_as_it_was_given(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("folder/a.safetensors").write_bytes(b"")
+    given = ["folder/a.safetensors", "folder", "missing"]
+    whole = str(tmp_path / "folder" / "a.safetensors")
+    assert Config.build("digits", {"weights": given}).networks.weights == (whole, "folder", "missing")
+    evaluated = {"evaluate_every": 1, "evaluate_extractor": "vgg19", "evaluate_weights": given[0]}
+    assert Config.build("digits", evaluated).validation.evaluate_weights == (whole,)
