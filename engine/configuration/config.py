@@ -172,9 +172,11 @@ class Config:
         return cls(preset=preset, **{name: group(**parts[name]) for name, group in GROUPS.items()})
 
     def usual(self) -> Config:
-        """The preset's own configuration, of this method and for these images."""
+        """The preset's own configuration, of this method and population and for these images."""
         given = {"method": self.method.method, "dataset": self.data.dataset}
-        return self.build(self.preset, {**given, **({} if self.data.data is None else {"data": self.data.data})})
+        given |= {} if self.data.data is None else {"data": self.data.data}
+        moving = self.method.method in PopulationConfig.methods
+        return self.build(self.preset, given | ({"population": self.population.population} if moving else {}))
 
     def replaced(self, given: Mapping[str, Any]) -> Config:
         """This configuration with `given` settings in place of its own."""

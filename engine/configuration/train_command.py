@@ -22,18 +22,16 @@ def train_command(config: Config) -> str:
     """
     words = ["python", "-m", "engine.train", "--preset", config.preset]
     method, own = config.method.method, config.flat()
-    preset = Config.build(config.preset, {})
-    default = preset.method.method
-    usual = {**config.usual().flat(), "dataset": preset.data.dataset, "data": preset.data.data}
+    preset = Config.build(config.preset, {}).flat()
+    # But for what decides the other usual values: that has to be given.
+    usual = config.usual().flat() | {name: preset[name] for name in ("method", "dataset", "data", "population")}
     usual |= dropped(own, usual)
     unused = idle(config)
     for name, value in own.items():
         # What belongs to other methods decides nothing, and would be refused.
-        if (owners(name) and method not in owners(name)) or (name != "method" and usual[name] == value):
+        if (owners(name) and method not in owners(name)) or usual[name] == value:
             continue
         if name in unused:  # so would this
-            continue
-        if name == "method" and value == default:
             continue
         flag = "--" + name.replace("_", "-")
         if value is None or value == ():

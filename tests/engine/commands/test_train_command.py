@@ -10,6 +10,7 @@ import pytest
 from engine import train
 from engine.configuration.config import Config
 from engine.configuration.train_command import train_command
+from engine.reporting.settings import configuration_lines
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,10 @@ from engine.configuration.train_command import train_command
         "--data some/<folder>/it's --image-size 64 --chunk-size auto --memory-budget 12GiB --center-crop 100",
         "--generator-ema .5,.9,0.99 --sample-ema .9 --optimizer adamw --weight-decay 0 --lr-schedule cosine",
         "--population ema --population-decay .5",
+        "--population ema --beta2 0.999 --upsampling transposed",
+        "--population queue --population-images 128 --beta2 0.9 --upsampling nearest",
+        "--method frechet --population ema --beta2 0.9",
+        "--beta2 0.9 --upsampling nearest",
         "--preset mmd-gan-rq --penalty gradient witness --penalty-weight 1 1",
         "--preset mmd-gan-rq --penalty witness --penalty-weight 2",
         "--preset wgan-gp --penalty r1",
@@ -44,3 +49,15 @@ def test_a_setting_that_decides_nothing_any_more_is_left_out() -> None:
     words = shlex.split(train_command(config))
     assert "--ama-lr" not in words
     assert train.configure(train.parser().parse_args(words[3:])).population == config.population
+
+
+def test_a_populations_own_settings_are_usual_ones() -> None:
+    config = Config.build("digits", {"population": "ema"})
+    assert (config.training.beta2, config.networks.upsampling) == (0.9, "nearest")
+    assert train_command(config) == "python -m engine.train --preset digits --population ema"
+    lines = {line.name: line for group in configuration_lines(config).values() for line in group}
+    assert lines["beta2"].default is lines["upsampling"].default is None
+    told = Config.build("digits", {"population": "ema", "beta2": 0.999})
+    assert "--beta2 0.999" in train_command(told)
+    lines = {line.name: line for group in configuration_lines(told).values() for line in group}
+    assert (lines["beta2"].value, lines["beta2"].default) == ("0.999", "0.9")
