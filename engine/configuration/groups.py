@@ -207,8 +207,8 @@ class TrainingConfig(Settings):
     batch_size: int = option(64, "images in a minibatch", at_least=2, at_most=MOST_IMAGES, metavar="N")
     steps: int = option(1500, "training steps", at_least=1, metavar="N", resumable=True)
     lr: float = option(5e-5, "learning rate of the generator", above=0, at_most=1e30, metavar="X")
-    beta1: float = option(0.5, "β1 of the generator's Adam", at_least=0, below=1, metavar="X")
-    beta2: float = option(0.999, "β2 of the generator's Adam", at_least=0, below=1, metavar="X")
+    beta1: float = option(0.5, "β1 of Adam, the generator's and that of codes", at_least=0, below=1, metavar="X")
+    beta2: float = option(0.999, "β2 of Adam, the generator's and that of codes", at_least=0, below=1, metavar="X")
     generator_ema: float | tuple[float, ...] | None = option(
         None,
         "sample from this moving average of the weights; several, as in .99,.999, are kept side by side",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.configuration.autoencoding import idle_codes
 from engine.configuration.latent import idle_latent
-from engine.configuration.methods import ADVERSARIAL
+from engine.configuration.methods import ADVERSARIAL, WITH_TABLE
 from engine.configuration.options import require
 
 if TYPE_CHECKING:
@@ -37,14 +37,15 @@ def idle(config: Config) -> dict[str, str]:
 
 
 def _idle_betas(config: Config) -> dict[str, str]:
-    """Numbers of Adam where nothing is trained by it. The critic has the generator's unless it has its own."""
+    """Numbers of Adam where nothing is trained by it. The critic has the generator's unless it has its own; codes of
+    images, and the map to them, always have an Adam."""
     adversarial, optimizer = config.method.method in ADVERSARIAL, config.updates.optimizer
     own = config.critic.critic_optimizer if adversarial else None
     found = {}
     if adversarial and (own or optimizer) == "rmsprop":
         flag = "optimizer" if own is None else "critic-optimizer"
         found = {f"critic_{name}": f"--{flag} rmsprop has none" for name in _BETAS}
-    if optimizer == "rmsprop":
+    if optimizer == "rmsprop" and config.method.method not in WITH_TABLE:
         instead = {name for name in _BETAS if getattr(config.critic, f"critic_{name}") is not None}
         unread = _BETAS if own in (None, "rmsprop") else instead
         found |= dict.fromkeys(unread, "--optimizer rmsprop has none")

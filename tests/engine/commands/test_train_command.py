@@ -25,6 +25,8 @@ from engine.reporting.settings import configuration_lines
         "--population queue --population-images 128 --beta2 0.9 --upsampling nearest",
         "--method frechet --population ema --beta2 0.9",
         "--beta2 0.9 --upsampling nearest",
+        "--method glo --optimizer rmsprop --beta1 0.3 --beta2 0.95",
+        "--method glann --optimizer rmsprop --beta1 0.3",
         "--preset mmd-gan-rq --penalty gradient witness --penalty-weight 1 1",
         "--preset mmd-gan-rq --penalty witness --penalty-weight 2",
         "--preset wgan-gp --penalty r1",

@@ -27,6 +27,7 @@ from engine.configuration.command import shown
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 from engine.configuration.modelling import predict
+from engine.methods.rmsprop import RMSprop
 from engine.support.errors import InputError
 from engine.support.files import read_tensors, save_safetensors
 
@@ -90,6 +91,15 @@ def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path
     page = (tmp_path / "report.html").read_text()
     assert ("Codes of real images" in page) == (name != "imle")  # which has none
     assert "Left out" not in page
+
+
+@pytest.mark.parametrize(("name", "parts"), [("glo", ["codes"]), ("glann", ["codes", "mapping"])])
+def test_codes_have_adam_beside_a_generator_with_rmsprop(name: str, parts: list[str]) -> None:
+    """With the numbers that are given, and so has the map from noise to codes."""
+    config = configuration("digits", {"method": name, "optimizer": "rmsprop", "beta1": 0.3, "beta2": 0.95})
+    optimizers = dict(small_trainer(config).method.optimizers)
+    assert isinstance(optimizers.pop("generator"), RMSprop)
+    assert {part: one.param_groups[0]["betas"] for part, one in optimizers.items()} == dict.fromkeys(parts, (0.3, 0.95))
 
 
 def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +201,7 @@ GLO, IMLE, GLANN = (["--method", name] for name in ("glo", "imle", "glann"))
         ([*IMLE, "--search", "features", "--perceptual", "vgg-small"], "--perceptual-weights: vgg-small brings none"),
         ([*IMLE, "--perceptual", "pixels"], "--perceptual: needs --reconstruction perceptual or --search features"),
         ([*GLO, "--search", "features"], "--search: belongs to --method imle, and this is --method glo"),
+        ([*IMLE, "--optimizer", "rmsprop", "--beta2", "0.9"], "--beta2: --optimizer rmsprop has none"),
         ([*IMLE, "--encoder", "dcgan"], "--encoder: belongs to --method ae"),
         ([*GLANN, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
         ([*GLANN, "--glo-steps", "1"], "--glo-steps: 1 leave none of 1 --steps"),
