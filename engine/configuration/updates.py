@@ -43,7 +43,7 @@ class UpdatesConfig(Settings):
     weight_decay: float | None = option(
         None,
         "share of a weight that a step of AdamW takes away, in units of the learning rate (0.01 by default); of "
-        "every network that has AdamW",
+        "every network that has AdamW; but the map of --method glann always has AdamW with 1e-5",
         at_least=0,
         at_most=1e6,
         metavar="X",

@@ -25,6 +25,8 @@ from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import Batch
 
+MAP_DECAY = 1e-5
+"""Weight decay of the map from noise to codes (Hoshen et al. 2019)."""
 _GENERATOR, _POOL, _STEPS = "generator.", "pool.", "steps"
 
 
@@ -310,7 +312,8 @@ class Glann:
         glo_steps: steps of the first phase.
         pool, pool_every: as in `Imle`.
         batch_size: N, over all ranks.
-        lr, betas, weight_decay: of T's AdamW. The authors' code adds 1e-5 · w to the gradients of Adam instead.
+        lr, betas: of T's AdamW, whose weight decay is `MAP_DECAY`. The authors' code adds 1e-5 · w to the gradients of
+            Adam instead.
 
     Raises:
         InputError: "pool", if it is smaller than the minibatch.
@@ -331,7 +334,6 @@ class Glann:
         batch_size: int,
         lr: float,
         betas: tuple[float, float] = (0.5, 0.999),
-        weight_decay: float = 1e-5,
     ):
         self.glo, self.mapping, self.noise, self.glo_steps = glo, mapping, noise, glo_steps
         self.pool = Pool(
@@ -345,7 +347,7 @@ class Glann:
             ranks=glo.ranks,
         )
         self.update = GradientStep(
-            mapping, lr=lr, betas=betas, optimizer="adamw", weight_decay=weight_decay, ranks=glo.ranks
+            mapping, lr=lr, betas=betas, optimizer="adamw", weight_decay=MAP_DECAY, ranks=glo.ranks
         )
         self.modules = nn.ModuleDict({**glo.modules, "mapping": mapping})
         self.optimizers = {**glo.optimizers, "mapping": self.update.optimizer}

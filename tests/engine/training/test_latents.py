@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.distributions import ROOT
 from helpers.judging import write_weights
 from helpers.marks import quick
 from helpers.report_page import write
@@ -27,6 +28,7 @@ from engine.configuration.command import shown
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 from engine.configuration.modelling import predict
+from engine.configuration.updates import UpdatesConfig
 from engine.methods.rmsprop import RMSprop
 from engine.support.errors import InputError
 from engine.support.files import read_tensors, save_safetensors
@@ -100,6 +102,17 @@ def test_codes_have_adam_beside_a_generator_with_rmsprop(name: str, parts: list[
     optimizers = dict(small_trainer(config).method.optimizers)
     assert isinstance(optimizers.pop("generator"), RMSprop)
     assert {part: one.param_groups[0]["betas"] for part, one in optimizers.items()} == dict.fromkeys(parts, (0.3, 0.95))
+
+
+@pytest.mark.parametrize("given", [{}, {"optimizer": "adamw", "weight_decay": 0.3}], ids=str)
+def test_the_map_of_glann_has_a_weight_decay_of_its_own(given: dict[str, Any]) -> None:
+    """As the flag's help and the page on commands say."""
+    optimizers = small_trainer(configuration("digits", {"method": "glann", **given})).method.optimizers
+    decays = {name: one.param_groups[0].get("weight_decay") for name, one in optimizers.items()}
+    assert decays == {"generator": given.get("weight_decay", 0), "codes": None, "mapping": 1e-5}
+    said = "but the map of --method glann always has AdamW with 1e-5"
+    assert said in UpdatesConfig.__dataclass_fields__["weight_decay"].metadata["help"]
+    assert said in (ROOT / "docs" / "commands.md").read_text().replace("`", "")
 
 
 def test_codes_are_those_of_one_data_set(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
