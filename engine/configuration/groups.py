@@ -129,11 +129,6 @@ class NetworksConfig(Settings):
         choices=("running", "batch"),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known = self.generator == "dcgan" or self.upsampling != "bilinear"
-        require(known, "upsampling", f"--generator {self.generator} has its own, nearest")
-
 
 @dataclass(kw_only=True)
 class MatchingConfig(Settings):

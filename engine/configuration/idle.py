@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from engine.configuration.autoencoding import idle_codes
 from engine.configuration.latent import idle_latent
-from engine.configuration.methods import ADVERSARIAL, WITH_TABLE
+from engine.configuration.methods import ADVERSARIAL, COMPARING, WITH_TABLE
 from engine.configuration.options import require
 
 if TYPE_CHECKING:
     from engine.configuration.config import Config
 
 _BETAS = ("beta1", "beta2")
+_OF_EVALUATIONS = ("evaluate_samples", "evaluate_extractor", "evaluate_weights")
 _OF_AVERAGERS = {"ama_lr": "ama", "ama_variant": "ama", "ma_alpha": "ma", "ma_variant": "ma"}
 
 
@@ -31,9 +32,25 @@ def idle(config: Config) -> dict[str, str]:
             for name, of in _OF_AVERAGERS.items()
             if of != averager
         }
-    if config.features.normalise_losses and "+" not in config.networks.extractor:
-        found["normalise_losses"] = f"needs several networks, and --extractor {config.networks.extractor} is one"
-    return {**found, **_idle_betas(config), **_idle_games(config), **idle_codes(config), **idle_latent(config)}
+    if not config.training.amp:
+        found["amp_dtype"] = "needs --amp"
+    if config.validation.evaluate_every is None:
+        found |= dict.fromkeys(_OF_EVALUATIONS, "needs --evaluate-every N")
+    found |= _idle_networks(config) | _idle_betas(config) | _idle_games(config)
+    return {**found, **idle_codes(config), **idle_latent(config)}
+
+
+def _idle_networks(config: Config) -> dict[str, str]:
+    networks, found = config.networks, {}
+    if config.method.method in COMPARING and "+" not in networks.extractor:
+        alone = f"and --extractor {networks.extractor} is one"
+        if config.features.normalise_losses:
+            found["normalise_losses"] = f"needs several networks, {alone}"
+        if networks.layers is None:
+            found["layers_from"] = f"needs --layers K, or several networks, {alone}"
+    if networks.generator != "dcgan":
+        found["upsampling"] = f"--generator {networks.generator} has its own, nearest"
+    return found
 
 
 def _idle_betas(config: Config) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,9 @@ from engine.reporting.settings import configuration_lines
         "--population queue --population-images 128 --beta2 0.9 --upsampling nearest",
         "--method frechet --population ema --beta2 0.9",
         "--beta2 0.9 --upsampling nearest",
+        "--amp --amp-dtype fp16 --evaluate-every 5 --evaluate-samples 9 --evaluate-extractor vgg19",
+        "--extractor vgg-small+resnet18 --layers-from top",
+        "--extractor vgg-small --layers 2 --layers-from top",
         "--method glo --optimizer rmsprop --beta1 0.3 --beta2 0.95",
         "--method glann --optimizer rmsprop --beta1 0.3",
         "--preset mmd-gan-rq --penalty gradient witness --penalty-weight 1 1",
@@ -51,6 +55,17 @@ def test_a_setting_that_decides_nothing_any_more_is_left_out() -> None:
     words = shlex.split(train_command(config))
     assert "--ama-lr" not in words
     assert train.configure(train.parser().parse_args(words[3:])).population == config.population
+
+
+def test_a_configuration_with_settings_that_decide_nothing_is_read(tmp_path: Path) -> None:
+    """Of an older run; its command has none of them."""
+    idle = {"amp_dtype": "fp16", "evaluate_samples": 9, "layers_from": "top", "upsampling": "bilinear"}
+    values = {**Config.build("digits", {"generator": "resnet", "extractor": "vgg-small"}).flat(), **idle}
+    (tmp_path / "config.json").write_text(Config.of_flat("digits", values).to_json())
+    config = Config.load(tmp_path / "config.json")
+    assert config.flat() == values
+    assert config.replaced({"steps": 7}).resumed_with({"steps": 8}).training.steps == 8
+    assert train_command(config) == "python -m engine.train --preset digits --extractor vgg-small --generator resnet"
 
 
 def test_a_populations_own_settings_are_usual_ones() -> None:

@@ -57,7 +57,7 @@ def test_the_crop_of_a_preset_stays_for_pictures_and_not_for_digits() -> None:
     ids=str,
 )
 def test_a_resumed_run_keeps_its_data_set(started: dict[str, Any], given: dict[str, Any], argument: str) -> None:
-    with pytest.raises(InputError, match="it cannot be resumed with (images|cifar10); leave it out") as error:
+    with pytest.raises(InputError, match=r"it cannot be resumed with (images|cifar10); leave it out") as error:
         Config.build(None, started).resumed_with(given)
     assert error.value.argument == argument
 

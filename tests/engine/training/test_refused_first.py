@@ -53,6 +53,18 @@ OF_40 = {
     "MA's rate": (["--ma-alpha", "0.5"], "--ma-alpha: needs --averager ma, and this is --averager ama"),
     "MA's variant": (["--averager", "none", "--ma-variant", "authors"], "--ma-variant: needs --averager ma"),
     "one network's loss": (["--method", "mmd", "--normalise-losses"], "--normalise-losses: needs several networks"),
+    "no mixed precision": (["--amp-dtype", "fp16"], "--amp-dtype: needs --amp"),
+    "no evaluations' samples": (["--evaluate-samples", "9"], "--evaluate-samples: needs --evaluate-every N"),
+    "no evaluations' network": (["--evaluate-extractor", "vgg19"], "--evaluate-extractor: needs --evaluate-every N"),
+    "no evaluations' weights": (["--evaluate-weights", "own"], "--evaluate-weights: needs --evaluate-every N"),
+    "upsampling of dcgan": (
+        ["--generator", "resnet", "--upsampling", "bilinear"],
+        "--upsampling: --generator resnet has its own, nearest",
+    ),
+    "upsampling of resnet": (
+        ["--generator", "resnet", "--upsampling", "nearest"],
+        "--upsampling: --generator resnet has its own, nearest",
+    ),
     "broken minibatches": (
         ["--population", "queue", "--population-images", "10"],
         "--population-images: gfmn's queue is of whole minibatches of 4, 10 is not; give 8 or 12",
@@ -116,6 +128,16 @@ def test_what_a_preset_sets_is_nobody_s_mistake(preset: str) -> None:
     with pytest.raises(InputError) as error:
         config.replaced({"ama_lr": config.gfmn.ama_lr})
     assert error.value.argument == "ama_lr"
+
+
+def test_all_layers_of_one_network_are_the_same_from_both_ends() -> None:
+    """Of several networks 16 of each are matched without --layers."""
+    assert Config.build("digits", {"layers_from": "top", "extractor": "vgg19+resnet18"}).networks.layers is None
+    with pytest.raises(
+        InputError, match="needs --layers K, or several networks, and --extractor vgg19 is one"
+    ) as error:
+        Config.build("digits", {"layers_from": "top", "extractor": "vgg19"})
+    assert error.value.argument == "layers_from"
 
 
 def test_the_order_of_random_numbers_is_that_without_the_check(flags: list[str], tmp_path: Path, monkeypatch) -> None:
