@@ -10,7 +10,7 @@ from torch import nn
 from engine.comparison.image_losses import ImageErrors, PerceptualErrors, pixel_errors, pyramid_errors
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
-from engine.configuration.inputs import amp_dtype
+from engine.configuration.inputs import amp_dtype, known_weights
 from engine.generation.learnt import MappingNetwork
 from engine.generation.networks import Generator
 from engine.generation.priors import make_prior
@@ -19,7 +19,7 @@ from engine.representation.build import build_extractor
 from engine.representation.encoders import CodeCritic, Encoder, build_encoder
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
-from engine.representation.zoo import brings_weights
+from engine.representation.zoo import brings_weights, has_imagenet_weights, is_fixed
 from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
 from kernels import reference
@@ -29,11 +29,22 @@ PERCEPTUAL = "perceptual"
 
 
 def make_perceptual(config: Config, name: str, weights: str | None) -> Extractor:
-    """The frozen network `name` whose features compare images, in the dtype of its arithmetic, on the CPU."""
-    if weights is None and not brings_weights(name):
-        raise InputError("perceptual_weights", f"{name} brings none; give a file from python -m engine.pretrain")
+    """The frozen network `name`, or several joined by +, whose features compare images, in the dtype of its arithmetic,
+    on the CPU."""
+    parts = name.split("+")
+    if weights is None and all(map(brings_weights, parts)):
+        weights = "imagenet"
+    # The flag takes one file.
+    needed = sum(not is_fixed(part) for part in parts)
+    stands_for_all = weights == "random" or (weights == "imagenet" and all(map(has_imagenet_weights, parts)))
+    if needed > 1 and not stands_for_all:
+        line = f"takes one file, and {name} needs {needed}; give {known_weights(name)}, or one network to --perceptual"
+        raise InputError("perceptual_weights", line)
+    if weights is None:
+        known = known_weights(name, "a file from python -m engine.pretrain")
+        raise InputError("perceptual_weights", f"{name} brings none; give {known}")
     with arguments_as(name="perceptual", weights="perceptual_weights", image_size="perceptual"):
-        source = None if weights == "random" else weights or "imagenet"
+        source = None if weights == "random" else weights
         extractor = build_extractor(name, image_size=config.data.image_size, weights=source)
     return extractor.to(amp_dtype(config) or torch.float32)
 

@@ -38,7 +38,8 @@ class AutoencoderConfig(Settings):
     )
     perceptual: str = option(
         "efficientnet-lite0",
-        "network of --reconstruction perceptual and of --search features, as for --extractor",
+        "network of --reconstruction perceptual and of --search features; names are those of --extractor, also several "
+        "joined by +, of which only one may need a file of weights",
         metavar="NAME",
         since="0.2",
     )

@@ -23,7 +23,7 @@ from engine.configuration.autoencoders import make_autoencoders, make_autoencodi
 from engine.configuration.command import arguments_as, without_pretraining
 from engine.configuration.config import Config
 from engine.configuration.critics import make_adversarial, make_critics, real_labels
-from engine.configuration.inputs import amp_dtype
+from engine.configuration.inputs import amp_dtype, known_weights
 from engine.configuration.latents import make_latent, make_latents
 from engine.configuration.methods import ADVERSARIAL, AUTOENCODING, LATENT, WITH_TABLE
 from engine.configuration.objectives import check_features, make_objective, reference_kind
@@ -37,7 +37,7 @@ from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.pretraining import UnfitCheckpoint, pretrain
 from engine.representation.weights import read_state_dict
-from engine.representation.zoo import brings_weights, has_imagenet_weights
+from engine.representation.zoo import brings_weights
 from engine.support.errors import InputError, Interrupted, WriteError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset, ImageLoader, cache_is_kept, cached, temporary_folder
@@ -92,12 +92,8 @@ def make_extractor(
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
     if not networks.weights:
-        known = "'imagenet', " if all(map(has_imagenet_weights, networks.extractor.split("+"))) else ""
-        raise InputError(
-            "weights",
-            f"the preset {config.preset} needs weights for {networks.extractor}: files from python -m "
-            f"engine.pretrain, {known}'pretrain', or 'random' if you mean it",
-        )
+        known = known_weights(networks.extractor, "files from python -m engine.pretrain", "'pretrain'")
+        raise InputError("weights", f"the preset {config.preset} needs weights for {networks.extractor}: {known}")
     if networks.weights == ("random",):
         torch.manual_seed(config.training.seed)
         weights = None

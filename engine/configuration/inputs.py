@@ -16,6 +16,7 @@ from engine.configuration.config import Config
 from engine.configuration.train_command import resume_command
 from engine.generation.saved import SavedSampler, load_sampler
 from engine.representation.encoders import build_encoder
+from engine.representation.zoo import has_imagenet_weights
 from engine.support.errors import InputError
 from engine.support.files import what_is
 from engine.training.precision import AMP_DTYPES, cpu_computes_in
@@ -88,6 +89,15 @@ def open_data(config: Config) -> ImageDataset:
         horizontal_flip=data.horizontal_flip,
         skip_bad_images=data.skip_bad_images,
     )
+
+
+def known_weights(name: str, *others: str) -> str:
+    """What may be given as weights of the network `name`, or of several joined by +, for people: `others`, and words.
+
+    "imagenet" is among these if all of them have such weights.
+    """
+    found = [*others, *(["'imagenet'"] if all(map(has_imagenet_weights, name.split("+"))) else [])]
+    return ", ".join([*found, f"{'or ' if found else ''}'random' if you mean it"])
 
 
 def amp_dtype(config: Config) -> torch.dtype | None:

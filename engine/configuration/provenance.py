@@ -33,7 +33,8 @@ def was_trained_on(config: Config, name: str | None, weights: str | Path | None)
     if config.needs.features:
         parts, sources = config.networks.extractor.split("+"), config.networks.weights
     elif needs_perceptual(config):
-        parts, sources = [config.autoencoder.perceptual], (config.autoencoder.perceptual_weights or "imagenet",)
+        own = config.autoencoder
+        parts, sources = own.perceptual.split("+"), (own.perceptual_weights or "imagenet",)
     else:
         return False
     for part, source in zip(parts, sources if len(sources) == len(parts) else sources[:1] * len(parts)):

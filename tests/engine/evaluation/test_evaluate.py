@@ -238,6 +238,12 @@ def test_whether_a_run_was_trained_on_the_judge(tmp_path, weights, extractor, so
         ({"method": "glo", "reconstruction": "perceptual"}, "efficientnet-lite0", False, True),
         ({"method": "imle", "search": "features"}, "timm:tf_efficientnet_lite0", False, True),
         ({"method": "imle", "search": "features"}, "vgg-small", True, False),
+        (
+            {"method": "glo", "reconstruction": "perceptual", "perceptual": "vgg-small+opponent"},
+            "vgg-small",
+            True,
+            True,
+        ),
         ({"method": "vae", "reconstruction": "perceptual", "perceptual": "vgg-small"}, "vgg-small", True, True),
         ({"method": "vae"}, "efficientnet-lite0", False, False),
         ({"method": "imle", "search": "pixels"}, "efficientnet-lite0", False, False),

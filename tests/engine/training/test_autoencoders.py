@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.judging import write_weights
 from helpers.marks import quick
 from helpers.runs import command, metrics, refusal
 from helpers.small_steps import configuration, resumed_equals_whole, small_trainer
 from PIL import Image
 
 from engine import precompute, report, sample, train
+from engine.configuration.autoencoders import make_perceptual
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 
@@ -70,6 +72,10 @@ def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path
 
 
 AE, VAE, WAE, GMMN = (["--method", name] for name in ("ae", "vae", "wae", "gmmn-ae"))
+PERCEPTUAL = [*VAE, "--reconstruction", "perceptual", "--perceptual"]
+OF_ONE_FILE = (
+    "--perceptual-weights: takes one file, and vgg-small+resnet18 needs 2; give 'random' if you mean it, or one"
+)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +91,23 @@ AE, VAE, WAE, GMMN = (["--method", name] for name in ("ae", "vae", "wae", "gmmn-
         ([*VAE, "--encoder", "pixels"], "--encoder: 'pixels' is not known; choose one of dcgan, resnet"),
         ([*VAE, "--perceptual", "vgg19"], "--perceptual: needs --reconstruction perceptual, and this is pixels"),
         (
-            [*VAE, "--reconstruction", "perceptual", "--perceptual", "vgg-small"],
-            "--perceptual-weights: vgg-small brings",
+            [*PERCEPTUAL, "vgg-small"],
+            "--perceptual-weights: vgg-small brings none; give a file from python -m engine.pretrain, or 'random'",
         ),
-        ([*VAE, "--reconstruction", "perceptual", "--perceptual", "vgg20"], "--perceptual: 'vgg20' is not"),
+        (
+            [*PERCEPTUAL, "vgg19"],
+            "--perceptual-weights: vgg19 brings none; give a file from python -m engine.pretrain, 'imagenet', or",
+        ),
+        ([*PERCEPTUAL, "vgg-small+opponent"], "--perceptual-weights: vgg-small+opponent brings none; give a file"),
+        ([*PERCEPTUAL, "vgg-small+resnet18"], OF_ONE_FILE),
+        ([*PERCEPTUAL, "vgg-small+resnet18", "--perceptual-weights", "imagenet"], OF_ONE_FILE),
+        ([*PERCEPTUAL, "vgg-small+resnet18", "--perceptual-weights", "a.safetensors"], OF_ONE_FILE),
+        (
+            [*PERCEPTUAL, "vgg19+torchvision:resnet18"],
+            "takes one file, and vgg19+torchvision:resnet18 needs 2; give 'imagenet', or 'random' if you mean it, or "
+            "one network to --perceptual",
+        ),
+        ([*PERCEPTUAL, "vgg20"], "--perceptual: 'vgg20' is not"),
         ([*GMMN, "--autoencoder-steps", "1"], "--autoencoder-steps: 1 leave none of 1 --steps"),
         ([*GMMN, "--code-bandwidths", "0"], "--code-bandwidths: must be positive"),
         ([*GMMN, "--mapping-lr", "-1"], "--mapping-lr: must be positive"),
@@ -101,6 +120,21 @@ def test_bad_input_is_one_line(
     given: list[str], line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert line in refusal(given, pictures, tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "features"),
+    [
+        ("opponent+pixels", None, 2 * 3 * 32 * 32),
+        ("vgg-small+opponent", "FILE", None),
+        ("vgg-small+resnet18", "random", None),
+    ],
+)
+def test_several_networks_compare_images(name: str, weights: str | None, features: int | None, tmp_path: Path) -> None:
+    file = str(write_weights(tmp_path / "small.safetensors")) if weights == "FILE" else weights
+    extractor = make_perceptual(Config.build("digits", {"method": "vae"}), name, file)
+    assert {tap.name.split(".")[0] for tap in extractor.taps} == set(name.split("+"))
+    assert features is None or extractor.num_features == features
 
 
 @pytest.mark.parametrize(
