@@ -49,7 +49,7 @@ class CriticConfig(Settings):
 
     methods: ClassVar[tuple[str, ...]] = ADVERSARIAL
 
-    critic: str = option("dcgan", f"its network: {', '.join(CRITICS)}", metavar="NAME", since="0.2")
+    critic: str = option("dcgan", f"network of the critic: {', '.join(CRITICS)}", metavar="NAME", since="0.2")
     critic_norm: str = option(
         "none",
         "'batch', BatchNorm as DCGAN has it; 'spectral', weights divided by their largest singular value (SN-GAN); "
@@ -65,7 +65,8 @@ class CriticConfig(Settings):
     )
     critic_outputs: int | None = option(
         None,
-        f"numbers that it gives for an image (default: as many as the game needs, or {_FEATURES} where that is free)",
+        "numbers that the critic gives for an image (default: as many as the game needs, or "
+        f"{_FEATURES} where that is free)",
         at_least=1,
         at_most=2**16,
         metavar="F",
@@ -74,12 +75,12 @@ class CriticConfig(Settings):
     )
     minibatch_discrimination: bool = option(
         False,
-        "let it see how close an image is to the others of its minibatch (Salimans 2016)",
+        "let the critic see how close an image is to the others of its minibatch (Salimans 2016)",
         methods=PLAYING,
         since="0.2",
     )
     critic_steps: int = option(
-        1, "its steps for each of the generator's", at_least=1, metavar="K", methods=PLAYING, since="0.2"
+        1, "steps of the critic for each of the generator's", at_least=1, metavar="K", methods=PLAYING, since="0.2"
     )
     critic_warmup: int = option(
         0,
@@ -90,27 +91,38 @@ class CriticConfig(Settings):
         since="0.2",
     )
     critic_every: int | None = option(
-        None, "and every N-th step as well (WGAN: 500)", at_least=1, metavar="N", methods=PLAYING, since="0.2"
+        None,
+        "every N-th step of the generator has --critic-many of the critic's as well (WGAN: 500)",
+        at_least=1,
+        metavar="N",
+        methods=PLAYING,
+        since="0.2",
     )
     critic_many: int = option(
-        100, "how many steps these are", at_least=1, at_most=100_000, metavar="K", methods=PLAYING, since="0.2"
+        100,
+        "steps of the critic, where --critic-warmup or --critic-every asks for many",
+        at_least=1,
+        at_most=100_000,
+        metavar="K",
+        methods=PLAYING,
+        since="0.2",
     )
     critic_optimizer: str | None = option(
-        None, "its optimizer (default: the generator's)", choices=tuple(OPTIMIZERS), since="0.2"
+        None, "optimizer of the critic (default: the generator's)", choices=tuple(OPTIMIZERS), since="0.2"
     )
     critic_lr: float | None = option(
-        None, "its learning rate (default: --lr)", above=0, at_most=1e30, metavar="X", since="0.2"
+        None, "learning rate of the critic (default: --lr)", above=0, at_most=1e30, metavar="X", since="0.2"
     )
     critic_beta1: float | None = option(
-        None, "β1 of its Adam (default: --beta1)", at_least=0, below=1, metavar="X", since="0.2"
+        None, "β1 of the critic's Adam (default: --beta1)", at_least=0, below=1, metavar="X", since="0.2"
     )
     critic_beta2: float | None = option(
-        None, "β2 of its Adam (default: --beta2)", at_least=0, below=1, metavar="X", since="0.2"
+        None, "β2 of the critic's Adam (default: --beta2)", at_least=0, below=1, metavar="X", since="0.2"
     )
     penalty: tuple[str, ...] = option(
         ("none",),
-        f"what keeps it smooth, one or several of {', '.join(PENALTIES)}; with {', '.join(TWICE)}, which differentiate "
-        "twice, --amp is the generator's alone",
+        f"what keeps the critic smooth, one or several of {', '.join(PENALTIES)}; with {', '.join(TWICE)}, which "
+        "differentiate twice, --amp is the generator's alone",
         metavar="NAME",
         methods=PLAYING,
         since="0.2",
@@ -207,7 +219,7 @@ class GameConfig(Settings):
         "2", "q, the norm of the difference of means", choices=("1", "2", "inf"), methods=("mcgan",), since="0.2"
     )
     match_directions: int = option(
-        16, "of covariances, as many singular directions", at_least=1, metavar="K", methods=("mcgan",), since="0.2"
+        16, "singular directions of --match covariance", at_least=1, metavar="K", methods=("mcgan",), since="0.2"
     )
     classes: int | None = option(
         None,

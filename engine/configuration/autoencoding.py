@@ -24,7 +24,7 @@ class AutoencoderConfig(Settings):
 
     encoder: str | None = option(
         None,
-        f"its network: {', '.join(ENCODERS)} (default: that of --generator)",
+        f"network of the encoder: {', '.join(ENCODERS)} (default: that of --generator)",
         metavar="NAME",
         methods=AUTOENCODING,
         since="0.2",
@@ -44,11 +44,11 @@ class AutoencoderConfig(Settings):
         since="0.2",
     )
     perceptual_weights: str | None = option(
-        None, "its weights: a file, 'imagenet' or 'random' (default: those that it brings)", metavar="FILE", since="0.2"
+        None, "weights of --perceptual: a file, 'imagenet' or 'random' (default: its own)", metavar="FILE", since="0.2"
     )
     perceptual_chunk: int | None = option(
         None,
-        "images that it sees at once, all by default; less memory, the same result",
+        "images that --perceptual sees at once, all by default; less memory, the same result",
         at_least=1,
         metavar="N",
         resumable=True,
@@ -89,7 +89,7 @@ class AutoencoderConfig(Settings):
     )
     code_noise: int = option(
         16,
-        "dimensions of that network's input, which --prior is the law of",
+        "dimensions of the noise that a network maps to codes, of which --prior is the law",
         at_least=1,
         at_most=2**16,
         metavar="K",
@@ -98,7 +98,7 @@ class AutoencoderConfig(Settings):
     )
     code_width: int = option(
         256,
-        "width of its two hidden layers",
+        "width of the two hidden layers of the network that maps noise to codes",
         at_least=1,
         at_most=2**16,
         metavar="N",
@@ -117,7 +117,7 @@ class AutoencoderConfig(Settings):
     )
     mapping_lr: float | None = option(
         None,
-        "its learning rate (default: --lr)",
+        "learning rate of the network that maps noise to codes (default: --lr)",
         above=0,
         at_most=1e30,
         metavar="X",

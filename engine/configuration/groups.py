@@ -267,14 +267,15 @@ class ValidationConfig(Settings):
     )
     evaluate_with: tuple[str, ...] = option(
         (),
-        "several such networks, in place of --evaluate-extractor: all of them judge the same samples, and the first "
+        "several networks, in place of that of --evaluate-extractor: all of them judge the same samples, and the first "
         "decides what is best; 'inception' is Inception-v3",
         metavar="NAME",
         since="0.2",
     )
     evaluate_weights: tuple[str, ...] | str | None = option(
         None,
-        "weights of that network: a file (default: its own); of several networks one for each, 'own' for its own",
+        "weights of the network that evaluates: a file (default: its own); of several networks one for each, 'own' for "
+        "its own",
         metavar="FILE",
         resumable=True,
     )

@@ -57,7 +57,12 @@ class LatentConfig(Settings):
         since="0.2",
     )
     pool_every: int = option(
-        10, "steps between two pools", at_least=1, metavar="K", methods=("imle", "glann"), since="0.2"
+        10,
+        "steps after which the samples of --pool-size are drawn anew",
+        at_least=1,
+        metavar="K",
+        methods=("imle", "glann"),
+        since="0.2",
     )
     search: str = option(
         "pyramid",

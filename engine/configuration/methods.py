@@ -269,7 +269,7 @@ class GmmnConfig(Settings):
 
     gmmn_bandwidths: tuple[float, ...] = option(
         (2.0, 5.0, 10.0, 20.0, 40.0, 80.0),
-        "σ of exp(−d²/(2σ)), as its code has them for 784 pixels in [0, 1]; of F features they count F/784 times",
+        "σ of exp(−d²/(2σ)), as GMMN's code has them for 784 pixels in [0, 1]; of F features they count F/784 times",
         above=0,
         at_least=1e-6,
         at_most=1e9,
@@ -324,10 +324,10 @@ class PopulationConfig(Settings):
         choices=("none", "ema", "queue"),
         since="0.2",
     )
-    population_decay: float = option(0.9, "β of 'ema'", at_least=0, below=1, metavar="X", since="0.2")
+    population_decay: float = option(0.9, "β of --population ema", at_least=0, below=1, metavar="X", since="0.2")
     population_images: int = option(
         640,
-        "of 'queue', with the newest minibatch; for gfmn a multiple of --batch-size",
+        "images of --population queue, with the newest minibatch; for gfmn a multiple of --batch-size",
         at_least=2,
         at_most=MOST_IMAGES,
         metavar="N",

@@ -26,7 +26,12 @@ class DenoisingConfig(Settings):
         since="0.2",
     )
     adversarial_weight: float = option(
-        1.0, "and of the non-saturating game", at_least=0, at_most=1e30, metavar="X", since="0.2"
+        1.0,
+        "weight, in the generator's loss, of the non-saturating game",
+        at_least=0,
+        at_most=1e30,
+        metavar="X",
+        since="0.2",
     )
     denoise_deviation: float = option(
         1.0,
@@ -37,11 +42,13 @@ class DenoisingConfig(Settings):
         since="0.2",
     )
     denoiser_width: int = option(
-        1024, "units of its hidden layers", at_least=1, at_most=2**16, metavar="N", since="0.2"
+        1024, "units of the denoiser's hidden layers", at_least=1, at_most=2**16, metavar="N", since="0.2"
     )
-    denoiser_layers: int = option(10, "its linear layers", at_least=1, at_most=1000, metavar="N", since="0.2")
+    denoiser_layers: int = option(
+        10, "linear layers of the denoiser", at_least=1, at_most=1000, metavar="N", since="0.2"
+    )
     denoiser_lr: float | None = option(
-        None, "its learning rate (default: --lr)", above=0, at_most=1e30, metavar="X", since="0.2"
+        None, "learning rate of the denoiser (default: --lr)", above=0, at_most=1e30, metavar="X", since="0.2"
     )
 
     def __post_init__(self) -> None:
@@ -63,7 +70,14 @@ class MomentsConfig(Settings):
         metavar="N",
         since="0.2",
     )
-    moment_steps: int = option(100, "its steps then", at_least=1, at_most=1_000_000, metavar="K", since="0.2")
+    moment_steps: int = option(
+        100,
+        "steps of the moment network, each time it is trained",
+        at_least=1,
+        at_most=1_000_000,
+        metavar="K",
+        since="0.2",
+    )
     moment_images: int = option(
         10_000,
         "real images, in whole minibatches, whose mean moments are matched until the network changes again",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers.runs import command
 from engine import train
 from engine.configuration import presets
 from engine.configuration.config import Config
+from engine.configuration.groups import GROUPS
 from engine.configuration.methods import COMPARING
 from engine.configuration.presets import PRESETS, preset_method
 from engine.support.errors import InputError
@@ -295,3 +297,18 @@ def test_a_file_of_weights_is_named_by_its_whole_path_and_a_folder_as_it_was_giv
     assert Config.build("digits", {"weights": given}).networks.weights == (whole, "folder", "missing")
     evaluated = {"evaluate_every": 1, "evaluate_extractor": "vgg19", "evaluate_weights": given[0]}
     assert Config.build("digits", evaluated).validation.evaluate_weights == (whole,)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_names_what_it_speaks_of(group: str) -> None:
+    """--help lists flags one by one: "its" and "that network" of another flag's text would be anybody's."""
+    elsewhere = re.compile(
+        r"^((\S+ )?of )?(its|it|and)\b|\b(that|such) (it|networks?)\b|\b(let|keeps) it\b|\bthese are$"
+    )
+    texts = {entry.name: entry.metadata["help"] for entry in fields(GROUPS[group])}
+    assert {name: text for name, text in texts.items() if elsewhere.search(text)} == {}
+
+
+def test_help_tells_the_network_of_noise_from_other_networks() -> None:
+    texts = {entry.name: entry.metadata["help"] for entry in fields(GROUPS["autoencoder"])}
+    assert [name for name, text in texts.items() if "noise" in text] == ["code_noise", "code_width", "mapping_lr"]
