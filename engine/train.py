@@ -143,7 +143,7 @@ def build(
         check_file(target, "no such target file; make one with engine.precompute")
     # Rank 0 first: it downloads and pretrains, and the others find the results.
     dataset, generator, networks, extractor, pretrained = ranks.first(
-        "prepared", lambda: _networks(config, run, device, ranks)
+        "prepared", lambda: _networks(config, run, device, ranks, started=checkpoint is not None)
     )
     was = None if checkpoint is None else checkpoint.fingerprint
     reference: Reference | None = None
@@ -193,15 +193,16 @@ def build(
 
 
 def _networks(
-    config: Config, run: RunFolder, device: torch.device, ranks: Ranks
+    config: Config, run: RunFolder, device: torch.device, ranks: Ranks, *, started: bool
 ) -> tuple[ImageDataset, Generator, Networks, Extractor | None, dict[str, Path]]:
-    """The data set, the networks, and the files of those that are pretrained on it."""
+    """The data set, the networks, and the files of those that are pretrained on it; `started` as in `make_networks`."""
     dataset = open_data(config)
     # Before the networks that draw their weights: a run's seed decides them.
     torch.manual_seed(config.training.seed)
     generator = make_generator(config).to(device)
     if not config.needs.features:
-        networks = {name: network.to(device) for name, network in make_networks(config).items()}
+        made = make_networks(config, started=started)
+        networks = {name: network.to(device) for name, network in made.items()}
         return dataset, generator, networks, None, {}
     pretrained = pretrained_files(config, dataset, device, run.extractor, ranks)
     extractor = make_extractor(config, dataset, device, pretrained, ranks)

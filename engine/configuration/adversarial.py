@@ -61,6 +61,7 @@ class CriticConfig(Settings):
         None,
         "weights that an extractor's network starts from: a file, or 'imagenet' (default: random ones)",
         metavar="FILE",
+        resumable=True,
         since="0.2",
     )
     critic_outputs: int | None = option(
@@ -149,6 +150,12 @@ class CriticConfig(Settings):
             given in (0, names), "penalty_weight", f"{given} given for {names} penalt{'y' if names == 1 else 'ies'}"
         )
         require(not given or self.penalty != ("none",), "penalty_weight", "needs a --penalty")
+
+    @property
+    def start_file(self) -> str | None:
+        """The file whose weights it starts from; None if there is none. A checkpoint has all that a file decides;
+        "imagenet" adds a normalisation of images."""
+        return None if self.critic_weights == "imagenet" else self.critic_weights
 
     @property
     def varies(self) -> bool:

@@ -44,7 +44,11 @@ class AutoencoderConfig(Settings):
         since="0.2",
     )
     perceptual_weights: str | None = option(
-        None, "weights of --perceptual: a file, 'imagenet' or 'random' (default: its own)", metavar="FILE", since="0.2"
+        None,
+        "weights of --perceptual: a file, 'imagenet' or 'random' (default: its own)",
+        metavar="FILE",
+        resumable=True,
+        since="0.2",
     )
     perceptual_chunk: int | None = option(
         None,

@@ -219,9 +219,15 @@ def make_generator(config: Config) -> Generator:
     return build_generator(networks.generator, image_size=size, nz=nz, upsampling=networks.upsampling)
 
 
-def make_networks(config: Config) -> Networks:
+def make_networks(config: Config, *, started: bool = False) -> Networks:
     """What the configured method trains besides the generator, by name, initialised from torch's random state, on the
-    CPU; nothing for one that compares features."""
+    CPU; nothing for one that compares features.
+
+    Args:
+        started: whether a checkpoint has their weights, so that the file which a critic starts from is not read.
+    """
+    if started and config.method.method in ADVERSARIAL and config.critic.start_file is not None:
+        config = config.replaced({"critic_weights": None})
     return {} if config.needs.features else RECIPES[config.method.method].networks(config)
 
 

@@ -62,6 +62,8 @@ _WEIGHTS = {
     "perceptual_weights": ("imagenet", "random"),
     "evaluate_weights": (OWN_WEIGHTS,),
 }
+_MOVABLE = ("critic_weights", "perceptual_weights")
+"""Of these, a file may lie elsewhere when the run is resumed; words may not change, as they may normalise images."""
 # Settings of runs made by version 0.1, under today's names.
 _RENAMED = {"checkpoint": "recompute", "checkpoint_generator": "recompute_generator"}
 
@@ -190,7 +192,7 @@ class Config:
     def resumed_with(self, given: Mapping[str, Any]) -> Config:
         """This configuration, of a run to be resumed, with `given` settings that a resumed run may change."""
         flat, given = self.flat(), _given(given)
-        free = self._resumable()
+        free = self._resumable() - {name for name in _MOVABLE if given.get(name, "") in (None, *_WEIGHTS[name])}
         if self.validation.evaluate_every is None:
             free |= field_names(ValidationConfig) - {"lr_adapt"}
         if given.get("method", self.method.method) == self.method.method:
@@ -206,8 +208,11 @@ class Config:
         return self.replaced(given)
 
     def _resumable(self) -> set[str]:
-        """What every resume may change: not the length of a run whose rate falls until its end."""
-        return names_with("resumable") - ({"steps"} if self.updates.lr_schedule != "constant" else set())
+        """What every resume may change: not the length of a run whose rate falls until its end, and of weights that
+        are in a file its place alone."""
+        flat = self.flat()
+        fixed = {name for name in _MOVABLE if flat[name] in (None, *_WEIGHTS[name])}
+        return names_with("resumable") - fixed - ({"steps"} if self.updates.lr_schedule != "constant" else set())
 
     def fixed(self) -> dict[str, str]:
         """What no resume may change: the settings that decide a run's numbers, as text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from helpers.adversaries import drawn_from
 from helpers.jobs import ends, start_job
+from helpers.judging import write_weights
 from helpers.marks import quick
-from helpers.runs import command, metrics, refusal
+from helpers.runs import command, metrics, refusal, same_run
 from helpers.small_steps import configuration, few_pictures, resumed_equals_whole, small_trainer
 from helpers.thread_ranks import on_ranks
 from torch import Tensor
@@ -21,6 +23,7 @@ from engine import precompute, train
 from engine.comparison.games.adversarial import Scalar
 from engine.configuration.build import make_generator, make_method, make_networks, of_images
 from engine.configuration.config import Config
+from engine.support.errors import InputError
 from engine.training.divergence import Divergence
 from engine.training.ranks import Ranks
 from kernels import reference
@@ -70,6 +73,33 @@ def test_a_run_trains_and_resumes(pictures: Path, tmp_path: Path) -> None:
     assert whole.read_bytes() == resumed.read_bytes()
     config = Config.load(tmp_path / "run" / "config.json")
     assert (config.updates.optimizer, config.training.lr, config.critic.penalty_weight) == ("rmsprop", 1e-4, (10.0,))
+
+
+def test_a_critic_s_file_is_not_needed_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint has all weights, so that a run may be resumed where the file is no longer, or elsewhere."""
+    file, run = write_weights(tmp_path / "small.safetensors"), tmp_path / "run"
+    text = f"""--method gan --critic vgg-small --data {pictures} --batch-size 4 --nz 8 --loader torch --log-every 1
+        --checkpoint-every 2 --threads 1 --upsampling transposed --critic-weights {file}"""
+    train.main([*text.split(), "--steps", "3", "--out", str(tmp_path / "whole")])
+    train.main([*text.split(), "--steps", "2", "--out", str(run)])
+    file.rename(moved := tmp_path / "moved.safetensors")
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    train.main(["--resume", "--steps", "3", "--out", str(run)])
+    train.main(["--resume", "--steps", "3", "--out", str(again), "--critic-weights", str(moved)])
+    for resumed in (run, again):
+        assert same_run(resumed, tmp_path / "whole", ("step", "loss", "critic_loss"))
+    assert Config.load(again / "config.json").critic.critic_weights == str(moved)
+    resume = ["--resume", "--steps", "4", "--out", str(run), "--critic-weights", "imagenet"]
+    assert "--critic-weights: the run was started with" in command(train.main, resume, capsys)[1]
+
+
+def test_a_critic_that_began_without_a_file_gets_none() -> None:
+    config = configuration("digits", {"method": "gan", "critic": "vgg-small", "batch_size": 3})
+    with pytest.raises(InputError, match=r"was started with None, .* resumed with small\.safetensors"):
+        config.resumed_with({"critic_weights": "small.safetensors"})
 
 
 @pytest.mark.parametrize(

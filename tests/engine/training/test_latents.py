@@ -156,10 +156,19 @@ def test_a_frozen_network_is_the_run_s(
     monkeypatch.chdir(tmp_path / "elsewhere")
     train.main(["--resume", "--steps", "3", "--out", str(tmp_path / "run")])
     assert len(metrics(tmp_path / "run", ("step", "loss"))) == 3
-    write_weights(tmp_path / "small.safetensors", seed=1)
-    code, errors = command(train.main, ["--resume", "--steps", "4", "--out", str(tmp_path / "run")], capsys)
+    resume, moved = ["--resume", "--out", str(tmp_path / "run"), "--steps"], tmp_path / "moved.safetensors"
+    (tmp_path / "small.safetensors").rename(moved)
+    train.main([*resume, "4", "--perceptual-weights", str(moved)])
+    assert len(metrics(tmp_path / "run", ("step", "loss"))) == 4
+    assert Config.load(tmp_path / "run" / "config.json").autoencoder.perceptual_weights == str(moved)
+    write_weights(moved, seed=1)
+    code, errors = command(train.main, [*resume, "5"], capsys)
     assert code == 2
     assert "the weights of the network that compares images changed" in errors.splitlines()[-1]
+    # ImageNet weights may be the same and still bring a normalisation, of which the fingerprint tells nothing.
+    code, errors = command(train.main, [*resume, "5", "--perceptual-weights", "imagenet"], capsys)
+    assert code == 2
+    assert "--perceptual-weights: the run was started with" in errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
