@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=unset, metavar="N", help="training steps, instead of --epochs")
     add("--batch-size", type=int, default=unset, metavar="N", help="images in a batch (default: 64, photos 128)")
     add("--lr", type=float, default=unset, metavar="X", help="peak rate (default: 0.1; autoencode: 0.001 with Adam)")
-    add("--momentum", type=float, default=unset, metavar="X", help="of SGD (default: 0.9)")
+    add("--momentum", type=float, default=unset, metavar="X", help="of SGD (default: 0.9; autoencode: none)")
     add("--weight-decay", type=float, default=unset, metavar="X", help="(default: 5e-4; autoencode: 0)")
     add("--crop-padding", type=int, default=unset, metavar="PIXELS", help="of the random crops (default: 4)")
     add("--amp", action="store_true", default=unset, help="mixed precision, bfloat16")
@@ -99,9 +99,9 @@ def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     of_preset = data.dataset == Config.build(preset, {}).data.dataset
     # Another data set than the preset's takes nothing from it but the image size, and of pictures the crop.
     values: dict[str, Any] = {**_PRESETS[preset]} if of_preset else {"arch": "vgg19"}
-    values |= {name: value for name, value in vars(arguments).items() if name in _PRETRAIN_FLAGS}
     if "steps" in vars(arguments):
         values.pop("epochs", None)
+    values |= {name: value for name, value in vars(arguments).items() if name in _PRETRAIN_FLAGS}
     values["flip"] = given.get("horizontal_flip", values.pop("horizontal_flip", False))
     own = {name: getattr(arguments, name) for name in ("out", "resume", "device", "threads")}
     check_same_settings({**dataclasses.asdict(data), **values, **own}, ranks)

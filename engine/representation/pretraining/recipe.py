@@ -22,7 +22,7 @@ class Recipe:
         epochs, steps: how long, one of the two. Neither: six epochs, but at least 150 and at most 2,000 steps.
         batch_size: images in a batch, at least 2.
         lr: peak learning rate. None is the task's: 0.1 for SGD; 1e-3 for "autoencode", which uses Adam.
-        momentum: of SGD.
+        momentum: of SGD. None is the task's: 0.9; "autoencode" has none, and takes no other.
         weight_decay: None is the task's: 5e-4 for SGD; 0 for "autoencode".
         crop_padding: pixels of black added on each side before a window of the old size is cut out; 0 is no crop.
         flip: also show images mirrored; wrong for digits and letters.
@@ -37,7 +37,7 @@ class Recipe:
     steps: int | None = None
     batch_size: int = 64
     lr: float | None = None
-    momentum: float = 0.9
+    momentum: float | None = None
     weight_decay: float | None = None
     crop_padding: int = 4
     flip: bool = False
@@ -55,7 +55,7 @@ class Recipe:
             raise InputError("batch_size", f"BatchNorm needs at least 2 images, got {self.batch_size}")
         if self.lr is not None and not 0 < self.lr <= _LARGEST_RATE:
             raise InputError("lr", f"must be a positive number, at most {_LARGEST_RATE:g}, got {self.lr}")
-        if not 0 <= self.momentum < 1:
+        if self.momentum is not None and not 0 <= self.momentum < 1:
             raise InputError("momentum", f"must be at least 0 and below 1, got {self.momentum}")
         if self.weight_decay is not None and not 0 <= self.weight_decay <= _LARGEST_RATE:
             raise InputError("weight_decay", f"must be from 0 to {_LARGEST_RATE:g}, got {self.weight_decay}")

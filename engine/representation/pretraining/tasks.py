@@ -29,14 +29,14 @@ class Task(Protocol):
         module: everything that is trained: the network, and what the task adds to it.
         network: the part that becomes the extractor.
         metric: name of the value that `score` sums up.
-        optimizer: "sgd" or "adam".
+        momentum: of SGD, unless the recipe names another; None for a task that is trained by Adam.
         lr, weight_decay: the optimizer's, unless the recipe names others.
     """
 
     module: nn.Module
     network: nn.Module
     metric: str
-    optimizer: str
+    momentum: float | None
     lr: float
     weight_decay: float
 
@@ -59,7 +59,8 @@ class _Scores:
     """Classification of any kind, by the paper's recipe (supplement): SGD at 0.1, weight decay 5e-4."""
 
     metric = "accuracy"
-    optimizer, lr, weight_decay = "sgd", 0.1, 5e-4
+    momentum: float | None = 0.9
+    lr, weight_decay = 0.1, 5e-4
 
     def __init__(self, architecture: Architecture, image_size: int, num_classes: int):
         self.module = self.network = architecture.make(num_classes, image_size)
@@ -174,7 +175,8 @@ class Autoencode:
     """
 
     metric = "reconstruction_error"
-    optimizer, lr, weight_decay = "adam", 1e-3, 0.0
+    momentum: float | None = None
+    lr, weight_decay = 1e-3, 0.0
 
     def __init__(self, architecture: Architecture, dataset: ImageDataset):
         size = dataset.image_size

@@ -122,6 +122,10 @@ def _make_task(architecture: str, dataset: ImageDataset, recipe: Recipe) -> Task
         task = make_task(recipe.task, found, dataset)
     task.lr = task.lr if recipe.lr is None else recipe.lr
     task.weight_decay = task.weight_decay if recipe.weight_decay is None else recipe.weight_decay
+    if recipe.momentum is not None:
+        if task.momentum is None:
+            raise InputError("momentum", f"the task {recipe.task} is trained by Adam, which has none; leave it out")
+        task.momentum = recipe.momentum
     return task
 
 
@@ -159,7 +163,7 @@ def _metadata(architecture: str, dataset: ImageDataset, recipe: Recipe, task: Ta
         "steps": str(steps),
         "batch_size": str(recipe.batch_size),
         "lr": str(task.lr),
-        "momentum": str(recipe.momentum),
+        **({} if task.momentum is None else {"momentum": str(task.momentum)}),
         "weight_decay": str(task.weight_decay),
         "crop_padding": str(recipe.crop_padding),
         "flip": str(recipe.flip),
@@ -210,10 +214,10 @@ class Pretraining:
         shared: dict[str, Any] = {"weight_decay": task.weight_decay, "fused": self.device.type == "cuda"}
         parameters = task.module.parameters()
         self.optimizer: torch.optim.Optimizer
-        if task.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(parameters, task.lr, momentum=recipe.momentum, **shared)
-        else:
+        if task.momentum is None:
             self.optimizer = torch.optim.Adam(parameters, task.lr, **shared)
+        else:
+            self.optimizer = torch.optim.SGD(parameters, task.lr, momentum=task.momentum, **shared)
         self.step = 0
         self.history: list[dict[str, float]] = []
         # Sum of this epoch's losses, and how many.

@@ -1,39 +1,26 @@
 import itertools
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
+from helpers.pretraining import interrupt_at, make_array, same, short
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from engine.configuration.command import run_command
-from engine.pretrain import main
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.build import build_extractor
 from engine.representation.pretraining import images as sources
-from engine.representation.pretraining import pretrain, training
+from engine.representation.pretraining import pretrain
 from engine.representation.pretraining.images import Augmentation, open_images
 from engine.representation.pretraining.recipe import one_cycle
 from engine.representation.pretraining.shares import Rows
 from engine.representation.pretraining.tasks import TASKS, TINTS, Rotate, Tinted
 from engine.support.errors import InputError, Interrupted
+from engine.support.files import read_safetensors, save_safetensors
 from pipelines import open_dataset
 
 CPU = torch.device("cpu")
-
-
-def make_array(path, count=44, size=16, labels=True):
-    """Pictures of noise whose brightness tells their class, in a .npz file."""
-    random = np.random.default_rng(0)
-    classes = np.arange(count) % 2
-    pictures = random.integers(0, 120, (count, size, size, 3), dtype=np.uint8) + (100 * classes[:, None, None, None])
-    arrays = {"images": pictures.astype(np.uint8)}
-    np.savez(path, **(arrays | {"labels": classes} if labels else arrays))
-    return path
 
 
 @pytest.fixture
@@ -49,15 +36,6 @@ def folder(tmp_path):
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 20, 3), 5 * number, dtype=np.uint8)).save(place / f"{number:02}.png")
     return open_dataset("images", root, image_size=16)
-
-
-def short(dataset, **options):
-    options = {"steps": 7, "batch_size": 16, "progress": False} | options
-    return pretrain(options.pop("architecture", "vgg-small"), dataset, **options)
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.slow
@@ -244,17 +222,6 @@ def test_autoencoder_learns_and_reports_the_error_of_unseen_pixels():
     assert last.validation < 0.5 * first.validation
 
 
-def interrupt_at(monkeypatch, step):
-    """A real Ctrl-C in the middle of training step `step`, when it asks for its learning rate."""
-
-    def interrupted(taken, total):
-        if taken == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return one_cycle(taken, total)
-
-    monkeypatch.setattr(training, "one_cycle", interrupted)
-
-
 @pytest.mark.parametrize(
     ("task", "step"), [("classify", 1), ("classify", 3), ("classify", 5), ("autoencode", 4)], ids=str
 )
@@ -273,6 +240,25 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, task, step):
     assert whole.history == resumed.history
 
 
+def test_adam_has_no_momentum(tmp_path, monkeypatch):
+    """Nobody may give one; checkpoints of old have SGD's among their settings, where it decided nothing."""
+    dataset = open_dataset("images", make_array(tmp_path / "tiny.npz", size=32), image_size=32)
+    file = tmp_path / "checkpoint"
+    options = {"task": "autoencode", "architecture": "dcgan-encoder", "steps": 3, "checkpoint": file}
+    with pytest.raises(InputError, match="the task autoencode is trained by Adam, which has none") as error:
+        short(dataset, **options, momentum=0.5)
+    assert error.value.argument == "momentum"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Interrupted):
+            short(dataset, **options)
+    tensors, found = read_safetensors(file, "gfmn-pretraining-1", "", "")
+    assert "momentum" not in json.loads(found["settings"])
+    settings = json.dumps(json.loads(found["settings"]) | {"momentum": "0.9"})
+    save_safetensors(file, tensors, {**found, "settings": settings})
+    assert short(dataset, **options, resume=True).history[-1]["step"] == 3
+
+
 def test_checkpoint_of_other_settings_or_damaged_is_refused(tiny, tmp_path, monkeypatch):
     file = tmp_path / "checkpoint"
     with monkeypatch.context() as patch:
@@ -288,6 +274,13 @@ def test_checkpoint_of_other_settings_or_damaged_is_refused(tiny, tmp_path, monk
         file.write_bytes(damaged)
         with pytest.raises(InputError, match=str(file)):
             short(tiny, checkpoint=file, resume=True)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_momentum_is_that_of_sgd(tiny, momentum):
+    """None is 0.9, as in the paper's supplement."""
+    result = short(tiny, steps=2, **({} if momentum is None else {"momentum": momentum}))
+    assert result.metadata["momentum"] == str(momentum or 0.9)
 
 
 @pytest.mark.parametrize(
@@ -338,63 +331,3 @@ def test_too_few_images(tmp_path):
         short(open_dataset("images", make_array(tmp_path / "tiny.npz", count=19), image_size=16))
     assert error.value.argument == "dataset"
     assert all(part in error.value.message for part in ("20", "19"))
-
-
-def command(tmp_path, *flags):
-    data = tmp_path / "tiny.npz"
-    if not data.exists():
-        make_array(data)
-    main(["--data", str(data), "--image-size", "16", "--arch", "vgg-small", "--steps", "3", *flags])
-
-
-def test_command_line_writes_weights_and_prints_the_validation(tmp_path, capsys):
-    out = tmp_path / "made" / "extractor.safetensors"
-    command(tmp_path, "--out", str(out), "--batch-size", "8", "--horizontal-flip", "--seed", "5")
-    printed = capsys.readouterr().out
-    assert "accuracy on held-out images: " in printed
-    assert str(out) in printed
-    assert [path.name for path in out.parent.iterdir()] == ["extractor.safetensors"]
-    with safe_open(out, framework="pt") as file:
-        metadata = file.metadata()
-    assert (metadata["seed"], metadata["flip"], metadata["batch_size"]) == ("5", "True", "8")
-    with pytest.raises(InputError) as error:
-        command(tmp_path, "--out", str(out))
-    assert error.value.argument == "out"
-    command(tmp_path, "--out", str(out), "--resume")
-    assert "is complete" in capsys.readouterr().out
-
-
-def test_command_line_resumes_after_ctrl_c(tmp_path, monkeypatch, capsys):
-    whole, out = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    command(tmp_path, "--out", str(whole))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)
-        with pytest.raises(Interrupted, match="--resume"):
-            command(tmp_path, "--out", str(out))
-    with pytest.raises(InputError, match="checkpoint exists") as error:
-        command(tmp_path, "--out", str(out))
-    assert error.value.argument == "out"
-    command(tmp_path, "--out", str(out), "--resume")
-    assert same(load_file(out), load_file(whole))
-    assert not out.with_name(out.name + ".checkpoint").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--arch", "vgg16"], "error: --arch: 'vgg16'"),
-        (["--threads", "0"], "error: --threads"),
-        (["--device", "cuda"], "error: --device"),
-        (["--steps", "many"], "invalid int value"),
-        (["--crop-padding", "-1"], "error: --crop-padding: "),
-        (["--batch-size", "1"], "error: --batch-size: "),
-        (["--dataset", "images", "--task", "autoencode"], "error: --task: autoencode"),
-    ],
-)
-def test_command_line_fails_with_one_line(tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit) as exit_:
-        run_command(lambda argv: command(tmp_path, "--out", str(tmp_path / "out.safetensors"), *flags))
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
