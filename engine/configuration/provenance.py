@@ -6,10 +6,12 @@ from pathlib import Path
 
 from engine.configuration.autoencoding import needs_perceptual
 from engine.configuration.config import Config
+from engine.representation.build import one_source_each
 from engine.representation.weights import read_state_dict, state_digest
-from engine.representation.zoo import brings_weights
+from engine.representation.zoo import brings_weights, is_fixed
 from engine.support.files import what_is
 
+_FOR_ALL = (("imagenet",), ("pretrain",), ("random",))
 # The same ImageNet weights under two names.
 _ALIASES = {"vgg19": "torchvision:vgg19_bn", "timm:tf_efficientnet_lite0": "efficientnet-lite0"}
 
@@ -31,16 +33,17 @@ def was_trained_on(config: Config, name: str | None, weights: str | Path | None)
     if name is None:
         return False
     if config.needs.features:
-        parts, sources = config.networks.extractor.split("+"), config.networks.weights
+        extractor, given = config.networks.extractor, config.networks.weights
     elif needs_perceptual(config):
-        own = config.autoencoder
-        parts, sources = own.perceptual.split("+"), (own.perceptual_weights or "imagenet",)
+        extractor, given = config.autoencoder.perceptual, (config.autoencoder.perceptual_weights or "imagenet",)
     else:
         return False
-    for part, source in zip(parts, sources if len(sources) == len(parts) else sources[:1] * len(parts)):
-        if not same_network(part, name) or source == "random":
+    parts = extractor.split("+")
+    sources = given * len(parts) if given in _FOR_ALL else one_source_each(extractor, parts, given)
+    for part, source in zip(parts, sources, strict=True):
+        if not same_network(part, name):
             continue
-        if source == "imagenet" or (source == "pretrain" and brings_weights(part)):
+        if is_fixed(part) or source == "imagenet" or (source == "pretrain" and brings_weights(part)):
             if weights is None:
                 return True
         elif source == "pretrain" or (weights is not None and _same_weights(source, weights)):
@@ -48,7 +51,7 @@ def was_trained_on(config: Config, name: str | None, weights: str | Path | None)
     return False
 
 
-def _same_weights(trained_on: str, weights: str | Path) -> bool:
-    if what_is(trained_on) != "file":
+def _same_weights(trained_on: str | Path | None, weights: str | Path) -> bool:
+    if trained_on is None or what_is(trained_on) != "file":
         return False
     return state_digest(read_state_dict(trained_on)) == state_digest(read_state_dict(weights))

@@ -63,7 +63,7 @@ def build_extractor(
     weights that do not fit, or a module without weights or activations.
     """
     names = [name] if module is not None else name.split("+")
-    sources = _one_source_each(name, names, weights)
+    sources = one_source_each(name, names, weights)
     _check_options(name, image_size, layers, layers_from, bn)
     if layers is None and len(names) > 1:
         layers = _LAYERS_IN_A_PAIR
@@ -112,7 +112,7 @@ def build_extractor(
     return extractor.to(memory_format=torch.channels_last)
 
 
-def _one_source_each(
+def one_source_each(
     name: str, names: Sequence[str], weights: str | Path | Sequence[str | Path] | None
 ) -> Sequence[str | Path | None]:
     """Where the weights of each network come from; raise InputError if there are too many or too few.
