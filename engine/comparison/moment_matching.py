@@ -162,7 +162,8 @@ class MomentMatching(nn.Module):
         averager: `AMA`, `MovingAverage` or `NoAverage`; its state starts anew here.
         chunk_size: images that the extractor sees at once, None for all. The result does not depend on it.
         kernels: "auto", "reference", "compiled" or "triton", or a backend itself.
-        correction: c of the variances' N − c, 0 or 1, for the batch and the target alike.
+        correction: c of the variances' N − c, 0 or 1, for the batch and the target alike; with a population, whose
+            variances have N, for the target alone.
         amp_dtype: dtype of the extractor's arithmetic (bfloat16 or float16), None for the extractor's own. Moments,
             averager and coefficients stay in float32.
         recompute: "none", or "stages" to keep few activations for backward and compute the others again.

@@ -5,9 +5,9 @@ target; a population instead smooths the generated side: with the newest minibat
 
     μ̂ = (1−c) μ_e + c m        σ̂ = (1−c) s_e + c s + c (1−c) (m − μ_e)²        L = Σ (μ̂ − μ*)² + (σ̂ − σ*)²
 
-where m and s are the newest minibatch's mean and variance (N in the denominator) and μ_e, s_e those of the others.
-This is σ̂ = q̂ − μ̂² of the running mean of x², without its cancellation. The gradient of every feature stays affine in
-it (docs/method.md, identity 1):
+where m and s are the newest minibatch's mean and variance (N in the denominator) and μ_e, s_e those of the others; the
+target's σ* has its own correction (`MomentMatching`). This is σ̂ = q̂ − μ̂² of the running mean of x², without its
+cancellation. The gradient of every feature stays affine in it (docs/method.md, identity 1):
 
     b = 4c/N · (σ̂ − σ*)        a = 2c/N · (μ̂ − μ*) − b μ̂
 
@@ -56,7 +56,7 @@ class Population(Averager):
         advance: bool = True,
         weight: Tensor | None = None,
     ) -> Direction:
-        """See `Averager.step`; the population's variances have N in the denominator, whatever the `correction`."""
+        """See `Averager.step`; the population's variances have N in the denominator, and the target's its own."""
         moments = torch.stack((batch.mean, batch.m2 / batch.count))
         others, share = self.others()
         population = united(others, moments, share.to(moments.dtype))

@@ -150,7 +150,9 @@ class GfmnConfig(Settings):
         "weigh features by their deviation in the target ('none' is the paper)",
         choices=("none", "target-deviation"),
     )
-    correction: int = option(1, "c of the variances' N − c", at_least=0, at_most=1, metavar="C")
+    correction: int = option(
+        1, "c of the variances' N − c; with --population of the target's alone", at_least=0, at_most=1, metavar="C"
+    )
 
     @property
     def summary(self) -> str:

@@ -114,6 +114,20 @@ def test_state_goes_through_the_objective(make, tiny_extractor, draw_images):
     assert error.value.argument == "state"
 
 
+@pytest.mark.parametrize("correction", [0, 1])
+def test_the_correction_is_the_target_s_alone(correction, tiny_extractor, draw_images):
+    """Of the first minibatch, which is the whole population."""
+    extractor = in_float64(tiny_extractor)
+    real, images = draw_images(5).double(), draw_images(4).double()
+    with torch.no_grad():
+        of_real, x = extractor.features(real), extractor.features(images)
+        objective = MomentMatching(extractor, Moments.of(of_real), MovingPopulation(0.9), correction=correction)
+        found = objective(images)
+    means = (of_real.mean(0) - x.mean(0)).square().sum()
+    variances = (of_real.var(0, correction=correction) - x.var(0, correction=0)).square().sum()
+    assert relative_error(found, means + variances) <= 1e-10
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_decay_out_of_range(decay):
     with pytest.raises(InputError) as error:
