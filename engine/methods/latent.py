@@ -127,7 +127,7 @@ class Glo:
         min over θ and all z_i in the ball  of  1/N Σ_i errors(G(z_i; θ), x_i)
 
     A step has the codes of its images, which have an Adam of their own (`RowAdam`) and are projected to the ball after
-    it. Images are drawn from a Gaussian that is fitted to all codes.
+    it. Images are drawn from a Gaussian that is fitted to the codes learnt so far, before the first to all.
 
     Ranks have equal weights and each its share of images. Images are shuffled over all ranks, anew in every epoch: any
     rank may have any, and a code that only one rank kept would have to travel to whoever has its image, with its
@@ -210,9 +210,13 @@ class Glo:
         return rows, own
 
     def sampler(self) -> Sampler:
-        """See `Method.sampler`. Waits for the device."""
-        codes = self.table.codes.detach()
-        return Sampler(FittedGaussian.of(codes), self.generator, self.batch_statistics, codes=codes)
+        """See `Method.sampler`. Waits for the device.
+
+        What no gradient has moved is no code of an image: those that no minibatch has had yet, or of unreadable files.
+        """
+        codes, learnt = self.table.codes.detach(), self.row_adam.moved()
+        prior = FittedGaussian.of(codes[learnt] if bool(learnt.any()) else codes)
+        return Sampler(prior, self.generator, self.batch_statistics, codes=codes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The loss scaling's state where there is one."""

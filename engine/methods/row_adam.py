@@ -58,6 +58,13 @@ class RowAdam(torch.optim.Optimizer):
             # Of a row that is there twice both are the same.
             kept.index_copy_(0, rows, torch.where(skip > 0, kept[rows], new))
 
+    def moved(self) -> Tensor:
+        """Which rows have had a gradient so far, bool [M]."""
+        (group,) = self.param_groups
+        (table,) = group["params"]
+        state = self.state.get(table)
+        return state["steps"] > 0 if state else torch.zeros(len(table), dtype=torch.bool, device=table.device)
+
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """A table's step is `take`."""
         raise NotImplementedError

@@ -143,11 +143,32 @@ def test_glo_steps_are_those_written_out() -> None:
 
 
 def test_glo_is_sampled_from_the_gaussian_of_its_codes() -> None:
-    method = glo()
+    """Of those learnt so far: what no minibatch has had yet is still where it began."""
+    method, real, expected, seen = glo(), batches(), batches(), set()
+    for _ in range(9):
+        codes = method.table.codes.detach()[sorted(seen) or slice(None)]
+        sampler = method.sampler()
+        assert isinstance(sampler.prior, FittedGaussian)
+        np.testing.assert_allclose(sampler.prior.mean, codes.mean(dim=0), rtol=1e-12, atol=1e-15)
+        covariance = np.cov(codes.numpy(), rowvar=False, bias=True)
+        np.testing.assert_allclose(sampler.prior.factor @ sampler.prior.factor, covariance, rtol=1e-9, atol=1e-12)
+        assert sampler.codes is not None
+        assert len(sampler.codes) == M
+        method.step(real, Noise(SEED))
+        seen |= set(next(expected).indices.tolist())
+    whole, fitted = FittedGaussian.of(method.table.codes), method.sampler().prior
+    assert seen == set(range(M))
+    assert isinstance(fitted, FittedGaussian)
+    assert torch.equal(fitted.mean, whole.mean)
+    assert torch.equal(fitted.factor, whole.factor)
+
+
+def test_a_step_that_was_skipped_teaches_no_code() -> None:
+    method = glo(reconstruction=lambda drawn, real: pixel_errors(drawn, real) / 0)
     method.step(batches(), Noise(SEED))
     prior = method.sampler().prior
     assert isinstance(prior, FittedGaussian)
-    np.testing.assert_allclose(prior.mean, method.table.codes.detach().mean(dim=0), rtol=1e-12)
+    assert torch.equal(prior.mean, FittedGaussian.of(table().codes).mean)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "pyramid"])
