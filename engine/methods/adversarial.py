@@ -19,7 +19,7 @@ from engine.generation.networks import Generator, run_generator
 from engine.generation.priors import Noise, Prior, Uniform
 from engine.generation.sampling import Sampler
 from engine.methods.everywhere import everywhere
-from engine.methods.gradient_step import GradientStep
+from engine.methods.gradient_step import GradientStep, part_of
 from engine.methods.protocols import SKIPPED
 from engine.representation.critics import Critic
 from engine.support.errors import InputError
@@ -335,9 +335,9 @@ class Adversarial:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`; ValueError if the state is another method's."""
         self.steps = int(state[_STEPS])
-        self.game.load_state_dict(_part(state, _GAME))
+        self.game.load_state_dict(part_of(state, _GAME))
         for network, update in self._updates().items():
-            update.load_state_dict(_part(state, f"{network}."))
+            update.load_state_dict(part_of(state, f"{network}."))
 
     def _updates(self) -> dict[str, GradientStep]:
         return {"generator": self.generator_step, "critic": self.critic_step}
@@ -374,8 +374,3 @@ def _means(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     means = {name: torch.stack([one[name] for one in found]).mean() for name in names}
     skipped = torch.stack([one[f"critic_{SKIPPED}"] for one in found]).amax()
     return {**means, f"critic_{SKIPPED}": skipped}
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names begin with `prefix`, without it."""
-    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

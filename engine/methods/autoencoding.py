@@ -22,7 +22,7 @@ from engine.generation.priors import Gaussian, Noise, Prior
 from engine.generation.sampling import Sampler
 from engine.methods.adversarial import as_it_is
 from engine.methods.everywhere import everywhere
-from engine.methods.gradient_step import GradientStep
+from engine.methods.gradient_step import GradientStep, part_of
 from engine.methods.protocols import SKIPPED
 from engine.representation.encoders import CodeCritic, Encoder
 from engine.support.errors import InputError
@@ -213,10 +213,7 @@ class Autoencoding:
         self.recent.copy_(state["recent"])
         self.seen.copy_(state["seen"])
         for network, update in self.updates.items():
-            own = {
-                name.removeprefix(f"{network}."): kept for name, kept in state.items() if name.startswith(f"{network}.")
-            }
-            update.load_state_dict(own)
+            update.load_state_dict(part_of(state, f"{network}."))
 
 
 class CodeMatching:

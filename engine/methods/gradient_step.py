@@ -133,6 +133,10 @@ class GradientStep:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `state_dict`; returns those entries of `state` that are not its own."""
         if self.scaler.is_enabled():
-            scaler = {key[len(_SCALER) :]: value.item() for key, value in state.items() if key.startswith(_SCALER)}
-            self.scaler.load_state_dict(scaler)
+            self.scaler.load_state_dict({name: kept.item() for name, kept in part_of(state, _SCALER).items()})
         return {key: value for key, value in state.items() if not key.startswith(_SCALER)}
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with `prefix`, without it."""
+    return {name[len(prefix) :]: kept for name, kept in state.items() if name.startswith(prefix)}

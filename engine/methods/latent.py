@@ -17,7 +17,7 @@ from engine.generation.networks import Generator, run_generator
 from engine.generation.priors import Ball, Noise, Prior, check_radius
 from engine.generation.sampling import Sampler
 from engine.methods.everywhere import everywhere
-from engine.methods.gradient_step import GradientStep
+from engine.methods.gradient_step import GradientStep, part_of
 from engine.methods.pools import Pool, Rows, pixel_rows
 from engine.methods.protocols import SKIPPED
 from engine.methods.row_adam import RowAdam
@@ -224,7 +224,7 @@ class Glo:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
-        self.pulling.update.load_state_dict(_part(state, _GENERATOR))
+        self.pulling.update.load_state_dict(part_of(state, _GENERATOR))
 
 
 class Imle:
@@ -298,8 +298,8 @@ class Imle:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`; ValueError if the state is another method's."""
-        self.pulling.update.load_state_dict(_part(state, _GENERATOR))
-        self.pool.load_state_dict(_part(state, _POOL))
+        self.pulling.update.load_state_dict(part_of(state, _GENERATOR))
+        self.pool.load_state_dict(part_of(state, _POOL))
 
 
 class Glann:
@@ -389,10 +389,5 @@ class Glann:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`; ValueError if the state is another method's."""
         self.glo.load_state_dict(state)
-        self.pool.load_state_dict(_part(state, _POOL))
+        self.pool.load_state_dict(part_of(state, _POOL))
         self.steps = int(state[_STEPS])
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries whose names begin with `prefix`, without it."""
-    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
