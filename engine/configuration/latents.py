@@ -70,6 +70,7 @@ def make_latent(
             make_prior(settings.prior, settings.nz),
             pool=own.pool_size,
             pool_every=own.pool_every,
+            kernels=config.matching.backend,
             rows=FeatureRows(perceptual_pass(config, networks)) if own.search == "features" else _ROWS[own.search],
             **options,
         )
@@ -89,6 +90,7 @@ def make_latent(
         glo_steps=own.glo_steps,
         pool=own.pool_size,
         pool_every=own.pool_every,
+        kernels=config.matching.backend,
         batch_size=training.batch_size,
         lr=training.lr if codes.mapping_lr is None else codes.mapping_lr,
         betas=(training.beta1, training.beta2),

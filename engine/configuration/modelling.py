@@ -120,7 +120,9 @@ def _modelled_method(
         known: dict[str, Any] = {"images": images} if config.method.method in WITH_TABLE else {}
         if config.method.method == "improved-gan" and config.game.classes is not None:
             known["labels"] = torch.zeros(1, dtype=torch.int64)
-        return make_method(config, generator, ranks=ranks, networks=networks, **known)
+        # Those of the run may not run here.
+        plain = config.replaced({"kernels": "reference"})
+        return make_method(plain, generator, ranks=ranks, networks=networks, **known)
     backend = _plain_kernels() if config.matching.backend == "reference" else reference
     options: dict[str, Any] = {"kernels": backend, "max_chunks": _MODELLED_CHUNKS}
     # Fake tensors have no numbers to make weights or scales of.

@@ -27,6 +27,7 @@ from engine.comparison.reference.protocols import Kind
 from engine.comparison.reference.target import MomentsKind
 from engine.configuration.config import Config
 from engine.representation.extractor import Extractor
+from engine.representation.feature_pass import chosen_backend
 from engine.representation.protocols import Objective
 from engine.support.errors import InputError
 
@@ -99,7 +100,9 @@ def _mmd_of_images(config: Config, real: Tensor, backend: str | ModuleType) -> D
     kernel, unbiased = _kernel(config), config.mmd.mmd_unbiased
     if config.matching.backend == "reference":  # it has no tiles, and MMD's blocks are less than a whole matrix
         return MMD(real, kernel, unbiased)
-    return bound_mmd(real, kernel, config.training.batch_size, unbiased, backend)
+    return bound_mmd(
+        real, kernel, config.training.batch_size, unbiased, chosen_backend(backend, real.device, real.dtype)
+    )
 
 
 def _on_landmarks(config: Config, extractor: Extractor, known: Any, options: dict[str, Any]) -> Objective:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -238,11 +239,12 @@ class Imle:
     Args:
         prior: the law of z.
         pool, pool_every: samples in the pool, and steps between two of them.
+        kernels: the backend that finds the nearest; see `Pool`.
         rows: r, what of images is compared to find the nearest.
         generator, reconstruction, batch_size, lr, options: as in `Glo`.
 
     Raises:
-        InputError: "pool", if it is smaller than the minibatch.
+        InputError: "pool" or "kernels", as of `Pool`.
     """
 
     reads: Literal["nothing", "images"] = "images"
@@ -257,6 +259,7 @@ class Imle:
         rows: Rows = pixel_rows,
         pool: int,
         pool_every: int,
+        kernels: str | ModuleType = "auto",
         batch_size: int,
         batch_statistics: bool = False,
         ranks: Ranks = ALONE,
@@ -272,6 +275,7 @@ class Imle:
             batch=batch_size,
             at_least=batch_size,
             ranks=ranks,
+            kernels=kernels,
         )
         self.pulling = _Pulling(generator, reconstruction, batch_size, ranks=ranks, **options)
         self.modules = nn.ModuleDict({"generator": generator})
@@ -314,13 +318,13 @@ class Glann:
         mapping: T, noise [N, K] → codes [N, nz].
         noise: the law of e.
         glo_steps: steps of the first phase.
-        pool, pool_every: as in `Imle`.
+        pool, pool_every, kernels: as in `Imle`.
         batch_size: N, over all ranks.
         lr, betas: of T's AdamW, whose weight decay is `MAP_DECAY`. The authors' code adds 1e-5 · w to the gradients of
             Adam instead.
 
     Raises:
-        InputError: "pool", if it is smaller than the minibatch.
+        InputError: "pool" or "kernels", as of `Pool`.
     """
 
     reads: Literal["nothing", "images"] = "images"
@@ -335,6 +339,7 @@ class Glann:
         glo_steps: int,
         pool: int,
         pool_every: int,
+        kernels: str | ModuleType = "auto",
         batch_size: int,
         lr: float,
         betas: tuple[float, float] = (0.5, 0.999),
@@ -349,6 +354,7 @@ class Glann:
             batch=pool,
             at_least=batch_size,
             ranks=glo.ranks,
+            kernels=kernels,
         )
         self.update = GradientStep(
             mapping, lr=lr, betas=betas, optimizer="adamw", weight_decay=MAP_DECAY, ranks=glo.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from engine.comparison.distances.nearest import nearest_rows
 from engine.comparison.image_losses import laplacian_pyramid
 from engine.comparison.pooling import Grid, sizes
 from engine.generation.priors import Noise, Prior
-from engine.representation.feature_pass import FeaturePass
+from engine.representation.feature_pass import FeaturePass, chosen_backend
 from engine.representation.protocols import TapInput
 from engine.support.errors import InputError
 from engine.training.ranks import Ranks
@@ -87,9 +88,10 @@ class Pool:
         rows: of samples.
         batch: samples that the network draws at a time.
         ranks: the processes that share the pool.
+        kernels: the backend that finds the nearest.
 
     Raises:
-        InputError: "pool", if it is smaller than `at_least`.
+        InputError: "pool", if it is smaller than `at_least`; "kernels", if the backend cannot run here.
     """
 
     def __init__(
@@ -103,12 +105,15 @@ class Pool:
         batch: int,
         at_least: int,
         ranks: Ranks,
+        kernels: str | ModuleType = "auto",
     ):
         if size < at_least:
             raise InputError("pool", f"{size} samples are fewer than the minibatch, {at_least}; give at least so many")
         self.network, self.prior, self.ranks = network, prior, ranks
         self.size, self.every, self.rows, self.batch = size, every, rows, batch
         self.share = ranks.share(size)
+        weight = next(network.parameters())
+        self.kernels = chosen_backend(kernels, weight.device, weight.dtype)
         self.steps = 0
         self.noise: Tensor | None = None
         self.weights: dict[str, Tensor] = {}
@@ -143,7 +148,7 @@ class Pool:
         """For every row of all ranks [N, F], the noise of its nearest sample [N, K], and their squared distance [N]."""
         assert self.noise is not None
         assert self.own is not None
-        index, squares = nearest_rows(real, self.own)
+        index, squares = nearest_rows(real, self.own, self.kernels)
         index += self.share.start
         if self.ranks.size > 1:
             every, _ = self.ranks.gather(torch.stack([index.double(), squares.double()]).unsqueeze(0))

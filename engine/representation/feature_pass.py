@@ -102,7 +102,7 @@ class FeaturePass:
         parts = self.prepared.stages() if recompute == "stages" else [[network] for network in self.prepared.networks]
         self.tapes = [[_tape(part, self.prepared) for part in network] for network in parts]
         self.recompute, self.branches = recompute, Branches(extractor.device)
-        self.kernels = _backend(kernels, extractor.device, self.dtype) if isinstance(kernels, str) else kernels
+        self.kernels = chosen_backend(kernels, extractor.device, self.dtype)
 
     def loss(self, images: Tensor, criterion: Criterion, ranks: Ranks = ALONE) -> Tensor:
         """The criterion's loss of `images` [N, 3, H, W], differentiable with respect to the images."""
@@ -212,9 +212,12 @@ def _tape(part: nn.Module, extractor: Extractor) -> Tape:
     return Tape(graph, extractor.sites, normalisation)
 
 
-def _backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def chosen_backend(kernels: str | ModuleType, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend of that name, or which is given; InputError if it cannot run here (see `kernels.select`)."""
+    if not isinstance(kernels, str):
+        return kernels
     try:
-        return kernel_backends.select(name, device, dtype)
+        return kernel_backends.select(kernels, device, dtype)
     except ValueError as error:
         raise InputError("kernels", str(error).removeprefix("kernels: ")) from None
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
 
 from engine.comparison.distances import nearest as module
 from engine.comparison.distances.nearest import nearest_rows
+from kernels import reference
 
 
 @pytest.mark.parametrize(("n", "m", "features"), [(1, 1, 1), (7, 13, 3), (64, 31, 8), (33, 97, 200)])
@@ -31,6 +34,22 @@ def test_of_equal_rows_the_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
     y = torch.arange(5.0).repeat(4).unsqueeze(1)
     index, squares = nearest_rows(torch.tensor([[2.0], [4.0]]), y)
     assert (index.tolist(), squares.tolist()) == ([2, 4], [0, 0])
+
+
+def test_the_backend_that_is_asked_for_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS", 4)
+    asked: list[int] = []
+
+    def counted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(len(y))
+        return reference.nearest(x, y)
+
+    x, y = torch.randn(3, 2), torch.randn(9, 2)
+    index, _ = nearest_rows(x, y, SimpleNamespace(nearest=counted))
+    assert asked == [4, 4, 1]
+    assert index.tolist() == torch.cdist(x, y).argmin(dim=1).tolist()
+    with pytest.raises(ValueError, match="kernels: 'nothing' is not one of"):
+        nearest_rows(x, y, "nothing")
 
 
 @pytest.mark.slow

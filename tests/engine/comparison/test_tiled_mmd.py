@@ -15,7 +15,7 @@ from engine.configuration.config import Config
 from engine.configuration.objectives import blank_reference, make_objective
 from engine.representation.build import build_extractor
 from engine.support.errors import InputError
-from kernels import reference
+from kernels import compiled, reference
 
 
 def gradient(value: Tensor, x: Tensor) -> Tensor:
@@ -89,7 +89,11 @@ def test_the_configured_backend(backend: str, kind: type) -> None:
     objective = make_objective(config, extractor, known, None)
     (distance,) = objective.discrepancy.distances
     assert type(distance) is kind
-    assert getattr(distance, "kernels", backend) == backend
+    if kind is TiledMMD:
+        assert distance.kernels is compiled
+        with pytest.raises(InputError, match="the triton backend cannot run here") as error:
+            make_objective(config.replaced({"kernels": "triton"}), extractor, known, None, kernels="triton")
+        assert error.value.argument == "kernels"
 
 
 def test_what_it_refuses() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,17 @@ from torch import Tensor
 
 from engine import report, sample, train
 from engine.configuration.autoencoders import make_errors
-from engine.configuration.build import make_generator, make_networks
+from engine.configuration.build import make_generator, make_method, make_networks
 from engine.configuration.command import shown
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 from engine.configuration.modelling import predict
 from engine.configuration.updates import UpdatesConfig
+from engine.methods.latent import Glann, Imle
 from engine.methods.rmsprop import RMSprop
 from engine.support.errors import InputError
 from engine.support.files import read_tensors, save_safetensors
+from kernels import compiled, reference
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -225,6 +228,7 @@ GLO, IMLE, GLANN = (["--method", name] for name in ("glo", "imle", "glann"))
         ([*GLO, "--search", "features"], "--search: belongs to --method imle, and this is --method glo"),
         ([*IMLE, "--optimizer", "rmsprop", "--beta2", "0.9"], "--beta2: --optimizer rmsprop has none"),
         ([*IMLE, "--encoder", "dcgan"], "--encoder: belongs to --method ae"),
+        ([*IMLE, "--kernels", "triton"], "--kernels: the triton backend cannot run here"),
         ([*GLANN, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
         ([*GLANN, "--glo-steps", "1"], "--glo-steps: 1 leave none of 1 --steps"),
         ([*GLO, "--perceptual", "vgg19"], "--perceptual: needs --reconstruction perceptual, and this is pyramid"),
@@ -235,6 +239,19 @@ def test_bad_input_is_one_line(
     given: list[str], line: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert line in refusal(given, pictures, tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("method", ["imle", "glann"])
+def test_the_nearest_are_found_by_the_kernels_that_were_asked_for(method: str) -> None:
+    def backend(**given: Any) -> ModuleType:
+        config = configuration("digits", {"method": method, "pool_size": 9, **given})
+        made = make_method(config, make_generator(config), networks=make_networks(config))
+        assert isinstance(made, Imle | Glann)
+        return made.pool.kernels
+
+    assert backend() is compiled
+    assert backend(kernels="reference") is reference
+    assert backend(fused_ama=False) is reference
 
 
 @pytest.mark.parametrize("preset", ["digits", "cifar10", "celeba64"])
@@ -254,8 +271,9 @@ def test_a_step_is_planned(name: str) -> None:
     assert abs((many.between_steps - few.between_steps) - more) <= 0.2 * more
 
 
-def test_a_plan_does_not_need_the_frozen_network_s_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    text = "--method imle --search features --perceptual vgg-small --perceptual-weights none.safetensors --plan"
+def test_a_plan_needs_neither_the_frozen_network_s_weights_nor_its_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    text = """--method imle --search features --perceptual vgg-small --perceptual-weights none.safetensors --plan
+        --kernels triton --device cpu"""
     train.main([*text.split(), "--batch-size", "4", "--nz", "4", "--pool-size", "8"])
     assert "peak (modelled)" in capsys.readouterr().out
 
