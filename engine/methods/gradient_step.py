@@ -73,12 +73,16 @@ class GradientStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.one = torch.ones((), device=device)
 
-    def take(self, loss: Tensor, after_backward: Callable[[], None] | None = None) -> Tensor:
+    def take(
+        self, loss: Tensor, after_backward: Callable[[], None] | None = None, leaf: Tensor | None = None
+    ) -> Tensor:
         """∂loss/∂weights → new weights. Returns 1 if a gradient was not finite and nothing changed, else 0 (float32).
 
         Args:
             loss: [], this rank's part of it.
             after_backward: called before the gradients are looked at, to put them in place.
+            leaf: of this rank alone, whose gradient is wanted besides. With float16 the loss's scale falls where that
+                overflows, on any rank, as where a weight's does: the step is skipped. The gradient stays scaled.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward(self.one)
@@ -88,6 +92,8 @@ class GradientStep:
         self.ranks.sum_(gradients)
         try:
             skip = self._unscale(gradients)
+            if leaf is not None and self.scaler.is_enabled():
+                self._look_at(leaf, skip)
             if self.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_grad, foreach=True)
             self._step(skip)
@@ -106,6 +112,13 @@ class GradientStep:
         with torch.no_grad():  # the scaler's own kernel: one launch for all of them
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self.one)
         return found
+
+    def _look_at(self, leaf: Tensor, found: Tensor) -> None:
+        """Let `found`, which is the scaler's, be 1 if the leaf's gradient isn't finite on one of the ranks."""
+        assert leaf.grad is not None
+        bad = (~leaf.grad.isfinite().all()).to(found.dtype)
+        self.ranks.sum_([bad])
+        found.copy_(torch.maximum(found, bad.clamp(max=1)))
 
     def _step(self, skip: Tensor) -> None:
         if self.scaler.is_enabled():

@@ -116,7 +116,8 @@ class _Pulling:
         errors = self.reconstruction(drawn, real).to(self.dtype)
         loss = everywhere(errors.unsqueeze(1), self.ranks).mean()
         scale = self.update.scaler.scale(torch.ones_like(loss))  # before the step, which may change it
-        skipped = self.update.take(loss / self.ranks.size, None if self.low is None else self.low.collect_gradients)
+        collect, leaf = None if self.low is None else self.low.collect_gradients, z if z.requires_grad else None
+        skipped = self.update.take(loss / self.ranks.size, collect, leaf)
         if z.grad is not None:
             z.grad /= scale
         return loss.detach(), skipped

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.thread_ranks import on_ranks
 from torch import Tensor, nn
 
 from engine.methods.gradient_step import GradientStep
+from engine.training.ranks import ALONE, Ranks
 
 STEPS = 6
 RATES: dict[str, Any] = {"lr": 1e-2, "betas": (0.4, 0.9)}
@@ -124,3 +126,24 @@ def test_an_overflow_of_the_scaled_loss_is_skipped_and_lowers_the_scale() -> Non
 def test_weight_decay_is_adamws() -> None:
     with pytest.raises(ValueError, match="weight_decay: is adamw's"):
         GradientStep(network(), lr=1e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_leaf_that_overflows_lowers_the_scale(size: int) -> None:
+    """On whichever rank: the weights' gradients are finite, and a scale that stayed would overflow for ever."""
+
+    def run(ranks: Ranks = ALONE) -> tuple[float, list[float], Tensor]:
+        module = network(torch.float32)
+        update = GradientStep(module, **RATES, scaled=True, ranks=ranks)
+        skipped = []
+        for step in range(3):
+            leaf = torch.zeros(2, requires_grad=True)
+            steep = 1e34 if ranks.rank == ranks.size - 1 else 1.0  # float32 holds it 2^15 times
+            skipped.append(float(update.take(loss_of(module, step) / size + (steep * leaf).sum(), leaf=leaf)))
+        return update.scaler.get_scale(), skipped, module[0].weight.detach()
+
+    plainly = network(torch.float32)
+    plain(plainly, [1, 2])
+    for scale, skipped, weight in [run()] if size == 1 else on_ranks(size, run):
+        assert (scale, skipped) == (2.0**15, [1, 0, 0])
+        torch.testing.assert_close(weight, plainly[0].weight.detach(), rtol=1e-4, atol=1e-5)

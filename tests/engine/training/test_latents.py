@@ -30,7 +30,7 @@ from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 from engine.configuration.modelling import predict
 from engine.configuration.updates import UpdatesConfig
-from engine.methods.latent import Glann, Imle
+from engine.methods.latent import Glann, Glo, Imle
 from engine.methods.rmsprop import RMSprop
 from engine.support.errors import InputError
 from engine.support.files import read_tensors, save_safetensors
@@ -68,6 +68,35 @@ def test_gradients_of_codes_are_without_the_loss_scale() -> None:
         moments.append(everything(trainer)["optimizer.codes.0.exp_avg"])
     plain, scaled = moments
     assert float((plain - scaled).norm() / plain.norm()) < 0.1
+
+
+def test_a_code_s_gradient_that_overflows_lowers_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a weight does; else it would overflow at every step, until too many were skipped."""
+    trainer = small_trainer(
+        configuration("digits", {"method": "glo", "batch_size": 3, "amp": True, "amp_dtype": "fp16"})
+    )
+    method = trainer.method
+    assert isinstance(method, Glo)
+    low, scaler, before = method.pulling.low, method.pulling.update.scaler, everything(trainer)
+    assert low is not None
+    images = low.images
+
+    def steep(z: Tensor, **options: Any) -> Tensor:
+        z.register_hook(lambda gradient: gradient / 0)
+        return images(z, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(low, "images", steep)
+        trainer.train_step()
+    skipped = {"skipped_steps": 1, "codes_skipped_steps": 1}
+    assert trainer.divergence.totals() == skipped
+    assert scaler.get_scale() == 2.0**15
+    after = everything(trainer)
+    for name, value in before.items():
+        if name.startswith(("generator.", "codes.")) and "running" not in name and "tracked" not in name:
+            assert torch.equal(after[name], value), name
+    trainer.train_step()
+    assert trainer.divergence.totals() == skipped
 
 
 FLAGS = "--batch-size 4 --nz 8 --loader torch --log-every 1 --checkpoint-every 2 --threads 1 --upsampling transposed"
