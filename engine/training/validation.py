@@ -125,7 +125,7 @@ class Judge:
 
 
 class Validation:
-    """Compares samples with real images every `config.evaluate_every` steps.
+    """Compares samples with real images every so many steps.
 
     The ranks of a job share the images, real and drawn, and compute features of their own; rank 0 compares, of all
     images in rank order, so that the numbers are those of a single process.

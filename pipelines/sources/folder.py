@@ -1,4 +1,4 @@
-"""Trees of image files; folders directly below the root are classes."""
+"""Trees of image files, with the classes that `labels.find_classes` finds."""
 
 from __future__ import annotations
 

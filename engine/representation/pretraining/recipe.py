@@ -18,7 +18,7 @@ class Recipe:
     """The settings of one pretraining run.
 
     Attributes:
-        task: "classify" (needs labels), "rotate" or "autoencode".
+        task: "classify" and "tinted", for grey images (both need labels), "rotate" or "autoencode".
         epochs, steps: how long, one of the two. Neither: six epochs, but at least 150 and at most 2,000 steps.
         batch_size: images in a batch, at least 2.
         lr: peak learning rate. None is the task's: 0.1 for SGD; 1e-3 for "autoencode", which uses Adam.
