@@ -82,20 +82,17 @@ class PerceptualErrors:
 
     Args:
         feature_pass: runs the extractor, with running statistics.
-        pixels: weight of the pixels' part.
     """
 
-    def __init__(self, feature_pass: FeaturePass, pixels: float = 1.0):
+    def __init__(self, feature_pass: FeaturePass):
         if feature_pass.extractor.batch_statistics:
             raise InputError("extractor", "batch statistics mix images, and each needs its own error")
-        self.feature_pass, self.pixels = feature_pass, pixels
+        self.feature_pass = feature_pass
 
     def __call__(self, drawn: Tensor, real: Tensor) -> Tensor:
         """See the class."""
         found: Tensor = _OfFeatures.apply(drawn, real, self.feature_pass)
-        if not self.pixels:
-            return found
-        return found + self.pixels * (_wide(drawn) - _wide(real)).abs().mean(dim=(1, 2, 3))
+        return found + (_wide(drawn) - _wide(real)).abs().mean(dim=(1, 2, 3))
 
 
 class _Kept:

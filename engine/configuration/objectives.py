@@ -24,7 +24,7 @@ from engine.comparison.reference.bank import BankKind, FeatureBank
 from engine.comparison.reference.covariance import CovarianceKind, FeatureCovariance
 from engine.comparison.reference.landmarks import FeatureLandmarks, LandmarksKind
 from engine.comparison.reference.protocols import Kind
-from engine.comparison.reference.target import MomentsKind
+from engine.comparison.reference.target import MomentsKind, fake_target
 from engine.configuration.config import Config
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import chosen_backend
@@ -288,8 +288,7 @@ def blank_reference(
     """
     kind = reference_kind(config, extractor)
     if isinstance(kind, MomentsKind):
-        size = extractor.num_features
-        return Moments(2, fill(size, dtype=torch.float64), fill(size, dtype=torch.float64))
+        return fake_target(extractor.num_features, fill)
     features = sizes(make_pool(config.features.pool), extractor.taps)
     if isinstance(kind, LandmarksKind):
         count = kind.landmarks + isinstance(kind.kernel, Energy)  # whose landmarks have a centre besides

@@ -6,7 +6,7 @@ on. Here all sums are in float64, centred on the running mean, whatever the feat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -70,10 +70,9 @@ class DatasetCollector:
         return Moments(self.count, mean, m2, fingerprint, skipped)
 
 
-def fake_target(num_features: int) -> Moments:
-    """A target of zeros, for models of a step that look at shapes alone."""
-    zeros = torch.zeros(num_features, dtype=torch.float64)
-    return Moments(2, zeros, zeros)
+def fake_target(num_features: int, fill: Callable[..., Tensor] = torch.zeros) -> Moments:
+    """A target of `fill(num_features)`, for models of a step that look at shapes alone."""
+    return Moments(2, fill(num_features, dtype=torch.float64), fill(num_features, dtype=torch.float64))
 
 
 class MomentsKind:
