@@ -321,13 +321,15 @@ def _real(arguments: Any, of_run: Config | None, *, unary: bool) -> ImageSet | N
     """The real images; None if no metric needs any."""
     names = {entry.name for entry in dataclasses.fields(DataConfig)}
     given = {name: value for name, value in given_flags(arguments).items() if name in names}
+    asked = [name for name in ("preset", "real_samples") if getattr(arguments, name) is not None]
+    if unary:
+        if idle := [*(() if arguments.against is None else ("against",)), *asked, *given]:
+            raise InputError(idle[0], "is of real images, and --metrics is compares with none; leave it out")
+        return None
     if arguments.against is not None:
-        asked = [name for name in ("preset", "real_samples") if getattr(arguments, name) is not None]
         if contradicting := [*asked, *given]:
             raise InputError(contradicting[0], "contradicts --against, whose images are taken as they are")
-        return None if unary else _open(arguments, "against")
-    if unary:
-        return None
+        return _open(arguments, "against")
     if arguments.preset is not None or (of_run is None and given.keys() & {"dataset", "data"}):
         config = Config.build(arguments.preset, given)
     elif of_run is not None:

@@ -37,7 +37,7 @@ from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor, feature_fingerprint
 from engine.representation.pretraining import UnfitCheckpoint, pretrain
 from engine.representation.weights import read_state_dict
-from engine.representation.zoo import brings_weights
+from engine.representation.zoo import brings_weights, is_fixed
 from engine.support.errors import InputError, Interrupted, WriteError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset, ImageLoader, cache_is_kept, cached, temporary_folder
@@ -91,7 +91,7 @@ def make_extractor(
     """
     networks = config.networks
     weights: list[Path | str] | list[str] | str | None
-    if not networks.weights:
+    if not networks.weights and not all(map(is_fixed, networks.extractor.split("+"))):
         known = known_weights(networks.extractor, "files from python -m engine.pretrain", "'pretrain'")
         raise InputError("weights", f"the preset {config.preset} needs weights for {networks.extractor}: {known}")
     if networks.weights == ("random",):

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.runs import command
 
 from engine import train
 from engine.configuration import presets
+from engine.configuration.build import make_extractor
 from engine.configuration.config import Config
 from engine.configuration.groups import GROUPS
+from engine.configuration.inputs import open_data
 from engine.configuration.methods import COMPARING
 from engine.configuration.presets import PRESETS, preset_method
+from engine.configuration.provenance import was_trained_on
 from engine.support.errors import InputError
 
 GONE = object()
@@ -262,6 +266,17 @@ def test_pixels_stay_pixels_where_efficientnet_is_not_installed(monkeypatch: pyt
     monkeypatch.setattr(presets, "has_perceptual", lambda: False)
     assert Config.build("photos", {"data": "x"}).networks.extractor == "vgg-small"
     assert Config.build("photos", {"data": "x", "method": "gmmn"}).networks.extractor == "pixels"
+
+
+def test_networks_with_nothing_to_learn_need_no_weights() -> None:
+    given = {"dataset": "digits", "extractor": "pixels+opponent"}
+    config = Config.build("cifar10", given)
+    extractor = make_extractor(config, open_data(config), torch.device("cpu"))
+    assert extractor.num_features == 2 * 3 * 32 * 32
+    assert was_trained_on(config, "opponent", None)
+    config = Config.build("cifar10", {**given, "extractor": "pixels+vgg-small"})
+    with pytest.raises(InputError, match=r"needs weights for pixels\+vgg-small"):
+        make_extractor(config, open_data(config), torch.device("cpu"))
 
 
 def test_a_population_brings_settings_of_its_own() -> None:

@@ -311,6 +311,8 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         ("--images A --against B --preset digits", "--preset: "),
         ("--images A --against B --real-samples 5", "--real-samples: "),
         ("--images A --against B --samples 5", "--samples: "),
+        ("--images A --against B --metrics is", "--against: is of real images, and --metrics is compares with none"),
+        ("--images A --metrics is --dataset digits", "--dataset: is of real images"),
         ("--images A --against B --best", "--best: "),
         ("--run RUN --plain-reading", "--plain-reading: "),
         ("--images A --against B --batch-size 0", "--batch-size: "),
