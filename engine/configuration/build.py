@@ -154,7 +154,8 @@ def _pretrained(
         with exclusive(path, ranks):
             if not _is_readable(path):
                 return _pretrain_into(path, architecture, dataset, task, seed, device)
-    log.info("extractor %s: pretrained before, cached in %s", architecture, path)
+    if ranks.rank == 0:
+        log.info("extractor %s: pretrained before, cached in %s", architecture, path)
     return path
 
 

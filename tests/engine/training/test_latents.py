@@ -109,9 +109,10 @@ PRIORS = {"glo": "fitted", "imle": "gaussian", "glann": "mapped"}
 
 
 @pytest.mark.parametrize("name", quick(OWN, ["glann"]))
-def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_a_run_is_resumed_drawn_and_reported(name: str, pictures: Path, tmp_path: Path, caplog) -> None:
     flags = ["--method", name, "--data", str(pictures), *FLAGS.split(), *OWN[name]]
     train.main([*flags, "--steps", "3", "--out", str(tmp_path / "whole")])
+    assert ("--glo-steps 1 are less than an epoch" in caplog.text) == (name == "glann")
     train.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")])
     train.main(["--resume", "--steps", "3", "--out", str(tmp_path / "run")])
     assert metrics(tmp_path / "run", ("step", "loss")) == metrics(tmp_path / "whole", ("step", "loss"))
