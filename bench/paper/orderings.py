@@ -226,8 +226,8 @@ with three seeds and one budget, and judges their samples; `--document docs/comp
 from the rows. No number in it is typed by hand. The budget is seconds of training, CPU seconds on a CPU: what a user
 pays for a method. Steps and generated images count something else in every family, as a step may train a critic five
 times, draw a pool of samples, or only reconstruct. A short run of each method says how many steps the budget buys,
-rounded down to tens: a method of few steps leaves up to a fifth of the budget. Pretraining the matched network, and
-starting, are not counted. Where a run is shorter than its preset's, averages of weights and first stages of training
+rounded down to tens: a method of few steps leaves up to a fifth of the budget. On a shared machine a second buys more
+steps at one hour than at another. Pretraining the matched network, and starting, are not counted. Where a run is shorter than its preset's, averages of weights and first stages of training
 are shorter in proportion. All other settings are the presets', which were found with other numbers of steps, by the two
 judges below and with more trials for some methods than for others. On the digits, the network that gfmn, mmd, frechet,
 sinkhorn and drifting match learned from the digits' labels, anew for each seed.
