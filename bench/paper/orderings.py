@@ -227,10 +227,11 @@ from the rows. No number in it is typed by hand. The budget is seconds of traini
 pays for a method. Steps and generated images count something else in every family, as a step may train a critic five
 times, draw a pool of samples, or only reconstruct. A short run of each method says how many steps the budget buys,
 rounded down to tens: a method of few steps leaves up to a fifth of the budget. On a shared machine a second buys more
-steps at one hour than at another. Pretraining the matched network, and starting, are not counted. Where a run is shorter than its preset's, averages of weights and first stages of training
-are shorter in proportion. All other settings are the presets', which were found with other numbers of steps, by the two
-judges below and with more trials for some methods than for others. On the digits, the network that gfmn, mmd, frechet,
-sinkhorn and drifting match learned from the digits' labels, anew for each seed.
+steps at one hour than at another. Pretraining the matched network, and starting, are not counted. Where a run is
+shorter than its preset's, averages of weights and first stages of training are shorter in proportion. All other
+settings are the presets', which were found with other numbers of steps, by the two judges below and with more trials
+for some methods than for others. On the digits, the network that gfmn, mmd, frechet, sinkhorn and drifting match
+learned from the digits' labels, anew for each seed.
 
 Distances, precision and recall are by the features of a network that no method was trained on. *Read* is the share of
 samples, in percent, that a support vector machine fitted to real 8×8 digits reads with confidence, and *rarest digit*

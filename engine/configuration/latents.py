@@ -85,8 +85,8 @@ def make_latent(
     if method == "glo":
         return glo
     if (needed := -(-count // training.batch_size)) > own.glo_steps and ranks.rank == 0:
-        log.warning("warning: --glo-steps %d are less than an epoch, %d: noise is mapped to codes of images that no step "
-                    "has had", own.glo_steps, needed)  # fmt: skip
+        line = "warning: --glo-steps %d are less than an epoch, %d: noise is mapped to codes that none has learnt, too"
+        log.warning(line, own.glo_steps, needed)
     mapping = networks["mapping"]
     assert isinstance(mapping, MappingNetwork)
     return Glann(
