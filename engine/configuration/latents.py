@@ -85,7 +85,7 @@ def make_latent(
     if method == "glo":
         return glo
     if (needed := -(-count // training.batch_size)) > own.glo_steps and ranks.rank == 0:
-        line = "warning: --glo-steps %d are less than an epoch, %d: some codes stay unlearnt, and noise is mapped to them"
+        line = "warning: --glo-steps %d are less than an epoch, %d: noise is mapped to codes never learnt as well"
         log.warning(line, own.glo_steps, needed)
     mapping = networks["mapping"]
     assert isinstance(mapping, MappingNetwork)
