@@ -62,10 +62,10 @@ class Divergence:
         name = min(first, key=lambda name: first[name])
         alone = len(first) == 1
         if first[name] != _NEVER:
-            return name, "the loss" if alone else part_of(name, "loss"), first[name]
+            return name, "the loss" if alone else possessive(name, "loss"), first[name]
         for name, skipped in self.skipped.items():
             if count := skipped.too_many():
-                whose = "the gradient" if alone else part_of(name, "gradient")
+                whose = "the gradient" if alone else possessive(name, "gradient")
                 return name, f"{whose}, {count} times in a row,", step
         return None
 
@@ -90,7 +90,7 @@ class Divergence:
             self.steps[name].fill_(step)
 
 
-def part_of(network: str, part: str) -> str:
+def possessive(network: str, part: str) -> str:
     """Such as "the critic's loss" and "the codes' gradient"; the codes of the codes are "the codes"."""
     if part == network:
         return f"the {network}"

@@ -24,7 +24,7 @@ from engine.support.errors import InputError, Interrupted, WriteError, differenc
 from engine.support.pixels import grid, save_png
 from engine.training.checkpoint import Checkpoint, flatten_optimizer, restore_optimizer
 from engine.training.delivery import NoImages, Source
-from engine.training.divergence import GENERATOR, Divergence, part_of
+from engine.training.divergence import GENERATOR, Divergence, possessive
 from engine.training.graphs import EAGER_STEPS, GraphedStep, Graphs
 from engine.training.logbook import Logbook, NoLogbook
 from engine.training.precision import peak_memory, repeatable, reset_peak_memory
@@ -241,7 +241,7 @@ class Trainer:
         for name, module in self.method.modules.items():
             for key, tensor in module.state_dict().items():
                 if not bool(tensor.isfinite().all()):
-                    raise self._diverged(name, part_of(name, key), self.step)
+                    raise self._diverged(name, possessive(name, key), self.step)
 
     def _checkpoint(self) -> Checkpoint:
         method = self.method
