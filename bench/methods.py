@@ -296,8 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--runs", choices=tuple(RUNS), default="comparing", help="which runs; see above")
     add("--only", nargs="+", metavar="NAME", help="some of them")
     add("--docs", type=Path, metavar="DIR", help="of the pictures (default: docs/methods)")
-    add("--json", type=Path, metavar="FILE", help="the rows (default: one of the day in bench/results/); those of runs "
-        "that are not made again yet stay as they are in it, or else in the newest one")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="the rows (default: one of the day in bench/results/, which begins "
+        "with those of the newest); those of runs that are not made again stay")  # fmt: skip
     add("--steps", type=int, metavar="N", help="in place of the preset's, to try the command; needs --docs and --json")
     arguments = parser.parse_args(argv)
     runs = RUNS[arguments.runs]
