@@ -103,6 +103,7 @@ def test_formula_of_bytes() -> None:
     assert found == {"moments": 2400, "counts": 24, "gradients": 4 * weights, "BatchNorm": 20 * channels + 5 * 8}
 
 
+@pytest.mark.slow
 def test_bytes_of_a_job_are_what_the_formula_says() -> None:
     rows = list(bytes_rows(SMALL, 5, (2,)))
     assert {row.what for row in rows} == {"moments", "counts", "gradients", "BatchNorm"}

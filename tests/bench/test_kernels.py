@@ -255,6 +255,7 @@ class TestTimes:
         with pytest.raises(RuntimeError, match=r"^gfmn, compiled: wrong by 1\.0e-03"):
             timing_of_averager(100, "cpu")
 
+    @pytest.mark.slow  # torch.compile has its own to build
     def test_right_kernels_are(self) -> None:
         timing = timing_of_averager(1000, "cpu")
         assert isinstance(timing, Timing)

@@ -105,6 +105,7 @@ show(audit.missing(launched.of_run(launched.configuration("cifar10", "fp16", ext
 """
 
 
+@pytest.mark.slow
 def test_a_variant_that_the_audit_lacks_is_found() -> None:
     """Another number of warps, another block, or a precision that nobody has told the audit of."""
     same, warps, merge, precision = _python(_WITH_CHANGES)

@@ -153,6 +153,7 @@ def test_two_processes_give_the_same_target(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_error_of_one_process_ends_all_with_one_line(folder: Path, tmp_path: Path) -> None:
     (folder / "09.jpg").write_bytes((folder / "09.jpg").read_bytes()[:200])
     out = tmp_path / "two.safetensors"

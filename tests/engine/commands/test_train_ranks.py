@@ -128,6 +128,7 @@ def test_a_killed_rank_ends_all_and_nothing_is_lost(victim: int, two: Path, tmp_
     assert same_run(run, two)
 
 
+@pytest.mark.slow
 def test_nan_on_all_is_one_line(tmp_path: Path, alone: Path) -> None:
     found = train_on(2, *SMALL, "--lr", "1e30", "--steps", 50, "--out", tmp_path / "run")
     assert all(status != 0 for status, _ in found)

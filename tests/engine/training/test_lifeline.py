@@ -56,6 +56,7 @@ def test_a_killed_process_ends_those_that_wait(killed: int, waits: str) -> None:
     assert len(said) == 1 or killed == 0  # without a store they cannot agree on who says it
 
 
+@pytest.mark.slow
 def test_one_killed_while_the_others_connect_is_not_waited_for() -> None:
     """They wait for it inside the library, where ten minutes are the limit; who serves the store comes to its end last,
     so that only one of them says why."""

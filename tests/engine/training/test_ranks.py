@@ -109,10 +109,10 @@ def test_shares_are_even_and_complete(count: int, size: int, unit: int) -> None:
 
 
 def test_resumed_on_other_numbers_of_ranks(tmp_path: Path) -> None:
-    """2 ranks, then 1, 3 and 2 again take the run of one process, with checkpoint files between them (float64)."""
+    """2 ranks, then 1, then 3 take the run of one process, with checkpoint files between them (float64)."""
     cases = ["none", "chunks", "ama"]
     changing, whole = tmp_path / "changing", tmp_path / "whole"
-    for size, stop in ((2, 3), (1, 5), (3, 8), (2, 10)):
+    for size, stop in ((2, 3), (1, 5), (3, 8)):
         if size == 1:
             for case in cases:
                 resume_worker.train(changing, stop, case, ALONE)
@@ -122,9 +122,9 @@ def test_resumed_on_other_numbers_of_ranks(tmp_path: Path) -> None:
         ):
             assert status == 0, errors
     for case in cases:
-        resume_worker.train(whole, 10, case, ALONE)
+        resume_worker.train(whole, 8, case, ALONE)
         found, expected = (RunFolder(folder / case).newest_checkpoint() for folder in (changing, whole))
-        assert found.step == expected.step == 10
+        assert found.step == expected.step == 8
         assert found.parts.keys() == expected.parts.keys()
         compared = 0
         for part, tensors in expected.parts.items():

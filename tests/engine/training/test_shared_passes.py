@@ -15,7 +15,6 @@ import torch
 from helpers import pass_worker
 from helpers.jobs import ends, start_job
 from helpers.judging import write_weights
-from helpers.marks import slow
 from oracle import relative_error
 
 from engine import precompute
@@ -152,7 +151,8 @@ def test_training_killed_in_the_pass_resumes_it_on_every_rank(folder: Path, tmp_
     assert (tmp_path / "run/generator_best.safetensors").exists()
 
 
-@pytest.mark.parametrize("module", ["engine.train", slow("engine.precompute")])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["engine.train", "engine.precompute"])
 def test_a_signal_to_one_rank_ends_all_with_its_status(module: str, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     job = start_job(2, command(module, [*FLAGS, "--data", folder / "61.npy", "--out", out]), GFMN_CACHE=str(tmp_path))
