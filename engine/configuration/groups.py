@@ -129,6 +129,12 @@ class NetworksConfig(Settings):
         choices=("running", "batch"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for word in ("random", "pretrain"):
+            alone = word not in self.weights or self.weights == (word,)
+            require(alone, "weights", f"'{word}' is for all networks, and stands alone; only 'imagenet' is for one")
+
 
 @dataclass(kw_only=True)
 class MatchingConfig(Settings):

@@ -245,6 +245,7 @@ def test_unknown_settings_from_python() -> None:
         (["--data", ""], "--data"),
         (["--data="], "--data"),
         (["--weights", "random", ""], "--weights"),
+        (["--extractor", "vgg-small+resnet18", "--weights", "pretrain", "imagenet"], "'pretrain' is for all networks"),
         (["--out", ""], "--out"),
         (["--config", ""], "--config"),
     ],
