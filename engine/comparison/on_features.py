@@ -24,9 +24,10 @@ Discrepancy = Callable[[Tensor], Tensor]
 class OfNetworks(nn.Module):
     """The distances of several networks' features, added, or each divided by its own value:
 
-        L = Σ_e L_e / (L_e' + 0.01),    L' = L detached
+        L = Σ_e L_e / (|L_e'| + 0.01),    L' = L detached
 
-    so that no network counts more than another because its features are larger.
+    so that no network counts more than another because its features are larger. An unbiased estimate may be negative;
+    its gradient keeps its direction.
 
     Args:
         distances: of each network's features.
@@ -49,7 +50,7 @@ class OfNetworks(nn.Module):
         if len(self.parts) == 1:
             return self.distances[0](features)
         losses = [distance(features[:, part]) for distance, part in zip(self.distances, self.parts, strict=True)]
-        return torch.stack([loss / (loss.detach() + _LOSS_FLOOR) for loss in losses]).sum()
+        return torch.stack([loss / (loss.detach().abs() + _LOSS_FLOOR) for loss in losses]).sum()
 
 
 class FeatureCriterion:

@@ -167,8 +167,8 @@ class QueuedFeatures(nn.Module):
 
         L = distance([x; q]),    q = the features of the Q images before these, as they were drawn, [Q, F]
 
-    Before the first minibatch q is copies of that one, whose mean and covariance are its own: the number of rows never
-    changes. Only calls in train mode with a gradient join the queue.
+    Before the first minibatch q is copies of that one, whose mean and covariance are its own where Q is a multiple of
+    N: the number of rows never changes. Only calls in train mode with a gradient join the queue.
 
     Args:
         distance: features [n, F] → [].

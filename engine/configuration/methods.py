@@ -169,8 +169,8 @@ class MmdConfig(Settings):
     mmd_kernel: str = option("rational-quadratic", "kernel that compares images", choices=tuple(KERNELS), since="0.2")
     mmd_bandwidths: tuple[float, ...] = option(
         (),
-        "σ of the Gaussian kernels that are added, α of rational quadratics, or scales of IMQ, in units of the median "
-        "distance between real images (default: "
+        "σ of the Gaussian kernels that are added, in units of the median distance between real images; c of IMQ, in "
+        "units of its square; or α of rational quadratics (default: "
         + "; ".join(f"{name} {' '.join(map(str, values))}" for name, values in MMD_BANDWIDTHS.items())
         + ")",
         above=0,
@@ -300,7 +300,7 @@ class FeaturesConfig(Settings):
     )
     normalise_losses: bool = option(
         False,
-        "of several networks, divide each one's loss by its own value (and add 0.01 to that), so that all count alike",
+        "of several networks, divide each one's loss by its own size (and add 0.01 to that), so that all count alike",
         since="0.2",
     )
 

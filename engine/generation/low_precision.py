@@ -30,9 +30,11 @@ class LowPrecision:
         self.gradients = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
 
     def copy_weights(self) -> None:
-        """The copies become what the weights are now."""
+        """The copies become what the weights are now, without the gradients that a step left which came to no end."""
         with torch.no_grad():
             torch._foreach_copy_(self.copies, self.weights)
+        for copy in self.copies:
+            copy.grad = None
 
     def images(self, z: Tensor, *, recompute: bool = False, copied: bool = False) -> Tensor:
         """Images of `z` in the low dtype.

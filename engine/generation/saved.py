@@ -134,7 +134,7 @@ def _read_encoder(
 
 
 def _check_codes(codes: Tensor, nz: int) -> None:
-    if codes.shape != (len(codes), nz) or codes.dtype != torch.float32 or not _are_finite({"codes": codes}):
+    if codes.dim() != 2 or codes.shape[1] != nz or codes.dtype != torch.float32 or not _are_finite({"codes": codes}):
         raise ValueError(f"its codes are not numbers [M, {nz}]")
 
 

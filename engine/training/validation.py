@@ -113,7 +113,7 @@ class Judge:
         return {**found, "samples": len(samples), "real": len(self.real), **self._distances(samples, seed)}
 
     def _distances(self, samples: Tensor, seed: int) -> dict[str, float]:
-        """torch-fidelity's numbers. With fewer images than KID's subsets usually have, every subset is all of them."""
+        """torch-fidelity's numbers. KID's subsets are no larger than the smaller set."""
         subset = min(KID_SUBSET, len(samples), len(self.real))
         kid = self.fidelity.metric_kid.kid_features_to_metric(
             samples, self.real, kid_subset_size=subset, rng_seed=seed % _NUMPY_SEEDS, verbose=False

@@ -171,7 +171,8 @@ DAMAGED: dict[str, Callable[[dict, dict], object]] = {
         {name: tensor / 0 for name, tensor in tensors.items() if name.startswith("encoder.") and "weight" in name}
     ),
     "codes of another length": lambda tensors, metadata: tensors.update({"codes": torch.zeros(3, NZ + 1)}),
-    "codes that are one number": lambda tensors, metadata: tensors.update({"codes": torch.zeros(3)}),
+    "codes that are one row": lambda tensors, metadata: tensors.update({"codes": torch.zeros(NZ)}),
+    "codes that are one number": lambda tensors, metadata: tensors.update({"codes": torch.zeros(())}),
     "codes that are not finite": lambda tensors, metadata: tensors.update({"codes": torch.zeros(3, NZ) / 0}),
 }
 

@@ -14,7 +14,7 @@ from oracle import in_float64, relative_error
 from torch import Tensor
 
 from engine.comparison.distances import MMD, kernels
-from engine.comparison.on_features import FeatureCriterion, OnFeatures
+from engine.comparison.on_features import FeatureCriterion, OfNetworks, OnFeatures
 from engine.comparison.pooling import POOLS, make_pool, sizes
 from engine.comparison.reference.bank import BankKind, FeatureBank
 from engine.representation.extractor import Extractor
@@ -278,3 +278,20 @@ class TestBank:
             assert math.isclose(float(torch.cdist(part, part).square().mean()), 2, rel_tol=1e-9)
         dead = FeatureBank(torch.ones(4, 5), torch.arange(4), [2, 3])
         assert dead.scales().tolist() == [0.0] * 5
+
+
+def test_a_negative_estimate_of_one_network_keeps_its_gradients_direction() -> None:
+    """Unbiased MMD² of each half of the features, the first one's below 0, added as their sizes say."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    parts = (slice(0, 4), slice(4, 8))
+    distances = [
+        MMD(x.detach()[:, parts[0]].flip(0), kernels.gaussian((0.5,)), unbiased=True),  # the very same points
+        MMD(torch.full((6, 4), 9.0, dtype=torch.float64), kernels.gaussian((0.5,)), unbiased=True),
+    ]
+    losses = [distance(x[:, part]) for distance, part in zip(distances, parts, strict=True)]
+    assert losses[0] < -0.01
+    assert losses[1] > 0.01
+    (found,) = torch.autograd.grad(OfNetworks(distances, parts, None)(x), x)
+    (first,), (second,) = (torch.autograd.grad(loss, x) for loss in losses)
+    expected = first / (-losses[0] + 0.01) + second / (losses[1] + 0.01)
+    assert relative_error(found, expected.detach()) < 1e-12
