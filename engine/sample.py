@@ -62,8 +62,8 @@ def parser() -> Parser:
         "--encode",
         nargs="+",
         metavar="IMAGE",
-        help="in place of samples, image files of any size, cropped and resized as the run's real images: in a .png "
-        "each beside what the generator makes of its code, in a .npy that alone",
+        help="in place of samples, image files of any size, cropped, resized and framed as the run's real images: in "
+        "a .png each beside what the generator makes of its code, in a .npy that alone",
     )
     add(
         "--codes",
@@ -118,7 +118,7 @@ def _encode(arguments: Any, sampler: SavedSampler) -> None:
     data = Config.load(RunFolder(arguments.run).config).data
     crop = usual_crop(data.dataset, data.center_crop)
     try:
-        pixels = read_files(arguments.encode, Preprocessing(image_size=side, center_crop=crop))
+        pixels = read_files(arguments.encode, Preprocessing(image_size=side, center_crop=crop), data.dataset)
     except DataError as error:
         raise InputError("encode", str(error)) from None
     codes = sampler.encode(to_float(pixels))

@@ -15,6 +15,7 @@ from pipelines.digests import printable, read_file
 from pipelines.errors import DataError, one_line
 from pipelines.loading.loader import ImageLoader
 from pipelines.pixels import to_uint8
+from pipelines.registry import fit
 
 _BATCH = 256
 
@@ -65,15 +66,17 @@ def read_numbered(
     return pixels[:read], numbers[:read]
 
 
-def read_files(paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing) -> torch.Tensor:
-    """Image files of any size, cropped and resized as those of a data set are: uint8 [N, 3, H, W].
+def read_files(
+    paths: Sequence[str | os.PathLike[str]], preprocessing: Preprocessing, dataset: str = "images"
+) -> torch.Tensor:
+    """Image files of any size as uint8 [N, 3, H, W], made like those of the data set `dataset` (see `registry.fit`).
 
     Raises DataError that names the first one that cannot be used.
     """
     images = []
     for path in paths:
         try:
-            images.append(np.asarray(preprocessing.fit(decode(read_file(path)))))
+            images.append(np.asarray(fit(dataset, decode(read_file(path)), preprocessing)))
         except (DataError, OSError, ValueError) as error:
             raise DataError(f"{printable(path)}: {one_line(error)}") from None
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from PIL import Image
+
 from pipelines.dataset import ImageDataset
 from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import printable
 from pipelines.errors import DataError, one_line
 from pipelines.sources.celeba import CENTER_CROP, open_celeba
 from pipelines.sources.cifar10 import open_cifar10
-from pipelines.sources.digits import open_digits
-from pipelines.sources.fashion import open_fashion
+from pipelines.sources.digits import fit_digit, open_digits
+from pipelines.sources.fashion import fit_garment, open_fashion
 from pipelines.sources.images import open_images
 from pipelines.sources.lsun import open_lsun
 from pipelines.sources.stl10 import open_stl10
@@ -39,6 +41,23 @@ DATASETS: dict[str, Opener] = {
     "images": open_images,
 }
 """Every data set by its name. To add one, write its opener in `pipelines/sources/` and name it here."""
+
+
+_FIT = {"digits": fit_digit, "fashion": fit_garment}
+"""How a picture becomes like those of a data set that has a margin of its own."""
+
+
+def fit(name: str, picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """An RGB picture of any size as `open_dataset` shows those of the data set `name`.
+
+    Where these get a margin, so does the picture, unless it has the images' size already: then it is like one of them.
+
+    Raises DataError as `Preprocessing.geometry` does.
+    """
+    whole = picture.size == (preprocessing.image_size, preprocessing.image_size)
+    if whole or name not in _FIT:
+        return preprocessing.fit(picture)
+    return _FIT[name](picture, preprocessing)
 
 
 def usual_crop(name: str, center_crop: int | None) -> int | None:

@@ -81,7 +81,7 @@ class Pool:
     ranks tell each other: all of them know the same nearest ones of the whole pool.
 
     Args:
-        network: noise [n, K] → samples; what is drawn of it has running statistics.
+        network: noise [n, K] → samples; what is drawn of it has running statistics, rank 0's.
         prior: the law of noise.
         size: samples of the pool, over all ranks.
         every: steps between two pools.
@@ -124,6 +124,8 @@ class Pool:
         if self.steps % self.every == 0:
             self.noise = noise.draw(self.prior, self.size).clone()  # which lies where the next one will be
             self.weights = {name: kept.detach().clone() for name, kept in self.network.state_dict().items()}
+            # Where BatchNorm is local, ranks have statistics of their own, and rank 0's are those that are saved.
+            self.ranks.copy_first([self.weights[name] for name, _ in self.network.named_buffers()])
             self._draw()
         self.steps += 1
 

@@ -34,10 +34,33 @@ def open_digits(
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    side = round(size * 3 / 4)
-    start = (size - side) // 2
+    start, side = _place(size)
     images = np.zeros((len(digits.images), size, size, 3), dtype=np.uint8)
     for image, digit in zip(images, digits.images.astype(np.float32) * np.float32(255 / 16), strict=True):
-        enlarged = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC))
-        image[start : start + side, start : start + side] = np.rint(enlarged.clip(0, 255))[..., None]
+        image[start : start + side, start : start + side] = _resized(digit, side)[..., None]
     return ArrayDataset(name, preprocessing, images, labels=digits.target, num_classes=10, resize_filter="bicubic")
+
+
+def fit_digit(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """An RGB picture's middle square as `open_digits` shows a digit: at 3/4 of the size, on black."""
+    size = preprocessing.image_size
+    start, side = _place(size)
+    middle = Preprocessing(image_size=side, center_crop=min(picture.size)).geometry(picture.height, picture.width)
+    top, left, height, width = middle.crop
+    square = np.asarray(picture, dtype=np.float32)[top : top + height, left : left + width]
+    fitted = np.zeros((size, size, 3), dtype=np.uint8)
+    for channel in range(3):
+        fitted[start : start + side, start : start + side, channel] = _resized(square[..., channel], side)
+    return Image.fromarray(fitted)
+
+
+def _resized(values: np.ndarray, side: int) -> np.ndarray:
+    """float32 [h, w] → whole numbers from 0 to 255, [side, side]; nothing is rounded or clipped in between."""
+    found = np.asarray(Image.fromarray(values).resize((side, side), Image.Resampling.BICUBIC))
+    return np.rint(found.clip(0, 255))
+
+
+def _place(size: int) -> tuple[int, int]:
+    """The first row and column of a digit in an image of this size, and the digit's side."""
+    side = round(size * 3 / 4)
+    return (size - side) // 2, side

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from pipelines.dataset import ArrayDataset
 from pipelines.decoding.preprocessing import Preprocessing
@@ -69,6 +70,13 @@ def open_fashion(
     return from_pictures(
         name, preprocessing, images, where=printable(root), labels=labels.astype(np.int64), num_classes=10
     )
+
+
+def fit_garment(picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """An RGB picture as `open_fashion` shows its own: resized to 28×28, with a black margin, and then as all are."""
+    padded = Image.new("RGB", (_SIDE + 2 * _MARGIN, _SIDE + 2 * _MARGIN))
+    padded.paste(Preprocessing(image_size=_SIDE).fit(picture), (_MARGIN, _MARGIN))
+    return preprocessing.fit(padded)
 
 
 def _root(path: Path) -> Path:

@@ -69,6 +69,12 @@ class ThreadRank(Ranks):
             for index, tensor in enumerate(tensors):
                 tensor.copy_(torch.stack([own[index] for own in everybody]).sum(dim=0))
 
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        first, *_ = self._exchange("copy", [tensor.detach().clone() for tensor in tensors])
+        with torch.no_grad():
+            for tensor, value in zip(tensors, first, strict=True):
+                tensor.copy_(value)
+
 
 def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
     """What `work` returns on each of `size` ranks, in order; alone, it runs here."""

@@ -16,8 +16,9 @@ from helpers.tiny_datasets import make_celeba, make_cifar10, make_fashion, make_
 from PIL import Image
 
 import pipelines
-from pipelines import DataError, ImageLoader, open_dataset
+from pipelines import DataError, ImageLoader, open_dataset, read_files
 from pipelines.decoding.pil import decode
+from pipelines.decoding.preprocessing import Preprocessing
 
 
 def pixels(loader: ImageLoader) -> np.ndarray:
@@ -102,6 +103,15 @@ def test_fashion(photos: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.M
         assert dataset.images.sum() == 3 * images.sum(dtype=np.int64)
         assert (dataset.labels.tolist(), dataset.num_classes, dataset.is_grey()) == (labels, 10, True)
     assert open_dataset("fashion", tmp_path, image_size=64).images.shape == (21, 64, 64, 3)
+
+
+def test_a_picture_is_made_like_those_of_fashion(photos: list[np.ndarray], tmp_path: Path, monkeypatch) -> None:
+    images, _ = make_fashion(tmp_path, photos, monkeypatch)
+    Image.fromarray(images[4]).save(tmp_path / "4.png")
+    for settings in ({}, {"image_size": 48}, {"center_crop": 30}):
+        dataset = open_dataset("fashion", tmp_path, **settings)
+        found = read_files([tmp_path / "4.png"], Preprocessing(**settings), "fashion")
+        assert np.array_equal(found[0].permute(1, 2, 0).numpy(), dataset.images[4])
 
 
 def test_fashion_without_a_path_is_in_the_cache(

@@ -13,6 +13,7 @@ from helpers.runs import command, untrained
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -23,6 +24,7 @@ from engine.generation.priors import Gaussian
 from engine.generation.sampling import Sampler
 from engine.generation.saved import load_sampler, save_sampler
 from engine.representation.encoders import Encoder, build_encoder
+from pipelines import open_dataset, read_pixels
 
 NZ = 8
 KINDS = {"codes": {}, "bounded": {"bounded": True}, "gaussian": {"gaussian": True}}
@@ -41,7 +43,7 @@ def networks(kind: str) -> tuple[Sampler, Encoder]:
 
 
 def run_of(folder: Path, kind: str) -> Path:
-    untrained(folder, nz=NZ, method="vae", center_crop=40)
+    untrained(folder, nz=NZ, method="vae", dataset="images", data="elsewhere", center_crop=40)
     save_sampler(folder / "generator.safetensors", networks(kind)[0], 17)
     return folder
 
@@ -98,6 +100,22 @@ def test_an_array_holds_what_was_drawn_alone(run: Path, files: list[str], tmp_pa
     array, picture = np.load(tmp_path / "a.npy"), np.asarray(Image.open(tmp_path / "a.png"))
     assert (array.shape, array.dtype) == ((3, 32, 32, 3), np.uint8)
     np.testing.assert_array_equal(array[1], picture[2:34, 104:136])
+
+
+def test_a_digit_gets_the_margin_of_the_real_ones(tmp_path: Path) -> None:
+    """Of an 8×8 picture and a larger one with a stripe on each side; an image of the run's size has its margin."""
+    folder = untrained(tmp_path / "run", nz=NZ, method="vae")
+    save_sampler(folder / "generator.safetensors", networks("codes")[0], 17)
+    small = (load_digits().images[5] * (255 / 16)).round().astype(np.uint8)
+    real = read_pixels(open_dataset("digits"))[5].permute(1, 2, 0)
+    wide = np.pad(small, ((0, 0), (3, 3)), constant_values=255)
+    for name, picture in (("small", small), ("wide", wide), ("whole", real.numpy())):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    files = [str(tmp_path / f"{name}.png") for name in ("small", "wide", "whole")]
+    sample.main(["--run", str(folder), "--encode", *files, "--out", str(tmp_path / "a.png")])
+    cells = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    for top, left in ((2, 2), (2, 70), (36, 2)):
+        assert np.abs(cells[top : top + 32, left : left + 32] - real.numpy()).max() <= 1
 
 
 BAD: dict[str, tuple[str, str]] = {

@@ -331,12 +331,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_pool_is_compared_whole_by_several_ranks() -> None:
-    """Every rank knows the nearest of all, whichever rank drew it."""
+    """Every rank knows the nearest of all, whichever rank drew it, and of one network: rank 0's running statistics."""
     real = pictures()
 
     def nearest(ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+        network = generator()
+        network.get_submodule("layers.2").running_mean += ranks.rank  # as where BatchNorm is local
         pool = Pool(
-            generator(),
+            network,
             DoubleGaussian(NZ),
             size=31,
             every=1,
