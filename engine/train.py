@@ -46,6 +46,7 @@ from engine.configuration.inputs import (
 from engine.configuration.objectives import check_features
 from engine.configuration.planning import choose_chunk, planned_device, print_plans
 from engine.configuration.presets import PRESETS, usual_steps
+from engine.configuration.risks import risks
 from engine.configuration.running import check_images, make_delivery, make_machinery, make_schedule, make_validation
 from engine.configuration.train_command import resume_command
 from engine.generation.networks import Generator
@@ -170,6 +171,8 @@ def build(
         return trainer
     if run.config.exists():
         run.rewind(trainer.step)
+    for risk in risks(config, len(dataset)):
+        log.warning("warning: %s", risk)
     run.write_config(config.to_json())
     run.keep_extractors(pretrained)
     if reference is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.comparison.games.penalties import PENALTIES, Penalty
-from engine.configuration.adversarial import critic_outputs, missing_bounds, penalty_names
+from engine.configuration.adversarial import critic_outputs, penalty_names
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.games import critic_steps, make_game, make_kernel
@@ -23,8 +22,6 @@ from engine.representation.critics import Critic, build_critic
 from engine.support.errors import InputError
 from engine.training.ranks import ALONE, Ranks
 from pipelines import ImageDataset
-
-log = logging.getLogger("gfmn")
 
 
 def make_penalties(config: Config) -> list[Penalty]:
@@ -78,7 +75,7 @@ def make_adversarial(
     ranks: Ranks = ALONE,
     labels: Tensor | None = None,
 ) -> Adversarial:
-    """The configured adversarial method. Warns of a critic that nothing keeps from growing.
+    """The configured adversarial method.
 
     Args:
         generator, networks: on their device; see `make_critics`.
@@ -87,8 +84,6 @@ def make_adversarial(
     """
     settings, training, updates, critic = config.critic, config.training, config.updates, networks["critic"]
     assert isinstance(critic, Critic)
-    if ranks.rank == 0 and (bounds := missing_bounds(config)):
-        log.warning("warning: nothing bounds this critic, and its loss may grow without end; add %s", bounds)
     beta1 = training.beta1 if settings.critic_beta1 is None else settings.critic_beta1
     beta2 = training.beta2 if settings.critic_beta2 is None else settings.critic_beta2
     prior = make_prior(config.networks.prior, config.networks.nz)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +18,6 @@ from engine.generation.priors import make_prior
 from engine.methods.latent import CodeTable, Glann, Glo, Imle
 from engine.methods.pools import FeatureRows, Rows, pixel_rows, pyramid_rows
 from engine.training.ranks import ALONE, Ranks
-
-log = logging.getLogger("gfmn")
 
 _ROWS: dict[str, Rows] = {"pixels": pixel_rows, "pyramid": pyramid_rows}
 
@@ -84,9 +81,6 @@ def make_latent(
     glo = Glo(generator, table, images=images, code_lr=own.code_lr, **options)
     if method == "glo":
         return glo
-    if (needed := -(-count // training.batch_size)) > own.glo_steps and ranks.rank == 0:
-        line = "warning: --glo-steps %d are less than an epoch, %d: noise is mapped to codes never learnt as well"
-        log.warning(line, own.glo_steps, needed)
     mapping = networks["mapping"]
     assert isinstance(mapping, MappingNetwork)
     return Glann(

@@ -45,6 +45,9 @@ _MODELLED_CHUNKS = 3
 _INCEPTION_SIZE, _JUDGED_AT_ONCE = 299, 128
 """Side of the images that Inception sees; images of `EvaluationNetwork.features` at a time."""
 
+_PHASES = {"glann": "glo_steps", "gmmn-ae": "autoencoder_steps"}
+"""The methods whose steps are of two kinds, and how many are of the first; two of each are modelled."""
+
 CPU = torch.device("cpu")
 
 
@@ -91,7 +94,8 @@ def predict(
 
     with modelled_ranks(size) as ranks:
         fakes = [fake_generator, *fake_others.values(), *fake_frozen]
-        footprint = track(build, mode, fakes, block, gloo=not on_gpu)
+        steps = 4 if config.method.method in _PHASES else 2
+        footprint = track(build, mode, fakes, block, gloo=not on_gpu, steps=steps)
     # A moving average of the generator is a copy of it; the low-precision copy of the extractor was there before.
     extra = num_bytes(generator, block=block) * len(all_of(config.training.generator_ema))
     extra += 0 if dtype is None else num_bytes(*fake_frozen, block=block)
@@ -116,6 +120,8 @@ def _modelled_method(
     """The configured method on networks of fake tensors."""
     if config.method.method == "molm":  # whose steps are alike, and so are minibatches whose moments are added
         config = config.replaced({"moment_steps": 1, "moment_images": 2 * config.training.batch_size})
+    if config.method.method in _PHASES:
+        config = config.replaced({_PHASES[config.method.method]: 2, "steps": max(config.training.steps, 4)})
     if extractor is None:
         known: dict[str, Any] = {"images": images} if config.method.method in WITH_TABLE else {}
         if config.method.method == "improved-gan" and config.game.classes is not None:

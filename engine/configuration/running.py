@@ -19,6 +19,7 @@ from engine.configuration.targets import check_target
 from engine.configuration.updates import all_of
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
 from engine.generation.priors import Noise
+from engine.representation.feature_pass import chosen_backend
 from engine.support.errors import InputError
 from engine.training.delivery import CudaImageLane, Delivery
 from engine.training.graphs import CudaGraphs
@@ -26,7 +27,6 @@ from engine.training.ranks import ALONE, Ranks
 from engine.training.rates import RateSchedule
 from engine.training.schedule import Schedule
 from kernels import reference as reference_kernels
-from kernels import select
 from pipelines import ImageDataset, ImageLoader, read_pixels
 from pipelines.dataset import ArrayDataset
 
@@ -65,12 +65,14 @@ def make_schedule(config: Config) -> Schedule:
 def make_machinery(config: Config, device: torch.device) -> dict[str, Any]:
     """How steps run on `device`, for a method that has been made: the trainer's `noise`, `kernels` and `graphs`.
 
-    InputError if a CUDA graph is asked for, and the Triton kernels cannot run.
+    InputError if a backend of kernels is asked for that cannot run, or a CUDA graph without the Triton kernels.
     """
-    training = config.training
+    training, asked, dtype = config.training, config.matching.backend, amp_dtype(config) or torch.float32
     if device.type != "cuda":
+        if asked not in ("auto", "reference"):
+            chosen_backend(asked, device, dtype)  # some methods have no use for it here
         return {"noise": Noise(training.seed, device), "kernels": reference_kernels, "graphs": None}
-    backend = select(config.matching.backend, device, amp_dtype(config) or torch.float32)
+    backend = chosen_backend(asked, device, dtype)
     captured = training.cuda_graph is not False and backend is not reference_kernels and config.needs.captured
     graphs = CudaGraphs(device) if captured else None
     if training.cuda_graph and graphs is None:

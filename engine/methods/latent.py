@@ -352,7 +352,7 @@ class Glann:
             size=pool,
             every=pool_every,
             rows=nn.Flatten(),
-            batch=pool,
+            batch=min(pool, 1 << 14),  # the hidden layers of so many rows are small
             at_least=batch_size,
             ranks=glo.ranks,
             kernels=kernels,

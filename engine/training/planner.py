@@ -168,6 +168,7 @@ def track(
     weights: Sequence[nn.Module],
     block: Callable[[int], int] = int,
     gloo: bool = False,
+    steps: int = 2,
 ) -> Footprint:
     """The footprint of the step that `build()` returns, from its second call: then all optimizer state exists.
 
@@ -176,14 +177,17 @@ def track(
         weights: modules with fake tensors, which don't count.
         block: bytes that a tensor of so many bytes takes.
         gloo: see `StorageTracker`.
+        steps: how many are taken, where they are not all alike. What is there between steps is told before the last.
     """
     tensors = [tensor for module in weights for tensor in (*module.parameters(), *module.buffers())]
     tracker = StorageTracker(tensors, block, gloo)
     with mode, tracker:
         step = build()
         step()
-        tracker.peak = between_steps = tracker.now
-        step()
+        tracker.peak = tracker.now
+        for _ in range(steps - 1):
+            between_steps = tracker.now
+            step()
     return Footprint(num_bytes(*weights, block=block), between_steps, tracker.peak)
 
 

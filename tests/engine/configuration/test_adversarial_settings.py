@@ -13,11 +13,11 @@ from helpers.small_steps import configuration
 from engine import train
 from engine.comparison.games.penalties import Play
 from engine.configuration.adversarial import missing_bounds, penalty_names
-from engine.configuration.build import make_generator
 from engine.configuration.config import Config
-from engine.configuration.critics import make_adversarial, make_critics, make_penalties
+from engine.configuration.critics import make_penalties
 from engine.configuration.methods import ADVERSARIAL
 from engine.configuration.presets import PRESETS, preset_method
+from engine.configuration.risks import risks
 from engine.configuration.train_command import train_command
 from engine.support.errors import InputError
 
@@ -168,13 +168,9 @@ WASSERSTEIN: dict[str, Any] = {"method": "gan", "game": "wasserstein"}
         ({"method": "fisher-gan"}, False),
     ],
 )
-def test_a_critic_without_bounds_is_warned_of(
-    given: dict[str, Any], unbounded: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = configuration("digits", given)
-    generator = make_generator(config)
-    make_adversarial(config, generator, make_critics(config))
-    assert ("nothing bounds this critic" in caplog.text) == unbounded
+def test_a_critic_without_bounds_is_a_risk(given: dict[str, Any], unbounded: bool) -> None:
+    found = risks(configuration("digits", given), 1797)
+    assert any("nothing bounds this critic" in line for line in found) == unbounded
 
 
 def test_every_recipe_bounds_its_critic() -> None:

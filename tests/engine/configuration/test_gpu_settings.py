@@ -68,7 +68,7 @@ class TestCudaGraph:
             check_graph(config(method="frechet", cuda_graph=True), CUDA)
         assert error.value.argument == "cuda_graph"
         check_graph(config(method="frechet"), CUDA)
-        monkeypatch.setattr(running, "select", lambda name, device, dtype: kernels)
+        monkeypatch.setattr(running, "chosen_backend", lambda name, device, dtype: kernels)
         assert running.make_machinery(config(method="frechet"), CUDA)["graphs"] is None
         assert is_captured(config())
         assert not is_captured(config(method="frechet"))
@@ -92,7 +92,7 @@ class TestCudaGraph:
     )
     def test_on_a_gpu_it_comes_with_triton(self, wanted, backend: str, captures: bool, monkeypatch) -> None:
         chosen = kernels if backend == "triton" else reference  # any other module will do for Triton's
-        monkeypatch.setattr(running, "select", lambda name, device, dtype: chosen)
+        monkeypatch.setattr(running, "chosen_backend", lambda name, device, dtype: chosen)
         found = running.make_machinery(config(cuda_graph=wanted), CUDA)
         assert isinstance(found["graphs"], CudaGraphs) == captures
         assert found["kernels"] is chosen
@@ -100,7 +100,7 @@ class TestCudaGraph:
         assert isinstance(found["noise"].lane, CudaLane)
 
     def test_where_triton_cannot_run_it_is_refused(self, monkeypatch) -> None:
-        monkeypatch.setattr(running, "select", lambda name, device, dtype: reference)
+        monkeypatch.setattr(running, "chosen_backend", lambda name, device, dtype: reference)
         with pytest.raises(InputError, match="cannot run here") as error:
             running.make_machinery(config(cuda_graph=True), CUDA)
         assert error.value.argument == "cuda_graph"

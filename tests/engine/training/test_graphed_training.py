@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted_in_a_replay() -> N
 
 @pytest.mark.parametrize("where", [slow("first"), "backward", slow("optimizer"), "scaler"])
 def test_a_step_that_cannot_be_captured_goes_on_as_if_nothing_was(where: str, monkeypatch, caplog) -> None:
-    """It fails at its beginning, with gradients left, in the middle of the optimizer's step, and of the loss scaling."""
+    """It fails at its beginning, after backward, in the middle of the optimizer's step, and of the loss scaling."""
     eager, graphed, graphs = pair(amp=True, amp_dtype="fp16")
     for trainer in (eager, graphed):
         assert isinstance(trainer.method, Matching)

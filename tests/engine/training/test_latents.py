@@ -259,6 +259,7 @@ GLO, IMLE, GLANN = (["--method", name] for name in ("glo", "imle", "glann"))
         ([*IMLE, "--optimizer", "rmsprop", "--beta2", "0.9"], "--beta2: --optimizer rmsprop has none"),
         ([*IMLE, "--encoder", "dcgan"], "--encoder: belongs to --method ae"),
         ([*IMLE, "--kernels", "triton"], "--kernels: the triton backend cannot run here"),
+        (["--method", "glo", "--kernels", "triton"], "--kernels: the triton backend cannot run here"),
         ([*GLANN, "--pool-size", "3"], "--pool-size: is smaller than the minibatch: 3 < 4"),
         ([*GLANN, "--glo-steps", "1"], "--glo-steps: 1 leave none of 1 --steps"),
         ([*GLO, "--perceptual", "vgg19"], "--perceptual: needs --reconstruction perceptual, and this is pyramid"),
@@ -299,6 +300,23 @@ def test_a_step_is_planned(name: str) -> None:
     few, many = (predict(config, make_generator(config), None, networks=networks, images=n) for n in (100, 100_100))
     more = 0 if name == "imle" else 3 * 4 * config.networks.nz * 100_000
     assert abs((many.between_steps - few.between_steps) - more) <= 0.2 * more
+
+
+@pytest.mark.parametrize("method", ["glann", "gmmn-ae"])
+def test_both_kinds_of_steps_are_planned(method: str) -> None:
+    """The mapping's gradients and its optimizer's state are there when the second kind's turn comes, and glann's pool
+    of noise and codes."""
+    config = configuration("digits", {"method": method, "code_width": 512, "batch_size": 8})
+    networks = make_networks(config)
+    found = predict(config, make_generator(config), None, networks=networks, images=100)
+    first = "ae" if method == "gmmn-ae" else "glo"
+    alone = configuration("digits", {"method": first, "batch_size": 8})
+    before = predict(alone, make_generator(alone), None, networks=make_networks(alone), images=100)
+    more = 2 * 4 * sum(weight.numel() for weight in networks["mapping"].parameters())
+    if method == "glann":
+        more += 4 * config.latent.pool_size * (config.autoencoder.code_noise + config.networks.nz)
+    assert found.between_steps - before.between_steps >= more
+    assert found.peak >= found.between_steps
 
 
 def test_a_plan_needs_neither_the_frozen_network_s_weights_nor_its_kernels(capsys: pytest.CaptureFixture[str]) -> None:
