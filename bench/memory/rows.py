@@ -49,10 +49,8 @@ VARIANTS = (
     Variant("naive, frozen, autocast", _BF16, naive={"frozen": True, "autocast": _BF16}),
     Variant("ours"),
     Variant("ours --amp", _BF16),
-    Variant("ours --amp --checkpoint stages", _BF16, flags=RECOMPUTE_STAGES),
-    Variant(
-        "ours --amp --chunk-size 64 --checkpoint-generator", _BF16, flags={"chunk_size": 64, **RECOMPUTE_GENERATOR}
-    ),
+    Variant("ours --amp --recompute stages", _BF16, flags=RECOMPUTE_STAGES),
+    Variant("ours --amp --chunk-size 64 --recompute-generator", _BF16, flags={"chunk_size": 64, **RECOMPUTE_GENERATOR}),
 )
 
 

@@ -80,8 +80,8 @@ def aims(results: Results) -> str:
         lines.append([f"{name} / (convolution floor + generator)", f"{found:.2f}", wanted, "1.00", answer])
     return (
         f"{table(('ratio of medians', 'measured', 'aimed', 'at the floor', 'reached'), lines)}\n\n"
-        f"{reached} of the {len(compared)} ratios to naive variants reach their aims; the floor itself would reach "
-        f"{possible}."
+        f"Ratios to naive variants that reach their aims: {reached} of {len(compared)}. The floor itself would reach "
+        f"{possible} of them."
     )
 
 

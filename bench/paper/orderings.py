@@ -38,8 +38,8 @@ FIDS = {
     "glo": (49.6, 57.7, 65.4, 52.4),
     "glann": (8.6, 13.0, 46.5, 46.3),
 }
-"""Mean FIDs on MNIST, Fashion, CIFAR10 and CelebA: of GLO and GLANN by Hoshen et al. (2019), whose table is the
-lecture's, and of the others by Lucic et al. (2018), whose numbers it repeats, WGAN-GP's apart."""
+"""Mean FIDs on MNIST, Fashion, CIFAR10 and CelebA: of GLO and GLANN by Hoshen et al. (2019), and of the others
+by Lucic et al. (2018), whose numbers they repeat, WGAN-GP's apart."""
 _HOSHEN = ("glo", "glann")
 
 
@@ -67,7 +67,7 @@ ORDERINGS = (
     Ordering("wgan-gp", "dfm", _LIB.format("22.3")),
 )
 """Those that this project has a source for, by FID or the Inception score, on every data set that is named."""
-LECTURE = {
+HOSHEN = {
     "MM GAN": "mm-gan",
     "NS GAN": "dcgan",
     "LSGAN": "lsgan",
@@ -77,7 +77,7 @@ LECTURE = {
     "GLO": "glo",
     "GLANN": "glann",
 }
-"""What the lecture's table calls them, in its order, and the runs."""
+"""What the table of Hoshen et al. (2019) calls them, in its order, and the runs."""
 
 
 def names_of(rows: Sequence[MethodRow]) -> list[str]:
@@ -118,21 +118,22 @@ def results_table(rows: Sequence[MethodRow]) -> str:
         usual = own[0].preset_steps
         share = f"{own[0].steps / usual:.0%}" if usual else "–"
         cells = [str(summary(rows, name, field, factor) or "–") for _, field, factor in columns]
-        settings = [own[0].summary, f"{steps} × {own[0].minibatch}", share]
+        flags = own[0].flags.partition(" --seed ")[0]
+        settings = [f"`{flags}`", own[0].summary, f"{steps} × {own[0].minibatch}", share]
         lines.append([name, group(name), *settings, *cells, len(own)])
-    fixed = ["method", "group", "settings", "steps × minibatch", "of the preset's steps"]
+    fixed = ["method", "group", "flags", "settings", "steps × minibatch", "of the preset's steps"]
     return table([*fixed, *(heading for heading, *_ in columns), "seeds"], lines)
 
 
-def lecture_table(rows: Sequence[MethodRow]) -> str:
-    """The lecture's methods, as far as there are rows of them."""
+def hoshen_table(rows: Sequence[MethodRow]) -> str:
+    """The methods of Hoshen et al. (2019), as far as there are rows of them."""
     fields = _COLUMNS[:1] + _COLUMNS[2:6]
     lines = [
         [title, name, *(str(summary(rows, name, field, factor) or "–") for _, field, factor in fields)]
-        for title, name in LECTURE.items()
+        for title, name in HOSHEN.items()
         if name in names_of(rows)
     ]
-    return table(["in the lecture", "method", *(heading for heading, *_ in fields)], lines)
+    return table(["there called", "method", *(heading for heading, *_ in fields)], lines)
 
 
 def holds(rows: Sequence[MethodRow], ordering: Ordering) -> str | None:
@@ -203,8 +204,8 @@ def _section(rows: Sequence[MethodRow], figure: bool) -> str:
     for word, heading in said.items():
         own = [f"- {sentence}" for sentence in sentences if f"**{word}**" in sentence]
         parts.append(f"### {heading}\n\n" + ("\n".join(own) or "None."))
-    if set(LECTURE.values()) & set(names_of(rows)):
-        parts.append("### The lecture's table\n\n" + lecture_table(rows))
+    if set(HOSHEN.values()) & set(names_of(rows)):
+        parts.append("### The methods that Hoshen et al. (2019) compare\n\n" + hoshen_table(rows))
     parts.append("### The groups of the paper's Table 4\n\n" + "\n".join(f"- {line}" for line in best_of_groups(rows)))
     return "\n\n".join(parts)
 

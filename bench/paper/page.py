@@ -53,11 +53,12 @@ with its first seed.)
 
 A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
 and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim "agrees"
-or "disagrees" if the mean kernel distances over the seeds differ by Welch's t-test at 95%, or if the mean rank
-correlation differs from 0 by Student's; otherwise it is "undecided". There are {tests} such tests below, not corrected
-for their number: about one in twenty would decide by chance. Which setting is closest, and the rank correlation with
-the number of layers, are read off the means, without a test. The matched networks are trained on the digits once
-on each machine, and are the same for all seeds. Where rates were searched, the search ran once."""
+or "disagrees" if the mean kernel distances over the seeds, or the means of what else it names, differ by Welch's t-test
+at 95%, or if the mean rank correlation differs from 0 by Student's; otherwise it is "undecided". There are {tests} such
+tests below, not corrected for their number: about one in twenty would decide by chance. Which setting is closest, and
+the rank correlation with the number of layers, are read off the means, without a test. The matched networks
+are trained on the digits once on each machine, and are the same for all seeds. Where rates were searched, the search
+ran once."""
 
 
 def _section(rows: Sequence[RunRow], figures: Sequence[str]) -> str:
