@@ -217,7 +217,7 @@ def _report(
         "image_size": list(generated.size),
         "plain_reading": arguments.plain_reading,
         "seed": arguments.seed,
-        "kid_subset_size": arguments.kid_subset_size or KID_SUBSET,
+        "kid_subset_size": (arguments.kid_subset_size or KID_SUBSET) if "kernel_distance" in values else None,
         "batch_size": arguments.batch_size,
         "device": str(device),
         "versions": {

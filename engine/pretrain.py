@@ -20,7 +20,7 @@ from typing import Any
 from engine.configuration.command import Parser, arguments_as, memory_advice, run_command
 from engine.configuration.config import Config
 from engine.configuration.flags import add_flags, given_flags
-from engine.configuration.groups import DataConfig
+from engine.configuration.groups import DataConfig, TrainingConfig
 from engine.configuration.inputs import check_precision, check_same_settings, choose_device
 from engine.configuration.presets import preset_for
 from engine.representation.architectures import ARCHITECTURES
@@ -71,7 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--arch", default=unset, metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
     add("--epochs", type=int, default=unset, metavar="N", help="passes over the training images")
     add("--steps", type=int, default=unset, metavar="N", help="training steps, instead of --epochs")
-    add("--batch-size", type=int, default=unset, metavar="N", help="images in a batch (default: 64, photos 128)")
+    add(
+        "--batch-size",
+        type=int,
+        default=unset,
+        metavar="N",
+        help="images in a batch (default: 64; presets of photographs by name: 128)",
+    )
     add("--lr", type=float, default=unset, metavar="X", help="peak rate (default: 0.1; autoencode: 0.001 with Adam)")
     add("--momentum", type=float, default=unset, metavar="X", help="of SGD (default: 0.9; autoencode: none)")
     add("--weight-decay", type=float, default=unset, metavar="X", help="(default: 5e-4; autoencode: 0)")
@@ -95,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(arguments: argparse.Namespace, ranks: Ranks) -> None:
     given = given_flags(arguments)
     preset = arguments.preset or preset_for(given)
-    data = Config.build(preset, {name: given[name] for name in given if name != "horizontal_flip"}).data
+    data = Config.build(preset, {name: given[name] for name in given if name in _DATA_FLAGS}).data
+    TrainingConfig(**{name: given[name] for name in given if name in _CHECKED_FLAGS})
     of_preset = data.dataset == Config.build(preset, {}).data.dataset
     # Another data set than the preset's takes nothing from it but the image size, and of pictures the crop.
     values: dict[str, Any] = {**_PRESETS[preset]} if of_preset else {"arch": "vgg19"}
@@ -168,6 +175,9 @@ def _open(data: DataConfig, *, digest: bool) -> ImageDataset:
     return dataset
 
 
+_DATA_FLAGS = {entry.name for entry in dataclasses.fields(DataConfig)} - {"horizontal_flip"}
+_CHECKED_FLAGS = ("batch_size", "steps", "lr", "seed")
+"""Those of pretraining that have the same limits as in training."""
 _PRETRAIN_FLAGS = (
     "task", "arch", "epochs", "steps", "batch_size", "lr", "momentum", "weight_decay", "crop_padding", "amp", "seed",
 )  # fmt: skip

@@ -62,7 +62,7 @@ def parser() -> Parser:
         "--encode",
         nargs="+",
         metavar="IMAGE",
-        help="in place of samples, image files of any size, cropped, resized and framed as the run's real images: in "
+        help="in place of samples, image files, cropped, resized and framed as the run's real images: in "
         "a .png each beside what the generator makes of its code, in a .npy that alone",
     )
     add(

@@ -50,11 +50,14 @@ _FIT = {"digits": fit_digit, "fashion": fit_garment}
 def fit(name: str, picture: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """An RGB picture of any size as `open_dataset` shows those of the data set `name`.
 
-    Where these get a margin, so does the picture, unless it has the images' size already: then it is like one of them.
+    Where these get a margin, so does the picture, unless it has the images' size already: then it is like one of them,
+    and it may be smaller than the crop.
 
     Raises DataError as `Preprocessing.geometry` does.
     """
-    whole = picture.size == (preprocessing.image_size, preprocessing.image_size)
+    whole, crop = picture.size == (preprocessing.image_size, preprocessing.image_size), preprocessing.center_crop
+    if whole and crop is not None and crop > preprocessing.image_size:
+        return picture  # it has been cut out before
     if whole or name not in _FIT:
         return preprocessing.fit(picture)
     return _FIT[name](picture, preprocessing)

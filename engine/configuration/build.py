@@ -136,24 +136,26 @@ def pretrained_files(
     if names:  # what the method cannot compare is better refused now than after minutes
         with torch.random.fork_rng(devices=[]):
             check_features(config, bare_extractor(config), len(dataset))
-    return {name: _pretrained(name, dataset, device, config.training.seed, kept, ranks) for name in names}
+    return {name: _pretrained(name, config, dataset, device, kept, ranks) for name in names}
 
 
 def _pretrained(
-    architecture: str, dataset: ImageDataset, device: torch.device, seed: int, kept: Path | None, ranks: Ranks
+    architecture: str, config: Config, dataset: ImageDataset, device: torch.device, kept: Path | None, ranks: Ranks
 ) -> Path:
     if kept is not None and _is_readable(own := kept / f"{architecture}.safetensors"):
         return own
     task = "classify" if dataset.num_classes >= 2 else "rotate"
     if task == "classify" and isinstance(dataset, ArrayDataset) and dataset.is_grey():
         task = "tinted"
-    recipe = {**dataset.fingerprint(), "architecture": architecture, "task": task, "seed": seed, "recipe": 1}
+    seed, loader = config.training.seed, config.data.loader
+    decoded = dataset if isinstance(dataset, ArrayDataset) else ImageLoader(dataset, 1, device=device, backend=loader)
+    recipe = {**decoded.fingerprint(), "architecture": architecture, "task": task, "seed": seed, "recipe": 1}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:24]
     path = cached("extractors", f"{architecture}-{digest}.safetensors")
     if not _is_readable(path):
         with exclusive(path, ranks):
             if not _is_readable(path):
-                return _pretrain_into(path, architecture, dataset, task, seed, device)
+                return _pretrain_into(path, architecture, dataset, task, seed, device, loader)
     if ranks.rank == 0:
         log.info("extractor %s: pretrained before, cached in %s", architecture, path)
     return path
@@ -170,7 +172,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _pretrain_into(
-    path: Path, architecture: str, dataset: ImageDataset, task: str, seed: int, device: torch.device
+    path: Path, architecture: str, dataset: ImageDataset, task: str, seed: int, device: torch.device, loader: str
 ) -> Path:
     """Pretrain, and return where the weights are: at `path`, unless there is no room."""
     log.info("extractor %s: pretraining on %s (%s)", architecture, dataset.name, task)
@@ -184,6 +186,7 @@ def _pretrain_into(
         task=task,
         seed=seed,
         device=str(device),
+        loader=loader,
         checkpoint=checkpoint,
         resume=True,
         **epochs,

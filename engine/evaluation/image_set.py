@@ -104,7 +104,7 @@ class ImageSet:
         elif not Path(images).is_dir():
             raise InputError(self.argument, "is not a folder of images")
         elif plain:
-            self._files, self.source = ImageFiles(Path(images), _plain_files(images)), str(images)
+            self._files, self.source = ImageFiles(Path(images), _plain_files(images)), os.path.abspath(images)
         else:
             self._files = _pictures(Path(images))
             self.source = _Decoded(self._files)

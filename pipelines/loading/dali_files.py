@@ -179,6 +179,9 @@ class FileDecoder:
                 if pipeline is not None:
                     pipeline.reset()
             except RuntimeError as error:
+                if not self._fed:  # it has seen no picture
+                    line = f"NVIDIA DALI does not start here ({one_line(error)}); the loader 'torch' does without it"
+                    raise DataError(line, "loader") from None
                 pipeline = None
                 self._explain(error)
                 while self._fed:

@@ -93,8 +93,8 @@ def open_parquet(
             size += _unpacked_bytes(opened.metadata)
             check_memory(size, where)
             table = opened.read(columns=columns, use_threads=False)
-            for name, parts in found.items():
-                parts.append(table.column(name))
+            for part, chunks in found.items():
+                chunks.append(table.column(part))
     pictures = _only_bytes(_joined(found[column]))
     if not len(pictures):
         raise DataError(f"{where}: holds no images")

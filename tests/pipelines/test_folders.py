@@ -164,6 +164,19 @@ def test_where_dali_fails_pil_decodes_or_says_what_is_wrong(
     assert ("PIL" in caplog.text) != damaged
 
 
+def test_dali_that_does_not_start_is_one_line(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its CUDA and the driver don't fit; no picture is at fault, and none is tried again."""
+    pytest.importorskip("nvidia.dali")
+
+    def pipeline(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    monkeypatch.setattr(pipelines.loading.dali_files, "file_pipeline", pipeline)
+    with pytest.raises(DataError, match=r"DALI does not start here .*insufficient.*the loader 'torch'") as error:
+        next(iter(ImageLoader(open_dataset("images", photo_folder, image_size=64), 6, backend="dali")))
+    assert error.value.option == "loader"
+
+
 def make_classes(root: Path, photos: list[np.ndarray], folders: list[str]) -> None:
     for k, folder in enumerate(folders):
         (root / folder).mkdir(parents=True)

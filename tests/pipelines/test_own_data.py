@@ -96,6 +96,7 @@ def test_every_source_gives_the_images_and_labels_of_the_folder(
 ) -> None:
     folder = open_dataset("images", as_folder(tmp_path, files))
     dataset = open_dataset("images", SOURCES[kind](tmp_path, files))
+    assert dataset.name == folder.name == "images"
     assert dataset.num_classes == folder.num_classes == 3
     assert dataset.labels.tolist() == folder.labels.tolist() == [n // 8 for n in range(23)]
     loaders = [ImageLoader(one, 5, backend=backend, shuffle=True, seed=1) for one in (folder, dataset)]

@@ -28,7 +28,8 @@ from engine.training.precision import repeatable
 from engine.training.progress import Progress
 from engine.training.ranks import ALONE, Ranks
 from engine.training.stopping import StopRequest
-from pipelines import ImageDataset, sent
+from pipelines import ImageDataset, ImageLoader, sent
+from pipelines.dataset import EncodedDataset
 
 log = logging.getLogger("gfmn")
 
@@ -100,7 +101,7 @@ def pretrain(
     )
     labels = None if dataset.labels is None else torch.from_numpy(dataset.labels)[: dataset.num_pictures]
     pretraining = Pretraining(task, source, labels, settings, device=device, ranks=ranks)
-    metadata = _metadata(architecture, dataset, settings, task, pretraining.steps)
+    metadata = _metadata(architecture, dataset, settings, task, pretraining.steps) | _decoding(dataset, loader)
     file = None if checkpoint is None else Path(checkpoint)
     if resume and file is not None and file.exists():
         pretraining.load(file, metadata)
@@ -169,6 +170,15 @@ def _metadata(architecture: str, dataset: ImageDataset, recipe: Recipe, task: Ta
         "flip": str(recipe.flip),
         "amp": str(recipe.amp),
     }
+
+
+def _decoding(dataset: ImageDataset, loader: str) -> dict[str, str]:
+    """What decides the images of files besides their content, which images in memory have gone through already."""
+    if not isinstance(dataset, EncodedDataset):
+        return {}
+    found = dataset.fingerprint()
+    decoding = {name: str(found[name]) for name in ("center_crop", "skip_bad_images")}
+    return {**decoding, "loader": ImageLoader(dataset, 1, backend=loader).backend}
 
 
 def step_seed(seed: int, step: int) -> int:

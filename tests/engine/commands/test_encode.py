@@ -118,6 +118,13 @@ def test_a_digit_gets_the_margin_of_the_real_ones(tmp_path: Path) -> None:
         assert np.abs(cells[top : top + 32, left : left + 32] - real.numpy()).max() <= 1
 
 
+def test_an_image_of_the_run_s_size_may_be_smaller_than_the_crop(run: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "drawn.png")
+    sample.main(["--run", str(run), "--encode", str(tmp_path / "drawn.png"), "--out", str(tmp_path / "a.png")])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png"))[2:34, 2:34], pixels)
+
+
 BAD: dict[str, tuple[str, str]] = {
     "missing": ("--encode nothing.png --out a.png", "--encode: nothing.png: no such file or directory"),
     "no picture": ("--encode text.png --out a.png", "--encode: text.png: not an image that can be read"),

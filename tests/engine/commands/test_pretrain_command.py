@@ -19,7 +19,9 @@ def command(tmp_path, *flags):
 
 def test_command_line_writes_weights_and_prints_the_validation(tmp_path, capsys):
     out = tmp_path / "made" / "extractor.safetensors"
-    command(tmp_path, "--out", str(out), "--batch-size", "8", "--horizontal-flip", "--seed", "5")
+    command(
+        tmp_path, "--out", str(out), "--batch-size", "8", "--horizontal-flip", "--seed", "5", "--weight-decay", "1e-3"
+    )
     printed = capsys.readouterr().out
     assert "accuracy on held-out images: " in printed
     assert str(out) in printed
@@ -27,6 +29,7 @@ def test_command_line_writes_weights_and_prints_the_validation(tmp_path, capsys)
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["seed"], metadata["flip"], metadata["batch_size"]) == ("5", "True", "8")
+    assert metadata["weight_decay"] == "0.001"
     with pytest.raises(InputError) as error:
         command(tmp_path, "--out", str(out))
     assert error.value.argument == "out"
@@ -66,6 +69,9 @@ def test_command_line_resumes_after_ctrl_c(tmp_path, monkeypatch, capsys):
         (["--epochs", "5"], "error: --steps: give epochs or steps, not both"),
         (["--crop-padding", "-1"], "error: --crop-padding: "),
         (["--batch-size", "1"], "error: --batch-size: "),
+        (["--batch-size", "9" * 12], "error: --batch-size: "),
+        (["--seed", "-1"], "error: --seed: "),
+        (["--weight-decay", "-1"], "error: --weight-decay: "),
         (["--dataset", "images", "--task", "autoencode"], "error: --task: autoencode"),
     ],
 )

@@ -56,6 +56,13 @@ def test_a_folder_is_read_as_training_reads_it(tmp_path: Path) -> None:
             assert np.abs(images.source[index].numpy().astype(int) - expected).max() <= 1, name
 
 
+def test_a_folder_is_none_of_torch_fidelitys_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which it has one under this name, and would download it."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "cifar10-train", digits(0, 3))
+    assert ImageSet("cifar10-train", plain=True).source == str(tmp_path / "cifar10-train")
+
+
 def test_plain_reading_is_torch_fidelitys(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", digits(0, 3))
     write_folder(folder / "below", digits(3, 5))

@@ -276,6 +276,21 @@ def test_checkpoint_of_other_settings_or_damaged_is_refused(tiny, tmp_path, monk
             short(tiny, checkpoint=file, resume=True)
 
 
+def test_a_checkpoint_of_other_images_of_the_same_files_is_refused(folder, tmp_path, monkeypatch):
+    file = tmp_path / "checkpoint"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Interrupted):
+            short(folder, checkpoint=file, loader="torch")
+    other = open_dataset("images", tmp_path / "pictures", image_size=16, center_crop=16)
+    for dataset, loader, argument in ((other, "torch", "center_crop"), (folder, "dali", "loader")):
+        if loader == "dali":
+            pytest.importorskip("nvidia.dali")
+        with pytest.raises(InputError, match="was written with other settings") as error:
+            short(dataset, checkpoint=file, resume=True, loader=loader)
+        assert error.value.argument == argument
+
+
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_momentum_is_that_of_sgd(tiny, momentum):
     """None is 0.9, as in the paper's supplement."""

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,3 +225,23 @@ def test_pretraining_and_the_pass_tell_how_far_they_are(pretraining, tmp_path: P
         train.main([*pretraining, "--steps", "1", "--out", str(tmp_path / "run")])
     for what in ("reading images: 40/40", "pretraining vgg-small: 3/3", "target moments: 40/40"):
         assert what in caplog.text
+
+
+def test_a_network_is_pretrained_on_what_the_loader_decodes(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    """And one that is pretrained on DALI's pictures is another, also in the cache."""
+    pytest.importorskip("nvidia.dali")
+    monkeypatch.setenv("GFMN_CACHE", str(tmp_path / "cache"))
+    asked: list[str] = []
+
+    def pretrain(*_: object, loader: str, **__: object) -> SimpleNamespace:
+        asked.append(loader)
+        return SimpleNamespace(metric="accuracy", validation=1.0, save=Path.touch)
+
+    monkeypatch.setattr(build, "pretrain", pretrain)
+    found = []
+    for loader in ("torch", "dali"):
+        given = {"dataset": "images", "data": str(photos), "loader": loader, "weights": ["pretrain"]}
+        config = Config.build("digits", {**given, "extractor": "vgg-small"})
+        found.append(build.pretrained_files(config, open_data(config), torch.device("cpu"))["vgg-small"])
+    assert asked == ["torch", "dali"]
+    assert found[0] != found[1]
