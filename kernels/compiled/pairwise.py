@@ -32,9 +32,9 @@ def profile(kernel: str, t: Tensor, parameters: list[Tensor]) -> tuple[Tensor, T
         lower = base.pow(before)
         return lower * base, lower * (degree * share)
     if kernel == "energy":
-        apart = t > 0
-        roots = torch.where(apart, t, 1).sqrt()
-        return torch.where(apart, -roots, 0), torch.where(apart, -0.5 / roots, 0)
+        alike = t == 0  # a NaN is not, and stays one
+        roots = torch.where(alike, 1, t).sqrt()
+        return torch.where(alike, 0, -roots), torch.where(alike, 0, -0.5 / roots)
     values, slopes = [], []
     for parameter in parameters:
         if kernel == "gaussian":
@@ -77,7 +77,7 @@ def profile_kernel(
         norms = x_norms + y_norms
         t = (norms - 2 * products).clamp(min=0)
         if kernel == "energy":
-            t = torch.where(t > norms * parameters[0], t, 0)
+            t = torch.where(t <= norms * parameters[0], 0, t)
     value, slope = profile(kernel, t, parameters)
     if values is not None:
         values.copy_(value)

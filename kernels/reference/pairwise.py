@@ -23,7 +23,7 @@ def profile(kernel: str, t: Tensor, parameters: Sequence[float], features: int) 
         return base.pow(degree), base.pow(degree - 1) * (degree / features)
     if kernel == "energy":
         roots = t.sqrt()
-        return -roots, torch.where(t > 0, -0.5 / roots, 0)
+        return -roots, torch.where(t == 0, 0, -0.5 / roots)
     f, slope = torch.zeros_like(t), torch.zeros_like(t)
     for parameter in parameters:
         if kernel == "gaussian":
@@ -68,7 +68,7 @@ def pairwise_sums(
         if radial:
             t, norms = squared_distances(rows, columns, y is None)
             if kernel == "energy":
-                t = torch.where(t > norms * rounding_floor(features, torch.finfo(dtype).eps), t, 0)
+                t = torch.where(t <= norms * rounding_floor(features, torch.finfo(dtype).eps), 0, t)
         else:
             t = rows @ columns.T
         values, slopes = profile(kernel, t, parameters, features)

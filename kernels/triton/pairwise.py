@@ -95,10 +95,10 @@ def profile(t, norms, numbers_ptr, count, KERNEL: tl.constexpr):
         value = lower * base
         slope = lower * (first * share)
     elif KERNEL == "energy":
-        apart = t > norms * first
-        roots = tl.sqrt(tl.where(apart, t, 1.0))
-        value = tl.where(apart, -roots, 0.0)
-        slope = tl.where(apart, -0.5 / roots, 0.0)
+        alike = (t == 0.0) | (t <= norms * first)  # a NaN is not, and stays one
+        roots = tl.sqrt(tl.where(alike, 1.0, t))
+        value = tl.where(alike, 0.0, -roots)
+        slope = tl.where(alike, 0.0, -0.5 / roots)
     else:
         # A loop, not unrolled: all terms side by side are too many registers.
         value, slope = _term(t, first, KERNEL)
@@ -160,7 +160,7 @@ def pairwise_sums_kernel(
         norms = t
         if x_norms_ptr is not None:
             norms = tl.load(x_norms_ptr + row)[:, None] + tl.load(y_norms_ptr + column)[None, :]
-            t = tl.maximum(norms - 2.0 * t, 0.0)
+            t = tl.maximum(norms - 2.0 * t, 0.0, propagate_nan=tl.PropagateNan.ALL)
         same = (row + offset)[:, None] == column[None, :]
         if x_norms_ptr is not None:
             t = tl.where(same, 0.0, t)

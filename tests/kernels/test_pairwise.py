@@ -104,6 +104,23 @@ def test_one_set_with_itself(kernel: str, dtype: torch.dtype, name: str) -> None
             check(name, kernel, draw(n, features, dtype), None, diagonal)
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("itself", [False, True], ids=["two sets", "one set"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_nan_reaches_the_sums(kernel: str, itself: bool, name: str) -> None:
+    """Those of its row, and of all where rows are centred first; it is neither a distance of 0 nor left out."""
+    parameters, _ = KERNELS[kernel]
+    device = device_of(name)
+    x, y = draw(6, 5, torch.float32).to(device), None if itself else draw(7, 5, torch.float32).to(device)
+    x[2, 1] = torch.nan
+    sums, gradient = backend(name).pairwise_sums(x, y, kernel, parameters)
+    everywhere = PROFILES[kernel].radial or itself
+    expected = torch.ones_like(sums, dtype=torch.bool) if everywhere else torch.arange(6, device=device) == 2
+    assert torch.equal(sums.isnan(), expected)
+    if kernel != "linear" or itself:  # whose gradient is the sum of the other set
+        assert torch.equal(gradient.isnan().any(dim=1), expected)
+
+
 class TestTiles:
     """Several tiles of everything, which the shapes above are too small for."""
 
