@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -133,15 +132,26 @@ class RunFolder:
             raise InputError(self.path, f"cannot be read, {error.strerror or error}") from None
         before = {self.config, self.extractor, self.target, self.bad_images, self.metrics, self.tensorboard}
         stepped = self.metrics.exists() and self.metrics.stat().st_size > 0
-        if entries and self.config not in entries:
+        if entries and not self._is_ours():
             raise InputError(self.path, "is not an empty folder; choose another one")
-        if stepped or entries - before - set(self._leftovers()):
+        below = {*self.extractor.glob("*.safetensors"), *self.tensorboard.glob("events.out.tfevents.*")}
+        found = {path for folder in (self.extractor, self.tensorboard) for path in folder.glob("*")}
+        if stepped or (entries | found) - before - below - set(self._leftovers()):
             raise InputError(self.path, "holds another run; resume that one, or choose another folder")
-        for folder in (self.extractor, self.tensorboard):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.target, self.bad_images, self.metrics, self.config):
-            file.unlink(missing_ok=True)
         self.remove_leftovers()
+        for file in (*below, self.target, self.bad_images, self.metrics, self.config):
+            file.unlink(missing_ok=True)
+        for folder in (self.extractor, self.tensorboard):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _is_ours(self) -> bool:
+        """Whether `config.json` is that of a run, as other programs write files of this name as well."""
+        try:
+            found = json.loads(self.config.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(found, dict) and {"preset", "data", "training"} <= found.keys()
 
     def remove_leftovers(self) -> None:
         """Delete what a kill in the middle of a write left behind, in a folder that holds a run and is this process's.

@@ -15,6 +15,7 @@ import pytest
 from helpers.runs import command, metrics, same_run
 
 from engine import precompute, pretrain, train
+from engine.configuration.config import Config
 from engine.support import files
 from engine.support.errors import InputError
 from engine.support.files import locked
@@ -320,6 +321,9 @@ def test_a_folder_that_is_refused_keeps_all_drafts(case: str, half: Path, tmp_pa
     assert contents(out) == before
 
 
+CONFIG = Config.build("digits", {}).to_json()
+
+
 def test_drafts_of_a_run_that_took_no_step_do_not_make_a_folder_used(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     add_drafts(tmp_path, ".config.json")
@@ -328,14 +332,26 @@ def test_drafts_of_a_run_that_took_no_step_do_not_make_a_folder_used(tmp_path: P
     add_drafts(tmp_path, ".generator.safetensors")
     with pytest.raises(InputError, match="not an empty folder"):
         run.check_new()
-    run.config.write_text("{}")
+    run.config.write_text(CONFIG)
     run.check_new()
     assert contents(tmp_path) == {}
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "thesis.tex").write_text("precious")
+@pytest.mark.parametrize(
+    ("config", "file"),
+    [
+        (CONFIG, "thesis.tex"),
+        (CONFIG, "extractor/mine.bin"),
+        (CONFIG, "tensorboard/notes.txt"),
+        ("{}", "tensorboard/events.out.tfevents.1"),
+        ("{}", "target.safetensors"),
+        ("half a", "extractor/vgg19.safetensors"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(config: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("precious")
     before = contents(tmp_path)
     with pytest.raises(InputError):
         RunFolder(tmp_path).check_new()
