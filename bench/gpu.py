@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -104,12 +105,19 @@ def run_job(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
+def _free(name: str) -> Path:
+    """A file of bench/results/ that is not there yet, numbered if it has to be."""
+    folder = Path(__file__).parent / "results"
+    names = itertools.chain((name,), (f"{name}_{number}" for number in itertools.count(2)))
+    return next(file for file in (folder / f"{free}.json" for free in names) if not file.exists())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all jobs, write everything after each, print how each ended. Exits with 1 unless all passed."""
     parser = Parser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Path("bench/results") / f"gpu_{time.strftime('%Y-%m-%d')}.json"
+    default = _free(f"gpu_{time.strftime('%Y-%m-%d')}")
     parser.add_argument("--json", type=output_file, metavar="FILE", default=default, help="default: %(default)s")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before PyTorch is imported, which takes seconds
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,9 +311,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = KINDS[arguments.runs]
     results = ROOT / "bench/results"
     file = arguments.json or results / f"{kind}_{time.strftime('%Y-%m-%d')}.json"
-    before = rows_before(file, None if arguments.json else newest_file(results, kind))
+    before = rows_before(file, None if arguments.json else newest_file(results, kind), runs)
     docs.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, MethodRow] = {row.name: row for row in before if row.name in runs}
+    rows: dict[str, MethodRow] = {row.name: row for row in before}
     with interruptible(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pretrain()
@@ -323,15 +323,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_rows([rows[name] for name in chosen])
 
 
-def rows_before(file: Path, newest: Path | None) -> list[MethodRow]:
-    """Of `file` if it is there, else of the `newest`; InputError if it holds anything else."""
+def rows_before(file: Path, newest: Path | None, names: Collection[str]) -> list[MethodRow]:
+    """Those of `names` in `file` if it is there, else in the `newest`; of runs that are no more nothing is kept.
+
+    InputError if it holds anything else than rows of methods, or those of other runs, which would be lost.
+    """
     found = file if file.exists() else newest
     if found is None:
         return []
     try:
-        return read_json(found, MethodRow)
+        rows = read_json(found, MethodRow)
     except (OSError, TypeError, ValueError) as error:
         raise InputError("json", f"{found} holds no rows of methods ({error}); give another file") from None
+    others = {name for runs in RUNS.values() for name in runs}.difference(names)
+    if foreign := [row.name for row in rows if row.name in others or row.seed is not None]:
+        raise InputError("json", f"{found} holds rows of other runs ({foreign[0]}); give another file")
+    return [row for row in rows if row.name in names]
 
 
 def pretrain(seeds: Iterable[int] = (0,)) -> None:

@@ -278,7 +278,7 @@ def measure_variants(
             ]
 
     steps = {key: variants.build(*key) for key in order if not is_compiled(key[0])}
-    yield from rows(steps, repetitions=1, warmup=0)
+    yield from rows(steps, repetitions=1, warmup=1)
     steps |= {key: variants.build(*key) for key in order if is_compiled(key[0])}
     yield from rows({key: steps[key] for key in order}, repetitions, warmup=2)
 

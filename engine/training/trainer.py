@@ -46,6 +46,7 @@ GRID = 64
 """Images of a sample grid."""
 # Evaluations draw from seeds far apart from each other and from the run's own.
 _EVALUATION_SEEDS = 1_000_003
+_ASK_EVERY = 10  # steps at most between two questions whether a rank was told to stop
 _RATES = {GENERATOR: "lr", "encoder": "lr", "codes": "code_lr"}
 """The setting of a network's learning rate, where it is not called after the network."""
 
@@ -186,9 +187,9 @@ class Trainer:
     def _stopped(self, stop: StopRequest) -> int:
         """The exit status of whichever rank was told to stop, 0 if none was.
 
-        All of them ask after the same steps, where the host waits anyway.
+        All of them ask after the same steps. Hosts wait for each other then, and for no device.
         """
-        if self.ranks.size > 1 and self.device.type != "cpu" and self.step % self.schedule.log_every:
+        if self.ranks.size > 1 and self.device.type != "cpu" and self.step % min(self.schedule.log_every, _ASK_EVERY):
             return 0
         return max(self.ranks.counts(stop.status if stop.requested else 0))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +114,15 @@ def test_every_seed_s_network_is_pretrained_before(monkeypatch: pytest.MonkeyPat
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('[{"thing": 1}]')
     with pytest.raises(InputError, match="holds no rows of methods"):
-        methods.rows_before(tmp_path / "rows.json", None)
+        methods.rows_before(tmp_path / "rows.json", None, methods.RUNS["comparing"])
+
+
+@pytest.mark.parametrize("other", [{"name": "ae"}, {"seed": 2}], ids=["of codes", "of bench.paper"])
+def test_rows_of_other_runs_are_not_lost(other: dict[str, Any], tmp_path: Path) -> None:
+    rows = [row(name, 1.0, "2026-01-01") for name in ("mmd", "gfmn")]
+    write_json(tmp_path / "rows.json", [rows[0], replace(rows[1], **other)])
+    with pytest.raises(InputError, match="holds rows of other runs"):
+        methods.rows_before(tmp_path / "rows.json", None, methods.RUNS["comparing"])
 
 
 @pytest.mark.parametrize(

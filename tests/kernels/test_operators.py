@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -153,16 +154,22 @@ class TestSelect:
         assert "\n" not in str(error.value)
 
     def test_triton_is_tried_before_it_is_chosen(self, monkeypatch) -> None:
-        """Without a C compiler (slim containers) Triton fails at its first launch."""
+        """Without a C compiler (slim containers) Triton fails at its first launch, and without an assembler that knows
+        the GPU with an error of its own."""
+        errors: list[Exception] = [
+            RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable."),
+            importlib.import_module("triton.runtime.errors").PTXASError("Value 'sm_130' is not defined"),
+        ]
 
         def launch(*arguments: object) -> None:
-            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+            raise errors.pop(0)
 
         tried = kernels._why_triton_fails.__wrapped__
         device = torch.device(device_of("triton"))
         assert tried(device) is None
         monkeypatch.setattr(backend("triton"), "relu_moments", launch)
         assert tried(device) == "Failed to find C compiler. Please specify via CC environment variable."
+        assert tried(device) == "PTXAS error: Value 'sm_130' is not defined"
 
     def test_auto_without_triton_on_a_gpu_says_so_once(self, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
         kernels._warn_once.cache_clear()

@@ -164,7 +164,8 @@ def exclusive(path: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """
     lock = path.with_name(f".{path.name}.lock")
     with locked(lock, lambda: log.info("%s: another process is at it; waiting", path), ranks.check):
-        names = (glob.escape(name) for name in (path.name, path.with_suffix(".partial").name))
+        partials = (path.with_suffix(".partial").name, f"{path.name}.partial")  # of pretraining, and of a pass
+        names = (glob.escape(name) for name in (path.name, *partials))
         for leftover in leftovers(path.parent, *names):
             leftover.unlink(missing_ok=True)
         yield

@@ -112,6 +112,18 @@ def test_who_waits_for_another_job_s_work_sees_its_own_job_s_end(tmp_path: Path)
         assert (tmp_path / ".target.lock").exists()
 
 
+def test_drafts_of_a_killed_write_are_removed(tmp_path: Path) -> None:
+    """Of a result, of the state of a pass, and of a checkpoint of pretraining; those of other files stay."""
+    path = tmp_path / "target.safetensors"
+    drafts = [
+        f".{name}.abcdefgh.tmp" for name in (path.name, f"{path.name}.partial", "target.partial", "other.partial")
+    ]
+    for draft in drafts:
+        (tmp_path / draft).touch()
+    with exclusive(path):
+        assert {file.name for file in tmp_path.glob(".*.tmp")} == {drafts[-1]}
+
+
 def test_one_that_comes_to_its_end_is_not_waited_for() -> None:
     (ended, _), (waited, said) = ends(start_ranks([["-c", ENDS], ["-c", WAITS]]), within=60)
     assert (ended, waited) == (0, 2)
