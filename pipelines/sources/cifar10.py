@@ -12,7 +12,7 @@ from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import cached, printable
 from pipelines.errors import DataError, one_line
 from pipelines.sources.arrays import from_pictures
-from pipelines.sources.downloads import quiet_network
+from pipelines.sources.downloads import fetching, quiet_network
 from pipelines.sources.paths import archive_root, check_files, is_file
 
 log = logging.getLogger("gfmn")
@@ -38,20 +38,24 @@ def open_cifar10(
 
     root = cached("cifar10") if path is None else archive_root(path, CIFAR10.base_folder)
     checksums = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
-    check_files(root / CIFAR10.base_folder, checksums)
-    absent = any(not is_file(root / CIFAR10.base_folder / file) for file, _ in checksums)
-    archive = root / CIFAR10.filename
-    if absent and is_file(archive):
-        check_files(root, [(CIFAR10.filename, CIFAR10.tgz_md5)])
-    elif absent:
-        log.info("downloading CIFAR10 to %s", printable(root))
-    try:
-        with quiet_network():
-            data = CIFAR10(str(root), train=True, download=absent)
-    except Exception as error:  # torchvision and its download raise what the network, the disk and the files do
-        raise DataError(
-            f"{printable(root)}: CIFAR10 is not there and cannot be downloaded ({one_line(error)}); "
-            f"put {CIFAR10.filename} there"
-        ) from None
+
+    def is_absent() -> bool:
+        return any(not is_file(root / CIFAR10.base_folder / file) for file, _ in checksums)
+
+    with fetching(root, is_absent):
+        check_files(root / CIFAR10.base_folder, checksums)
+        absent, archive = is_absent(), root / CIFAR10.filename
+        if absent and is_file(archive):
+            check_files(root, [(CIFAR10.filename, CIFAR10.tgz_md5)])
+        elif absent:
+            log.info("downloading CIFAR10 to %s", printable(root))
+        try:
+            with quiet_network():
+                data = CIFAR10(str(root), train=True, download=absent)
+        except Exception as error:  # torchvision and its download raise what the network, the disk and the files do
+            raise DataError(
+                f"{printable(root)}: CIFAR10 is not there and cannot be downloaded ({one_line(error)}); "
+                f"put {CIFAR10.filename} there"
+            ) from None
     labels = np.asarray(data.targets, dtype=np.int64)
     return from_pictures(name, preprocessing, data.data, where=printable(root), labels=labels, num_classes=10)

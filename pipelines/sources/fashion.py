@@ -13,7 +13,7 @@ from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import cached, printable
 from pipelines.errors import DataError, one_line
 from pipelines.sources.arrays import from_pictures
-from pipelines.sources.downloads import quiet_network
+from pipelines.sources.downloads import fetching, quiet_network
 from pipelines.sources.paths import check_files, is_file
 
 log = logging.getLogger("gfmn")
@@ -47,22 +47,27 @@ def open_fashion(
 
     root = cached("fashion") if path is None else _root(path)
     raw = root / _FOLDER / "raw"
-    check_files(raw, FashionMNIST.resources)
-    absent = any(not is_file(raw / Path(file).stem) for file, _ in FashionMNIST.resources)
-    if absent and any(not is_file(raw / file) for file, _ in FashionMNIST.resources):
-        log.info("downloading FashionMNIST to %s", printable(root))
-    try:
-        with quiet_network():
-            data = FashionMNIST(str(root), train=True, download=absent)
-        pictures, labels = data.data.numpy(), data.targets.numpy()
-        whole = pictures.shape[1:] == (_SIDE, _SIDE) and len(pictures) == len(labels) > 0
-    except Exception as error:  # torchvision and its download raise what the network, the disk and the files do
-        if not absent:
-            raise DataError(f"{printable(raw)}: {_DAMAGED} ({one_line(error)}); {_REMEDY}") from None
-        raise DataError(
-            f"{printable(root)}: FashionMNIST is not there and cannot be downloaded ({one_line(error)}); put the four "
-            f"files *-ubyte.gz into {_FOLDER}/raw there"
-        ) from None
+
+    def is_absent() -> bool:
+        return any(not is_file(raw / Path(file).stem) for file, _ in FashionMNIST.resources)
+
+    with fetching(root, is_absent):
+        check_files(raw, FashionMNIST.resources)
+        absent = is_absent()
+        if absent and any(not is_file(raw / file) for file, _ in FashionMNIST.resources):
+            log.info("downloading FashionMNIST to %s", printable(root))
+        try:
+            with quiet_network():
+                data = FashionMNIST(str(root), train=True, download=absent)
+            pictures, labels = data.data.numpy(), data.targets.numpy()
+            whole = pictures.shape[1:] == (_SIDE, _SIDE) and len(pictures) == len(labels) > 0
+        except Exception as error:  # torchvision and its download raise what the network, the disk and the files do
+            if not absent:
+                raise DataError(f"{printable(raw)}: {_DAMAGED} ({one_line(error)}); {_REMEDY}") from None
+            raise DataError(
+                f"{printable(root)}: FashionMNIST is not there and cannot be downloaded ({one_line(error)}); put the "
+                f"four files *-ubyte.gz into {_FOLDER}/raw there"
+            ) from None
     if not whole:
         raise DataError(f"{printable(raw)}: {_DAMAGED}; {_REMEDY}")
     padded = np.pad(pictures, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import socket
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ import pipelines
 from pipelines import DataError, ImageLoader, open_dataset, read_files
 from pipelines.decoding.pil import decode
 from pipelines.decoding.preprocessing import Preprocessing
+from pipelines.sources.downloads import fetching
 
 
 def pixels(loader: ImageLoader) -> np.ndarray:
@@ -71,6 +76,40 @@ def test_cifar10_is_unpacked_from_its_archive(
     assert str(error.value).startswith(f"{archive}: its checksum is wrong")
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
     assert np.array_equal(open_dataset("cifar10", tmp_path / "data").images, images)
+
+
+def test_one_process_unpacks_and_the_others_wait_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Threads stand for processes: each has opened the folder for itself."""
+    root, begun, log = tmp_path / "new", threading.Event(), []
+
+    def fetch(name: str) -> None:
+        if name != "first":
+            begun.wait(10)
+        with fetching(root, lambda: not (root / "whole").exists()):
+            log.append(f"{name} begins")
+            if not (root / "whole").exists():
+                begun.set()
+                time.sleep(0.3)
+                (root / "whole").touch()
+                log.append(f"{name} has fetched")
+
+    with caplog.at_level(logging.INFO, logger="gfmn"), ThreadPoolExecutor() as threads:
+        list(threads.map(fetch, ("first", "second", "third")))
+    assert log[:2] == ["first begins", "first has fetched"]
+    assert sorted(log[2:]) == ["second begins", "third begins"]
+    assert "another process is at it; waiting" in caplog.text
+    assert [file.name for file in root.iterdir()] == ["whole"]
+
+
+def test_a_folder_that_cannot_be_locked_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for root in (tmp_path, tmp_path / "a file"):
+        (tmp_path / "a file").touch()
+        with fetching(root, lambda: False):
+            pass
 
 
 @pytest.mark.parametrize("file", ["data_batch_3", "test_batch", "batches.meta"])
