@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import command
+from helpers.marks import slow
 from PIL import Image
 
 from bench.memory import __main__ as program
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 SMALL = Problem("vgg-small", 32, "dcgan")
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[2], VARIANTS[6]], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", [slow(VARIANTS[0]), VARIANTS[2], VARIANTS[6]], ids=lambda variant: variant.name)
 def test_modelled_is_measured(variant: Variant) -> None:
     if variant.precision is not None and not cpu_computes_in(variant.precision):
         pytest.skip("without oneDNN's kernels PyTorch unfolds images, which the model knows nothing of")

@@ -205,6 +205,7 @@ def test_page_of_a_part_of_an_experiment_says_what_is_missing(tmp_path: Path) ->
     assert "- How many layers are matched: `python -m bench.paper --experiment layers --json ROWS.json`" in text
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything once, with three steps: runs, rows, figure; again from what is there; and not fit for the page."""
     pytest.importorskip("timm")

@@ -49,6 +49,7 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(number) for number in (found if isinstance(found, tuple) else (found,))]
 
 
+@pytest.mark.slow
 def test_both_ways_find_the_ring(tmp_path: Path) -> None:
     printed = run(tmp_path, "-W", "error", str(EXAMPLES / "ring.py"), "here.png", "--steps", "400")
     for name in ("MMD", "moments"):
