@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import command
 from helpers.marks import slow
+from helpers.runs import command
 from PIL import Image
 
 from bench.memory import __main__ as program
