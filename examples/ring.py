@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("picture", nargs="?", default="ring.png", help="PNG file to write (default: ring.png)")
     parser.add_argument("--steps", type=int, default=800, help="training steps (default: 800)")
     arguments = parser.parse_args()
+    if arguments.steps < 8:
+        parser.error("--steps: at least 8, as the picture shows an eighth of them")
     torch.manual_seed(0)
     real, unseen = draw_real(1024), draw_real(2000)
     print(f"MMD² between two sets of real points: {mmd(real, unseen, KERNEL):.5f}")

@@ -102,13 +102,17 @@ class TestSteps:
         assert STEPS >= 20
         assert taken.seconds == 0.25
 
-    def test_the_host_s_time_is_that_of_the_first_step_alone(self) -> None:
+    def test_the_host_s_time_is_that_of_the_first_step_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Later ones may wait for room in the queue."""
-        cuda, slept = FakeCuda(), [0.02, *[0.05] * 3]
-        taken = step_time(lambda: time.sleep(slept.pop(0)), cuda, steps=4)
-        assert not slept
-        assert taken.host is not None
-        assert 0.02 <= taken.host < 0.05
+        cuda, taking, now = FakeCuda(), [1.0, 10.0, 10.0, 10.0], [0.0]
+        monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+        def step() -> None:
+            now[0] += taking.pop(0)
+
+        taken = step_time(step, cuda, steps=4)
+        assert not taking
+        assert taken.host == 1
 
     def test_a_cpu_takes_one_step_by_the_wall_clock(self) -> None:
         calls: list[int] = []

@@ -49,6 +49,13 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(number) for number in (found if isinstance(found, tuple) else (found,))]
 
 
+def test_the_ring_is_drawn_after_few_steps_too(tmp_path: Path) -> None:
+    printed = run(tmp_path, "-W", "error", str(EXAMPLES / "ring.py"), "here.png", "--steps", "8")
+    assert all(f"{name}: MMD² from " in printed for name in ("MMD", "moments"))
+    with Image.open(tmp_path / "here.png") as picture:
+        assert picture.width == 2 * picture.height
+
+
 @pytest.mark.slow
 def test_both_ways_find_the_ring(tmp_path: Path) -> None:
     printed = run(tmp_path, "-W", "error", str(EXAMPLES / "ring.py"), "here.png", "--steps", "400")

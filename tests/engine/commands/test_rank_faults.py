@@ -59,7 +59,7 @@ def succeed(*command: str) -> None:
         assert status == 0, errors
 
 
-@pytest.mark.parametrize("fault", quick(FAULTS, []))
+@pytest.mark.parametrize("fault", quick(FAULTS, ["an error"]))
 def test_a_fault_on_one_rank_ends_all(fault: str, whole: Path, tmp_path: Path) -> None:
     run, mark = tmp_path / "run", tmp_path / "mark"
     rank, step, act, said = FAULTS[fault]
