@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ACTIVATIONS, LAYOUTS, MODULES, TOLERANCE, Activations, backend, device_of, dtype_id, shape_cases
+from helpers.marks import slow
 from oracle import relative_error
 from torch import Tensor
 
@@ -37,8 +38,10 @@ class Dataset:
     residual: bool = True
     activation: str = "relu"
 
-    def run(self, name: str) -> None:
+    def run(self, name: str, images: int | None = None) -> None:
         """`dataset_moments` of every batch in turn; checks features against float64, then moments against the features.
+
+        `images` is how many are told to be expected, by default as many as come.
 
         All that a low dtype may cost is the rounding of every feature: moments are as exact as float64 is.
         """
@@ -60,7 +63,7 @@ class Dataset:
             y, shortcut = (value.to(device).clone(memory_format=torch.preserve_format) for value in (part, shortcut))
             own_bias = bias.to(device) if self.bias else None
             kernels.dataset_moments(
-                y, mean, m2, count, own_bias, shortcut if self.residual else None, self.activation, len(x)
+                y, mean, m2, count, own_bias, shortcut if self.residual else None, self.activation, images or len(x)
             )
             features.append(y.cpu())
             count += len(y)
@@ -160,6 +163,24 @@ def test_the_streaming_kernel(with_shortcut: bool, monkeypatch: pytest.MonkeyPat
     shortcut = torch.rand(COUNT, 6, 4, 4) if with_shortcut else None
     check("compiled", images(torch.float32), shortcut, "relu", compiled_moments.STREAMED_IMAGES)
     assert len(calls) == 1, "the first batch has no running mean yet; the second is one group of sixteen"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "residual", "activation"),
+    [
+        (torch.float32, True, False, "relu"),
+        (torch.float32, True, True, "relu6"),
+        slow(torch.float32, False, False, "relu6"),
+        slow(torch.bfloat16, True, False, "relu"),
+        slow(torch.bfloat16, False, False, "none"),
+    ],
+)
+def test_streams_of_what_a_tap_adds_and_applies(
+    dtype: torch.dtype, bias: bool, residual: bool, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled_moments, "STREAMED_FEATURES", 1)
+    case = Dataset((53, 6, 4, 4), (37, 16), dtype, "channels_last", bias, residual, activation)
+    case.run("compiled", compiled_moments.STREAMED_IMAGES)
 
 
 @pytest.mark.parametrize("name", MODULES)
