@@ -143,8 +143,9 @@ class AutoencoderConfig(Settings):
 
 def needs_perceptual(config: Config) -> bool:
     """Whether the features of a frozen network compare images, or find the nearest."""
-    searched = config.method.method == "imle" and config.latent.search == "features"
-    return config.autoencoder.reconstruction == "perceptual" or searched
+    method = config.method.method
+    searched = method == "imle" and config.latent.search == "features"
+    return searched or (method in (*AUTOENCODING, *LATENT) and config.autoencoder.reconstruction == "perceptual")
 
 
 def idle_codes(config: Config) -> dict[str, str]:

@@ -188,13 +188,10 @@ def _torchvision(name: str, model: str) -> Network:
         # Two of the models announce another random initialisation.
         warnings.simplefilter("ignore", FutureWarning)
         module = models.get_model(model, weights=None)
-    return _network(
-        name,
-        module,
-        imagenet=lambda: _torchvision_weights(model),
-        mean=_triple(transforms.mean),
-        std=_triple(transforms.std),
-    )
+    mean, std = _triple(transforms.mean), _triple(transforms.std)
+    if hasattr(module, "transform_input"):  # with its weights torchvision's own model turns images back into [-1, 1]
+        mean = std = (0.5, 0.5, 0.5)
+    return _network(name, module, imagenet=lambda: _torchvision_weights(model), mean=mean, std=std)
 
 
 def _torchvision_weights(model: str) -> dict[str, Tensor]:

@@ -247,8 +247,16 @@ def available_memory() -> int:
     free pages or half of all."""
     limit, used = (_GROUP / name for name in ("memory.max", "memory.current"))
     with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-        return min(_available(), int(limit.read_text()) - int(used.read_text()))
+        return min(_available(), int(limit.read_text()) - int(used.read_text()) + _file_cache())
     return _available()
+
+
+def _file_cache() -> int:
+    """Bytes of files in memory that count as the control group's, and that it gives back when it needs them."""
+    with contextlib.suppress(OSError, ValueError):
+        entries = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return int(entries.get("inactive_file", 0))
+    return 0
 
 
 def _available() -> int:

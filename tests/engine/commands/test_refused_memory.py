@@ -255,3 +255,17 @@ def test_a_step_that_cannot_fit_a_machine_is_refused(
     assert (code, errors.count("\n")) == (2, 1)
     assert "--batch-size" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_files_in_memory_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control group counts what it has read of files as used, until somebody else needs the room."""
+    monkeypatch.setattr(planner, "_GROUP", tmp_path)
+    monkeypatch.setattr(planner, "_available", lambda: 10_000)
+    assert planner.available_memory() == 10_000
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    assert planner.available_memory() == 1000
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 2500\nactive_file 300\n")
+    assert planner.available_memory() == 3500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert planner.available_memory() == 10_000

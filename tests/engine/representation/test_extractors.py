@@ -1,6 +1,7 @@
 import sys
 import urllib.error
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import normalize
 
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.build import build_extractor
+from engine.representation.zoo import make_network
 from engine.support.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -336,3 +339,15 @@ def test_random_weights_follow_torchs_seed():
         torch.manual_seed(seed)
         fingerprints.append(build_extractor("vgg-small", image_size=8).fingerprint["extractor_weights"])
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+@pytest.mark.parametrize("model", ["inception_v3", "googlenet"])
+def test_networks_that_turn_their_input_back_see_what_torchvision_s_own_see(model: str) -> None:
+    """With weights torchvision gives them `transform_input`, which a plain state dict does not."""
+    network = make_network(f"torchvision:{model}", 96)
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    weights = models.get_model_weights(model).DEFAULT.transforms()
+    theirs = type(network.module)._transform_input(
+        SimpleNamespace(transform_input=True), normalize(images, weights.mean, weights.std)
+    )
+    torch.testing.assert_close(normalize(images, list(network.mean), list(network.std)), theirs, rtol=0, atol=1e-6)

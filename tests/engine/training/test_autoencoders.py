@@ -15,6 +15,7 @@ from PIL import Image
 
 from engine import precompute, report, sample, train
 from engine.configuration.autoencoders import make_perceptual
+from engine.configuration.autoencoding import needs_perceptual
 from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler
 
@@ -173,3 +174,9 @@ def test_a_target_is_none_of_theirs(pictures: Path, tmp_path: Path, capsys: pyte
 def test_presets_leave_steps_for_the_codes(preset: str) -> None:
     config = Config.build(preset, {"method": "gmmn-ae"})
     assert 0 < config.autoencoder.autoencoder_steps < config.training.steps
+
+
+def test_another_method_of_a_run_s_configuration_needs_no_perceptual_network() -> None:
+    config = Config.build("digits", {"method": "ae", "reconstruction": "perceptual", "perceptual": "vgg-small"})
+    assert needs_perceptual(config)
+    assert not needs_perceptual(Config.of_flat("digits", {**config.flat(), "method": "mmd"}))
