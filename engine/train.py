@@ -45,7 +45,7 @@ from engine.configuration.inputs import (
 )
 from engine.configuration.objectives import check_features
 from engine.configuration.planning import choose_chunk, planned_device, print_plans
-from engine.configuration.presets import PRESETS, usual_steps
+from engine.configuration.presets import PRESETS, preset_values, usual_steps
 from engine.configuration.risks import risks
 from engine.configuration.running import check_images, make_delivery, make_machinery, make_schedule, make_validation
 from engine.configuration.train_command import resume_command
@@ -71,7 +71,8 @@ KEPT_BYTES = 2**30
 
 def parser() -> Parser:
     """A flag for every setting, and where and how to run."""
-    digits = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in PRESETS["digits"].items())
+    values = preset_values("digits", "gfmn", on_digits=True)
+    digits = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
     parser = Parser(
         prog="python -m engine.train",
         description="Train a generator by comparing features of generated and real images: by default the mean and "
@@ -190,7 +191,7 @@ def build(
         len(dataset) if reference is None else reference.count,
         config.training.batch_size,
     )
-    hint = f"; {usual_steps(config.data.image_size)}" if config.needs.features else ""
+    hint = f"; {usual_steps(config.data.image_size, config.method.method)}" if config.needs.features else ""
     log.info("%d steps%s", config.training.steps, hint)
     return trainer
 

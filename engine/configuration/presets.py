@@ -75,7 +75,7 @@ _OF_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     # A small minibatch is matched to averages of the many real images, which have less variety.
     "sinkhorn": {"digits": {"lr": 2e-3, "batch_size": 256, "steps": 350}},
-    # On pixels, as published.
+    # On pixels, as published, but in smaller minibatches than 1,000.
     "gmmn": {name: {"extractor": "pixels", "pool": "none"} for name in PRESETS},
 }
 _OF_METHODS["gmmn"]["digits"] |= {"batch_size": 256, "steps": 600}
@@ -84,7 +84,7 @@ _OF_METHODS |= {
     for name, values in USUAL.items()
 }
 
-# As published, but for rates: a Gaussian with σ .7 around every pixel (the weight 1) leaves strokes blurred.
+# As published, but for rates, minibatches and the weights of the codes' divergence.
 _AUTOENCODER: dict[str, Any] = {"lr": 1e-3, "batch_size": 128, "upsampling": "nearest"}
 _OF_CODES: dict[str, dict[str, Any]] = {
     "ae": {"nz": 16},
@@ -167,11 +167,13 @@ def preset_for(given: Mapping[str, Any]) -> str:
     return "photos" if own else "digits"
 
 
-def usual_steps(image_size: int) -> str:
-    """How long the presets whose size is nearest to `image_size` train: what a picture takes, to be told beforehand."""
+def usual_steps(image_size: int, method: str) -> str:
+    """How long the presets whose size is nearest to `image_size` train by `method`: what a picture takes, to be told
+    beforehand."""
     sizes = {name: PRESETS[name].get("image_size", 32) for name in COMPARING_PRESETS}
     nearest = min(sizes.values(), key=lambda size: abs(size - image_size))
-    steps = (f"{PRESETS[name]['steps']:,} ({name})" for name, size in sizes.items() if size == nearest)
+    values = {name: preset_values(name, method, on_digits=True) for name, size in sizes.items() if size == nearest}
+    steps = (f"{own['steps']:,} ({name})" for name, own in values.items())
     return f"at {nearest}×{nearest} the presets take {', '.join(steps)} steps; the first grids are grey"
 
 
