@@ -67,7 +67,7 @@ ORDERINGS = (
     Ordering("wgan-gp", "dfm", _LIB.format("22.3")),
 )
 """Those that this project has a source for, by FID or the Inception score, on every data set that is named."""
-HOSHEN = {
+HOSHENS_TABLE = {
     "MM GAN": "mm-gan",
     "NS GAN": "dcgan",
     "LSGAN": "lsgan",
@@ -130,7 +130,7 @@ def hoshen_table(rows: Sequence[MethodRow]) -> str:
     fields = _COLUMNS[:1] + _COLUMNS[2:6]
     lines = [
         [title, name, *(str(summary(rows, name, field, factor) or "–") for _, field, factor in fields)]
-        for title, name in HOSHEN.items()
+        for title, name in HOSHENS_TABLE.items()
         if name in names_of(rows)
     ]
     return table(["there called", "method", *(heading for heading, *_ in fields)], lines)
@@ -204,7 +204,7 @@ def _section(rows: Sequence[MethodRow], figure: bool) -> str:
     for word, heading in said.items():
         own = [f"- {sentence}" for sentence in sentences if f"**{word}**" in sentence]
         parts.append(f"### {heading}\n\n" + ("\n".join(own) or "None."))
-    if set(HOSHEN.values()) & set(names_of(rows)):
+    if set(HOSHENS_TABLE.values()) & set(names_of(rows)):
         parts.append("### The methods that Hoshen et al. (2019) compare\n\n" + hoshen_table(rows))
     parts.append("### The groups of the paper's Table 4\n\n" + "\n".join(f"- {line}" for line in best_of_groups(rows)))
     return "\n\n".join(parts)

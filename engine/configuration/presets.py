@@ -161,6 +161,11 @@ PRESETS |= PUBLISHED
 _OF_POPULATIONS: dict[str, dict[str, dict[str, Any]]] = {"gfmn": {"digits": {"beta2": 0.9, "upsampling": "nearest"}}}
 
 
+def _of_method(name: str, method: str) -> dict[str, Any]:
+    """What the preset `name` sets for `method`, whatever is installed."""
+    return {**PRESETS[name], **_OF_METHODS.get(method, {}).get(name, {})}
+
+
 def preset_for(given: Mapping[str, Any]) -> str:
     """The preset of who names none: "photos" for pictures of one's own, else "digits"."""
     own = given.get("data") is not None and given.get("dataset", "images") == "images"
@@ -172,8 +177,7 @@ def usual_steps(image_size: int, method: str) -> str:
     beforehand."""
     sizes = {name: PRESETS[name].get("image_size", 32) for name in COMPARING_PRESETS}
     nearest = min(sizes.values(), key=lambda size: abs(size - image_size))
-    values = {name: preset_values(name, method, on_digits=True) for name, size in sizes.items() if size == nearest}
-    steps = (f"{own['steps']:,} ({name})" for name, own in values.items())
+    steps = (f"{_of_method(name, method)['steps']:,} ({name})" for name, size in sizes.items() if size == nearest)
     return f"at {nearest}×{nearest} the presets take {', '.join(steps)} steps; the first grids are grey"
 
 
@@ -193,7 +197,7 @@ def preset_values(name: str, method: str, population: str = "none", *, on_digits
     """
     if name in PUBLISHED:
         return published(name, on_digits=on_digits)
-    values = {**PRESETS[name], **_OF_METHODS.get(method, {}).get(name, {})}
+    values = _of_method(name, method)
     if population != "none":
         values |= _OF_POPULATIONS.get(method, {}).get(name, {})
     if method not in COMPARING:

@@ -176,9 +176,11 @@ def _decoding(dataset: ImageDataset, loader: str) -> dict[str, str]:
     """What decides the images of files besides their content, which images in memory have gone through already."""
     if not isinstance(dataset, EncodedDataset):
         return {}
-    found = dataset.fingerprint()
-    decoding = {name: str(found[name]) for name in ("center_crop", "skip_bad_images")}
-    return {**decoding, "loader": ImageLoader(dataset, 1, backend=loader).backend}
+    return {
+        "center_crop": str(dataset.preprocessing.center_crop or "none"),
+        "skip_bad_images": str(dataset.skip_bad_images),
+        "loader": ImageLoader(dataset, 1, backend=loader).backend,
+    }
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -263,6 +263,15 @@ def test_a_flag_that_is_like_none_gets_no_suggestion(capsys) -> None:
     assert "mean" not in command(train.main, ["--qqqq"], capsys)[1]
 
 
+def test_usual_steps_say_nothing_of_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(presets, "has_perceptual", lambda: False)
+    presets._say_small_once.cache_clear()
+    assert "350 (digits), 2,000 (photos)" in presets.usual_steps(32, "sinkhorn")
+    assert not caplog.text
+
+
 def test_pixels_stay_pixels_where_efficientnet_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "has_perceptual", lambda: False)
     assert Config.build("photos", {"data": "x"}).networks.extractor == "vgg-small"
