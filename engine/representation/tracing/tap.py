@@ -6,7 +6,8 @@ the last tap. The result computes `graph(x, visit)` where
     visit(index: int, x: Tensor, residual: Tensor | None) -> Tensor
 
 receives the index of the tap, the value before the activation (and the shortcut that is to be added first, if any) and
-returns the activation's output. So the passes over the features (plain, fused, chunked) share one graph. Activations
+returns the activation's output. All values are [N, C, H, W]; a map behind a linear layer, which has its channels last,
+is turned for the visit and back. So the passes over the features (plain, fused, chunked) share one graph. Activations
 whose derivative is no function of their output (SiLU, GELU) stay in the graph, and the visitor gets their output.
 """
 
@@ -229,6 +230,13 @@ def _may_be_feature_map(node: fx.Node) -> bool:
     return seen is None or len(seen) == 4
 
 
+def _channels_come_last(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is known that the activation's map is [N, H, W, C]: behind a linear layer, as in ConvNeXt and Swin."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return "shape" in node.meta and (_calls(source, (nn.Linear,), modules) or source.target is F.linear)
+
+
 def _make_out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Let operations that change their input in place return a new value, and later readers of the input read that.
 
@@ -283,17 +291,18 @@ def _insert_visits(
         visit = graph.placeholder("visit")
     visits = []
     for index, node in enumerate(taps, first_index):
-        if _activation_of(node, modules) == "none":
-            with graph.inserting_after(node):
-                visited = graph.call_function(_visit, (visit, index, node, None))
-            for reader in list(node.users):
-                if reader is not visited:
-                    reader.replace_input_with(node, visited)
-        else:
-            x, residual = _split_residual(node, modules)
-            with graph.inserting_before(node):
-                visited = graph.call_function(_visit, (visit, index, x, residual))
-            node.replace_all_uses_with(visited)
+        activation_stays = _activation_of(node, modules) == "none"
+        x, residual = (node, None) if activation_stays else _split_residual(node, modules)
+        channels_come_last = _channels_come_last(node, modules)
+        readers = list(node.users)
+        with graph.inserting_before(node.next):
+            if channels_come_last:
+                x = graph.call_method("permute", (x, 0, 3, 1, 2))
+            visited = graph.call_function(_visit, (visit, index, x, residual))
+            after = graph.call_method("permute", (visited, 0, 2, 3, 1)) if channels_come_last else visited
+        for reader in readers:
+            reader.replace_input_with(node, after)
+        if not activation_stays:
             graph.erase_node(node)
         visits.append(visited)
     output = next(node for node in graph.nodes if node.op == "output")

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from helpers.visiting import enliven, run
 from torch import nn
+from torchvision.models import convnext_tiny
 
 from engine.representation.tracing.tap import NoMatch, tap_network
 
@@ -135,6 +136,55 @@ def small_copy(network):
 def test_first_index_numbers_the_taps_of_a_second_network():
     _, sites = tap_network(small(), prefix="net", first_index=5)
     assert [site.index for site in sites] == [5, 6, 7, 8]
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers over the channels of a map [N, H, W, C], as in ConvNeXt and Swin; two readers of the first tap."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 4, 1), nn.Linear(4, 6), nn.Linear(6, 5)
+        self.last = nn.Conv2d(5, 7, 1)
+        self.norm = nn.LayerNorm(6)
+
+    def steps(self, x):
+        y = F.gelu(self.first(self.conv(x).permute(0, 2, 3, 1)))
+        yield y.permute(0, 3, 1, 2)
+        y = torch.relu(self.second(self.norm(y) + y))
+        yield y.permute(0, 3, 1, 2)
+        yield torch.relu(self.last(y.permute(0, 3, 1, 2)))
+
+    def forward(self, x):
+        *_, last = self.steps(x)
+        return last
+
+
+def test_a_map_behind_a_linear_layer_is_tapped_with_its_channels_second():
+    torch.manual_seed(3)
+    network = ChannelsLast().eval().double()
+    images = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    expected = list(network.steps(images))
+    graph, sites = tap_network(network, prefix="net", example=images)
+    taps = run(graph, sites, images)
+    assert [tuple(tap.shape[1:]) for tap in taps.values()] == [(6, 8, 9), (5, 8, 9), (7, 8, 9)]
+    for tap, value in zip(taps.values(), expected, strict=True):
+        torch.testing.assert_close(tap, value, rtol=0, atol=1e-14)
+
+
+def test_convnext_is_tapped_as_its_activations_return():
+    network = convnext_tiny().eval()
+    seen = []
+    for module in network.modules():
+        if isinstance(module, nn.GELU):
+            module.register_forward_hook(lambda _module, _input, output: seen.append(output.permute(0, 3, 1, 2)))
+    images = torch.randn(1, 3, 32, 32)
+    network(images)
+    expected = list(seen)
+    graph, sites = tap_network(network, prefix="net", example=images)
+    taps = run(graph, sites, images)
+    assert len(taps) == 18
+    for tap, value in zip(taps.values(), expected, strict=True):
+        torch.testing.assert_close(tap, value)
 
 
 class Shared(nn.Module):
