@@ -24,6 +24,7 @@ from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
 from engine.comparison.reference.target import fake_target
 from engine.configuration.build import make_method
+from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.modelling import predict
 from engine.configuration.objectives import blank_reference
@@ -108,7 +109,8 @@ class Scenario:
         files: list[Path] = []
         with tempfile.TemporaryDirectory() as folder:
             for part in problem.extractor.split("+"):
-                network = make_network(part, size)
+                with arguments_as(name="extractor"):
+                    network = make_network(part, size)
                 _calibrate(network.module, size)
                 files.append(Path(folder) / f"{len(files)}.safetensors")
                 save_file({key: value.detach().contiguous() for key, value in network.state.items()}, files[-1])
@@ -123,7 +125,8 @@ class Scenario:
     @classmethod
     def shapes(cls, problem: Problem, device: torch.device | str = "cpu", *, naive: bool = False) -> Scenario:
         """For memory, which depends on shapes alone: any weights, a target of ones; plain networks if `naive`."""
-        extractor = build_extractor(problem.extractor, image_size=problem.image_size).to(device)
+        with arguments_as(name="extractor"):
+            extractor = build_extractor(problem.extractor, image_size=problem.image_size).to(device)
         parts = problem.extractor.split("+") if naive else ()
         networks = [make_network(part, problem.image_size).module.to(device) for part in parts]
         ones = torch.ones(extractor.num_features, dtype=torch.float64)

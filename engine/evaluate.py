@@ -43,7 +43,7 @@ from engine.evaluation.metrics import (
 )
 from engine.generation.saved import SavedSampler
 from engine.support.errors import InputError
-from engine.support.files import total_memory, write_atomically
+from engine.support.files import expanded, total_memory, write_atomically
 from engine.training.job import job
 from engine.training.run_folder import RunFolder
 from pipelines import DataError, ImageDataset, open_dataset, read_pixels
@@ -271,7 +271,7 @@ def _check(arguments: Any) -> None:
             if given:
                 raise InputError(name, "belongs to --run; of --images all are judged")
     if arguments.plain_reading:
-        given = [Path(path).expanduser() for path in (arguments.images, arguments.against) if path is not None]
+        given = [expanded(path) for path in (arguments.images, arguments.against) if path is not None]
         if not any(map(is_folder, given)):
             raise InputError("plain_reading", "is for folders that --images or --against names")
     for name, most in _MOST.items():
@@ -291,7 +291,7 @@ def _check_room(samples: int | None, network: EvaluationNetwork) -> None:
 def _open(arguments: Any, argument: str) -> ImageSet:
     """The images at the path that `argument`, "images" or "against", gives."""
     path = getattr(arguments, argument)
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         if is_folder(file):
             return _open_folder(file, plain=arguments.plain_reading)

@@ -23,6 +23,7 @@ from bench.scenario import Problem
 from engine.configuration.command import Parser, check_two_files, output_file, run_command
 from engine.configuration.groups import memory_bytes
 from engine.configuration.inputs import choose_device
+from engine.support.errors import require
 
 # What the model leaves out: workspaces of libraries, and what the allocator rounds up.
 _OF_FREE_MEMORY = 0.8
@@ -67,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure_given(args.one)))
         return
     check_two_files(args, "json", "plot")
+    if args.whole and args.methods is None:
+        arguments.error("--whole: is of --methods, which work in chunks")
+    if args.no_capacity and args.methods is not None:
+        arguments.error("--no-capacity: --methods has no such table; leave it out")
+    if args.plot is not None:
+        require("matplotlib", "--plot")
     limit = memory_bytes(args.measure_up_to, "measure_up_to")
     sizes = sorted(set(args.batch_sizes or ([4096] if args.methods is not None else [4**n for n in range(2, 8)])))
     if min(sizes) < 2:

@@ -28,7 +28,7 @@ from bench.commands import interruptible
 from bench.methods import MethodRow
 from bench.paper import comparison, orderings
 from bench.paper.experiments import EXPERIMENTS, SCALES, SEEDS, SMALL, Experiment
-from bench.paper.page import figures_of, page
+from bench.paper.page import figure_name, figures_of, page
 from bench.paper.results import draw, findings, read_rows, results_table, settings_of
 from bench.paper.runs import ExperimentPlan, Rows, RunRow, check_device, chosen, run_experiment, run_folder, steps_of
 from bench.rows import Row, write_json
@@ -125,6 +125,8 @@ def _methods(arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
         figure = arguments.figure or plan.folder / f"{comparison.NAME}-{plan.scale.name}.png"
         if comparison.draw(figure, plan):
             print(f"\nfigure: {figure}")
+        elif arguments.figure is not None:
+            failures.append("--figure: --runs has no run of these rows, so nothing to draw")
     _check(failures)
 
 
@@ -165,11 +167,12 @@ def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], 
         print("--smoke: these numbers mean nothing")
     else:
         print("\n".join(f"- {sentence}" for sentence in findings(rows)))
-    figure = figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
+    asked, figure = figure is not None, figure or plan.folder / f"{experiment.name}-{plan.scale.name}.png"
     settings = {setting.name: setting for setting in chosen(experiment.settings(plan.scale), plan.only)}
     rows = [row for row in rows if row.setting in settings]  # a figure for each part of the experiment that is run
     folders = {name: run_folder(experiment, settings[name], plan, plan.seeds[0]) for name in settings_of(rows)}
-    if shown := {name: folder for name, folder in folders.items() if (folder / "row.json").exists()}:
+    shown = {name: folder for name, folder in folders.items() if (folder / "row.json").exists()}
+    if shown or asked:
         draw(figure, rows, shown)
         print(f"\nfigure: {figure}")
 
@@ -200,6 +203,9 @@ def _ordered(rows: Rows, experiment: Experiment, plan: ExperimentPlan) -> list[R
 def _document(arguments: argparse.Namespace) -> None:
     if not arguments.rows:
         parser().error("--document: needs files of rows, as --json writes them")
+    for name, value in vars(arguments).items():
+        if name not in ("document", "rows", "verbose") and value != parser().get_default(name):
+            parser().error(f"--{name}: is of --experiment, and --document takes all from its files; leave it out")
     if arguments.document.suffix != ".md":
         parser().error(f"--document: {arguments.document} must end in .md; the files of rows come after it")
     if all(comparison.are_rows(path) for path in arguments.rows):
@@ -212,7 +218,7 @@ def _document(arguments: argparse.Namespace) -> None:
     figures = [figures_of(folder, rows) for rows in results]
     for rows, files in zip(results, figures):
         if not files:
-            missing = folder / f"experiments/{rows[0].experiment}.png"
+            missing = folder / f"experiments/{figure_name(rows[0])}.png"
             parser().error(f"--document: {missing} does not exist; draw it with --figure")
     write_atomically(arguments.document, page(results, figures).encode())
     print(os.fspath(arguments.document))

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from bench.commands import Result, RunFailed, Usage, in_turn
 from bench.methods import RUNS, SAMPLES, MethodRow, judged, pretrain
 from bench.paper.cost import Span, seconds_per_step
-from bench.paper.experiments import SMALL
+from bench.paper.experiments import SMALL, Scale
 from bench.paper.runs import ExperimentPlan, check_device, pretrained
 from bench.paper.training import check_kept, check_same, configured, settings_digest, train
 from bench.rows import read_json, save_figure
@@ -55,6 +55,11 @@ Rows = dict[tuple[str, int | None], MethodRow]
 
 
 def runs(plan: ExperimentPlan) -> dict[str, tuple[str, ...]]:
+    """`runs_of` the plan's scale."""
+    return runs_of(plan.scale)
+
+
+def runs_of(scale: Scale) -> dict[str, tuple[str, ...]]:
     """Name → flags of `engine.train` that say the method, all those that the data set allows."""
     found = {
         **RUNS["comparing"],
@@ -62,8 +67,8 @@ def runs(plan: ExperimentPlan) -> dict[str, tuple[str, ...]]:
         "mm-gan": ("--preset", "dcgan", "--game", "minimax"),
         **RUNS["critics"],
     }
-    if plan.scale.classes is not None:
-        found["improved-gan-labels"] = ("--preset", "improved-gan", "--classes", str(plan.scale.classes))
+    if scale.classes is not None:
+        found["improved-gan-labels"] = ("--preset", "improved-gan", "--classes", str(scale.classes))
     return found
 
 

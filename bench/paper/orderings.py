@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.methods import MethodRow
-from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, read_rows
-from bench.paper.experiments import SEEDS
+from bench.paper.comparison import GAME, NO_GAME, SUPERVISED, group, read_rows, runs_of
+from bench.paper.experiments import SCALES, SEEDS, SMALL
 from bench.paper.results import WORDS, Summary, conditions, next_to, smaller, summarise
 from bench.rows import table
 from engine.support.errors import InputError
@@ -212,8 +212,10 @@ def _section(rows: Sequence[MethodRow], figure: bool) -> str:
 
 def _conditions(rows: Sequence[MethodRow]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows if row.seed is not None}))
-    wanted = SEEDS * len(names_of(rows))
-    missing = f"**{len(rows)} of {wanted} runs so far.** " if len(rows) < wanted else ""
+    names, wanted = names_of(rows), runs_of(SCALES[rows[0].scale or SMALL])
+    missing = f"**{len(rows)} of {SEEDS * len(wanted)} runs so far.** " if len(rows) < SEEDS * len(wanted) else ""
+    if absent := [name for name in wanted if name not in names]:
+        missing += f"No run of {', '.join(absent)}. "
     return (
         f"{missing}{rows[0].budget} seconds of training for each method, seeds {seeds}; distances, precision and "
         f"recall by {rows[0].judge}. {conditions(rows)}"

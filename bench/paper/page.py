@@ -15,16 +15,27 @@ from bench.rows import table
 
 
 def figures_of(folder: Path, rows: Sequence[RunRow]) -> list[str]:
-    """Files in experiments/ beside the page, that show these rows: NAME.png, or several that begin with NAME-."""
-    name = rows[0].experiment
+    """Files in experiments/ beside the page, that show these rows: `figure_name`.png, or several of its parts, each
+    with a minus and more behind it."""
+    name, scale = figure_name(rows[0]), rows[0].scale
     found = [*folder.glob(f"experiments/{name}.png"), *folder.glob(f"experiments/{name}-*.png")]
+    if scale == SMALL:
+        others = tuple(f"{name}-{other}" for other in SCALES if other != SMALL)
+        found = [path for path in found if not path.name.startswith(others)]
     return [f"experiments/{path.name}" for path in sorted(found, key=lambda path: (len(path.name), path.name))]
+
+
+def figure_name(row: RunRow) -> str:
+    """The experiment's name, and at another scale than the digits that scale's."""
+    return row.experiment if row.scale == SMALL else f"{row.experiment}-{row.scale}"
 
 
 def page(results: Sequence[list[RunRow]], figures: Sequence[Sequence[str]]) -> str:
     """docs/experiments.md: what was tried, measured and found, an experiment a section, with its figures."""
     agreements = [sentence for rows in results for sentence in findings(rows)]
-    parts = [_INTRODUCTION.format(tests=sum(len(tested(rows)) for rows in results))]
+    small = [rows[0].scale == SMALL for rows in results]
+    sizes = f"{_NOT_RUN_LARGE} Everything below is" if all(small) else _SOME_SMALL
+    parts = [_INTRODUCTION.format(tests=sum(len(tested(rows)) for rows in results), sizes=sizes)]
     for word, heading in (
         ("disagrees", "Where these runs disagree with the paper"),
         ("undecided", "What these runs leave open"),
@@ -41,15 +52,17 @@ def page(results: Sequence[list[RunRow]], figures: Sequence[Sequence[str]]) -> s
 
 
 _COMMAND = "python -m bench.paper --experiment {} --json ROWS.json"
+_NOT_RUN_LARGE = "**Nobody has run that yet.**"
+_SOME_SMALL = "Sections whose heading names no data set are"
 _INTRODUCTION = """# The paper's experiments, at the size of a laptop
 
 `python -m bench.paper --document docs/experiments.md ROWS.json …` writes this page from rows of results; no number in
 it is typed by hand. Each experiment is one command, which stands in its section. With `--scale cifar10`, `stl10`,
 `celeba64` or `fashion` the same command runs at the paper's scale on a GPU, judged by Inception (FID, KID, IS of
-50,000 samples). **Nobody has run that yet.** Everything below is the small scale: scikit-learn's
-1,797 digits, and hundreds or a few thousand steps at large learning rates. So it shows how the method behaves in a
-small training, and no more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen after one look at AMA
-with its first seed.)
+50,000 samples). {sizes} the small scale:
+scikit-learn's 1,797 digits, and hundreds or a few thousand steps at large learning rates. So it shows how the method
+behaves in a small training, and no more. (Where the rates are `--lr 1e-3 --ama-lr 1e-2`, they were chosen after one
+look at AMA with its first seed.)
 
 A network that no run was trained on judges the samples. Where it is not Inception, the distances are not FID and KID,
 and only comparable with each other. Smaller is better for distances, larger for precision and recall. A claim "agrees"
@@ -67,7 +80,7 @@ def _section(rows: Sequence[RunRow], figures: Sequence[str]) -> str:
     sentences = "\n".join(f"- {sentence}" for sentence in findings(rows))
     return "\n\n".join(
         (
-            f"## {experiment.title} ({experiment.source})",
+            f"## {experiment.title} ({experiment.source})" + ("" if rows[0].scale == SMALL else f", {rows[0].scale}"),
             command,
             _conditions(rows),
             *(f"![{experiment.title}]({figure})" for figure in figures),

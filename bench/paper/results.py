@@ -69,8 +69,9 @@ def of_setting(rows: Sequence[RunRow], setting: str, metric: str) -> list[float]
 
 
 def settings_of(rows: Sequence[RunRow]) -> list[str]:
-    """Settings in the order of the experiment."""
-    return list(dict.fromkeys(row.setting for row in rows))
+    """Settings in the order of the experiment, whichever seeds they have."""
+    order = [setting.name for setting in EXPERIMENTS[rows[0].experiment].settings(SCALES[rows[0].scale])]
+    return sorted(dict.fromkeys(row.setting for row in rows), key=lambda name: (*order, name).index(name))
 
 
 def results_table(rows: Sequence[RunRow]) -> str:

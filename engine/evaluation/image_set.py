@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from engine.evaluation.fidelity import fidelity
 from engine.support.errors import InputError
 from pipelines.dataset import EncodedImages
-from pipelines.decoding.pil import decode, look, say_first_frame
+from pipelines.decoding.pil import decode, look, say_first_frame, stored_size
 from pipelines.digests import printable
 from pipelines.errors import BadImage, DataError, one_line
 from pipelines.sources.folder import ImageFiles
@@ -145,8 +143,7 @@ class ImageSet:
         try:
             data = self._files.read(picture)
             if stored:
-                width, height = Image.open(io.BytesIO(data)).size
-                return height, width
+                return stored_size(data)
             found = look(data)
         except (OSError, DataError) as error:
             reason = one_line(error)

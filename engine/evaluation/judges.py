@@ -73,7 +73,8 @@ def evaluation_network(name: str | None, *, weights: str | Path | None = None, i
             has them.
         image_size: H = W of the images. Inception resizes, as torch-fidelity does; other networks see them as they are.
 
-    A network's features are what its last layer (the classifier) reads, averaged over positions if it has any.
+    A network's features are what its last layer (the classifier) reads, averaged over positions if it has any; the
+    output of a network of timm that has no classifier.
 
     Raises InputError: "name" for an unknown network or one that cannot take the images, "weights" if there are none
     or the download fails, the file's path if it does not fit the network.
@@ -138,20 +139,22 @@ def _network(name: str, weights: str | Path | None, image_size: int) -> Evaluati
         network = make_network(name, image_size)
     except InputError as error:
         raise InputError("name", error.message) from None
+    module = network.module if network.whole is None else network.whole
     try:
-        head, num_features = _find_head(network.module, image_size)
+        head, num_features = _find_head(module, image_size)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise InputError("name", f"{name} cannot take images of {image_size} pixels ({one_line(error)})") from None
     digest, has_classifier = _load(network, head, weights)
     function = hashlib.sha256(repr((digest, network.mean, network.std, has_classifier)).encode()).hexdigest()[:16]
     registered = f"{name.replace('/', '_')}-{function}"
-    _register(registered, _adapter(_Judge(network, head)))
+    _register(registered, _adapter(_Judge(module, network, head)))
     return EvaluationNetwork(registered, name, False, digest, has_classifier, num_features, image_size)
 
 
 @torch.no_grad()
-def _find_head(module: nn.Module, image_size: int) -> tuple[Head, int]:
-    """The last linear or convolutional layer that runs, and how many features it reads."""
+def _find_head(module: nn.Module, image_size: int) -> tuple[Head | None, int]:
+    """The last linear or convolutional layer that runs, and how many features it reads; None, and how many features the
+    network returns, if timm made it without a classifier."""
     layers: list[tuple[Head, Tensor]] = []
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: layers.append((layer, inputs[0])))
@@ -165,6 +168,8 @@ def _find_head(module: nn.Module, image_size: int) -> tuple[Head, int]:
             hook.remove()
     if not layers or not isinstance(output, Tensor):
         raise ValueError("it has no last layer")
+    if getattr(module, "num_classes", None) == 0:
+        return None, output.shape[1]
     head, x = layers[-1]
     return head, _averaged(x, head).shape[1]
 
@@ -176,7 +181,7 @@ def _averaged(x: Tensor, head: Head) -> Tensor:
     return x.flatten(1, -2).mean(dim=1) if x.dim() > 2 else x
 
 
-def _load(network: Network, head: Head, weights: str | Path | None) -> tuple[str, bool]:
+def _load(network: Network, head: Head | None, weights: str | Path | None) -> tuple[str, bool]:
     """Load the weights; return their digest, and whether they make the network a classifier."""
     task = None
     if weights is not None:
@@ -188,7 +193,8 @@ def _load(network: Network, head: Head, weights: str | Path | None) -> tuple[str
         state = network.imagenet()
         if network.imagenet_normalisation is not None:
             network.mean, network.std = network.imagenet_normalisation
-    keys = {key for key, tensor in network.state.items() if any(tensor is own for own in head.parameters())}
+    of_head = [] if head is None else list(head.parameters())
+    keys = {key for key, tensor in network.state.items() if any(tensor is own for own in of_head)}
     has_head = any(key in state for key in keys)
     for key in keys & state.keys():
         # As many classes as the file has.
@@ -221,15 +227,16 @@ def _task(weights: str | Path) -> str | None:
 
 
 class _Judge(nn.Module):
-    """Images uint8 [N, 3, H, W] to (features [N, F], scores [N, K]), float32."""
+    """Images uint8 [N, 3, H, W] to (features [N, F], scores [N, K]), float32; both are the output without a head."""
 
-    def __init__(self, network: Network, head: Head):
+    def __init__(self, module: nn.Module, network: Network, head: Head | None):
         super().__init__()
-        self.network = network.module
+        self.network = module
         normalised = network.mean is not None and network.std is not None
         self.normalisation = Normalisation(network.mean, network.std) if normalised else nn.Identity()  # type: ignore[arg-type]
         self.features: Tensor | None = None
-        head.register_forward_pre_hook(self._read)
+        if head is not None:
+            head.register_forward_pre_hook(self._read)
 
     def _read(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(head, Head)
@@ -238,8 +245,7 @@ class _Judge(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.network(self.normalisation(to_float(images)))
         features, self.features = self.features, None
-        assert features is not None
-        return features, scores
+        return scores if features is None else features, scores
 
 
 def _adapter(module: nn.Module) -> type[FeatureExtractorBase]:

@@ -154,7 +154,7 @@ def check_metrics(
     check_names(metrics)
     if "is" in metrics and not network.has_classifier:
         raise InputError("metrics", f"'is' needs a classifier, which {network.label} with these weights is not")
-    if "kid" in metrics and kid_subset_size is not None and kid_subset_size < 2:
+    if kid_subset_size is not None and kid_subset_size < 2:
         raise InputError("kid_subset_size", f"must be at least 2, got {kid_subset_size}")
     subset = KID_SUBSET if kid_subset_size is None else kid_subset_size
     needed = {"fid": 2, "kid": subset, "is": _IS_SPLITS, "prc": _NEIGHBOURS + 1}

@@ -15,6 +15,7 @@ from engine.configuration.config import Config
 from engine.configuration.inputs import open_data
 from engine.reporting.charts import number
 from engine.reporting.neighbours import Features, channel_means
+from engine.representation.zoo import is_fixed
 from engine.support.errors import InputError
 from engine.support.files import open_safetensors
 from engine.training.run_folder import RunFolder
@@ -60,8 +61,8 @@ class RealImages:
 
 
 def open_real(run: RunFolder, config: Config, device: torch.device, space: FeatureSpace | None = None) -> RealImages:
-    """Open the run's data set and extractor; `space` takes the extractor's place. Of a method without one that is
-    EfficientNet-Lite0's.
+    """Open the run's data set and extractor; `space` takes the extractor's place. Of a method without one, or with one
+    of pixels or colours alone, which averaged over positions tell no shapes, that is EfficientNet-Lite0's.
 
     If one of them is no longer available, this warns, and the page is written without the comparison.
     """
@@ -71,7 +72,7 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
         dataset = open_data(config)
         if trained.get("data_count", str(len(dataset))) != str(len(dataset)):
             changed.append(f"the data set had {number(int(trained['data_count']))} images in training")
-        if space is None and not config.needs.features:
+        if space is None and not (config.needs.features and _tells_shapes(config.networks.extractor)):
             space = feature_space("efficientnet-lite0", None, config.data.image_size, device)
         if space is None:
             # Batch statistics would let the features of an image depend on the others beside it.
@@ -90,6 +91,10 @@ def open_real(run: RunFolder, config: Config, device: torch.device, space: Featu
         log.warning("%s: no nearest real images in the report: %s", run.path, missing)
         return RealImages(dataset, missing=missing, trained=trained)
     return RealImages(dataset, space, num_features, tuple(changed), trained=trained)
+
+
+def _tells_shapes(extractor: str) -> bool:
+    return not all(is_fixed(part) for part in extractor.split("+"))
 
 
 def _trained_with(run: RunFolder) -> dict[str, str]:

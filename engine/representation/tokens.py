@@ -6,6 +6,7 @@ first). Pooling by "mean" averages over tokens.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,10 +60,12 @@ def leaves_of(transformer: Transformer) -> Leaves:
 
 
 def _without_blocks(transformer: Transformer) -> Transformer:
-    """The transformer for its stem alone."""
+    """The transformer for its stem alone, which shares its parameters."""
+    stem = copy.copy(transformer)
+    stem._modules = dict(transformer._modules)
     for unused in ("blocks", "norm", "fc_norm", "head"):
-        setattr(transformer, unused, nn.Identity())
-    return transformer
+        setattr(stem, unused, nn.Identity())
+    return stem
 
 
 def _tapped(mark: nn.Module, tokens: Tensor) -> Tensor:

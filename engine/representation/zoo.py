@@ -84,6 +84,7 @@ class Network:
             networks that take images in [-1, 1] as they are.
         imagenet_normalisation: mean and std with the ImageNet weights, where they differ.
         leaves: modules and functions that torch.fx treats as leaves.
+        whole: with the classifier, where `module` ends before it; both share their parameters.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Network:
     std: Triple | None = None
     imagenet_normalisation: tuple[Triple, Triple] | None = None
     leaves: Leaves | None = None
+    whole: nn.Module | None = None
 
 
 def make_network(name: str, image_size: int) -> Network:
@@ -239,7 +241,7 @@ def _timm(name: str, model: str) -> Network:
         leaves=Leaves(tuple(timm.layers.get_notrace_modules()), tuple(timm.layers.get_notrace_functions())),
     )
     if isinstance(module, timm.models.VisionTransformer):
-        network.leaves, network.module = leaves_of(module), Tokens(module)
+        network.leaves, network.module, network.whole = leaves_of(module), Tokens(module), module.eval()
         return network
     _split_norm_act(module, timm.layers.BatchNormAct2d)
     return network

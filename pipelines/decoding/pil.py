@@ -148,6 +148,13 @@ def _open(data: bytes) -> Image.Image:
     return picture
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """(height, width) as the picture lies in its file, before anything turns it; DataError if it is unreadable."""
+    with _explained():
+        width, height = _open(data).size
+        return height, width
+
+
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """PIL's errors as `DataError`."""

@@ -147,6 +147,10 @@ def test_a_failed_measurement_says_why() -> None:
         ("--measure-up-to 3", "--measure-up-to: '3' is not"),
         ("--variants best", "--variants: invalid choice: 'best'"),
         ("--device cuda", "--device: cuda is not available"),
+        ("--whole", "--whole: is of --methods"),
+        ("--methods --no-capacity", "--no-capacity: --methods has no such table"),
+        ("--extractor nope", "--extractor: 'nope' is not known"),
+        ("--image-size 33", "--extractor: vgg19 needs images whose side is a multiple of 32"),
     ],
 )
 def test_mistakes_are_one_line(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

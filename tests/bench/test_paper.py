@@ -13,7 +13,18 @@ from scipy.stats import spearmanr, ttest_1samp, ttest_ind
 from bench.paper.__main__ import main
 from bench.paper.experiments import EXPERIMENTS, SCALES, Claim
 from bench.paper.page import figures_of, page
-from bench.paper.results import closest, correlations, findings, read_rows, results_table, smaller, summarise, verdict
+from bench.paper.results import (
+    closest,
+    correlations,
+    findings,
+    read_rows,
+    results_table,
+    settings_of,
+    smaller,
+    summarise,
+    trend,
+    verdict,
+)
 from bench.paper.runs import ExperimentPlan, RunRow, training_flags
 from engine.configuration.command import run_command
 from engine.configuration.config import Config
@@ -182,6 +193,32 @@ def test_page_is_what_its_rows_say() -> None:
         assert findings(rows)
 
 
+def test_a_setting_without_the_first_seed_keeps_its_place() -> None:
+    """The settings' order is the experiment's, and not the rows': the trend over layers counts by it."""
+    rows = [row(f"{count} layer{'s'[: count > 1]}", seed, 10.0 - count, experiment="layers")
+            for count in (1, 2, 4, 6) for seed in (0, 1) if (count, seed) != (1, 0)]  # fmt: skip
+    rows.sort(key=lambda entry: entry.seed)
+    assert settings_of(rows) == ["1 layer", "2 layers", "4 layers", "6 layers"]
+    assert trend(rows).startswith("rank correlation of the number of layers with the mean kernel distance: -1.00")
+
+
+def test_page_with_another_scale(tmp_path: Path) -> None:
+    """Each scale has its own heading and figure; only where all are small does the page say that nobody ran another."""
+    small = [row(f"{count} layers", 0, count, experiment="layers") for count in (2, 4)]
+    large = [row(f"{count} layers", 0, count, experiment="layers", scale="cifar10") for count in (3, 5)]
+    (tmp_path / "experiments").mkdir()
+    for name in ("layers", "layers-2", "layers-cifar10", "layers-cifar10-3"):
+        (tmp_path / f"experiments/{name}.png").touch()
+    figures = [figures_of(tmp_path, small), figures_of(tmp_path, large)]
+    assert figures[0] == ["experiments/layers.png", "experiments/layers-2.png"]
+    assert figures[1] == ["experiments/layers-cifar10.png", "experiments/layers-cifar10-3.png"]
+    text = page([small, large], figures)
+    assert "## How many layers are matched (Table 3)\n" in text
+    assert "## How many layers are matched (Table 3), cifar10\n" in text
+    assert "Nobody has run that yet" not in text
+    assert "Nobody has run that yet" in page([small], figures[:1])
+
+
 def test_page_of_a_part_of_an_experiment_says_what_is_missing(tmp_path: Path) -> None:
     """Its rows may come from several machines, and its figures from several commands."""
     machines = [{"commit": c, "date": d, "processor": p, "threads": 1, "versions": {"torch": "2"}} for c, d, p in (
@@ -249,6 +286,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["--document", "page.md"], "--document: needs files of rows"),
         (["--document", "a.json", "b.json"], "--document: a.json must end in .md; the files of rows come after it"),
         (["--document", "page.md", "nowhere.json"], "nowhere.json: does not hold rows"),
+        (["--document", "page.md", "rows.json", "--scale", "cifar10"], "--scale: is of --experiment"),
     ],
 )
 def test_bad_input_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

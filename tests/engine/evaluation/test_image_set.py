@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -73,6 +75,19 @@ def test_plain_reading_is_torch_fidelitys(tmp_path: Path) -> None:
     assert plain.source == str(folder)
     assert as_trained.read_otherwise == {"left out": 3, "transparent": 1}
     assert not plain.read_otherwise
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_decompression_bomb_is_named(tmp_path: Path, plain: bool) -> None:
+    folder = write_folder(tmp_path / "a", digits(0, 2))
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", crc32(chunk)) for chunk in (header, b"IDAT")
+    ]
+    (folder / "9.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(InputError, match="decompression bomb") as error:
+        ImageSet(folder, plain=plain)
+    assert error.value.argument == folder / "9.png"
 
 
 def test_the_first_damaged_file_is_found(tmp_path: Path) -> None:

