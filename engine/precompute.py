@@ -26,7 +26,7 @@ from engine.configuration.objectives import check_features, reference_kind
 from engine.configuration.presets import PRESETS
 from engine.representation.extractor import Extractor
 from engine.support.errors import InputError
-from engine.support.files import check_output
+from engine.support.files import check_output, expanded
 from engine.training.job import job
 from engine.training.ranks import Ranks
 from pipelines import ImageLoader
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write, such as target.safetensors")
     add_flags(parser)
     arguments = parser.parse_args(argv)
-    out = Path(arguments.out)
+    out = expanded(arguments.out)
     with job() as ranks:
         check_output(out, "out", example="target.safetensors", plain=True)
         config = Config.build(arguments.preset, given_flags(arguments))

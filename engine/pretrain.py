@@ -26,7 +26,7 @@ from engine.configuration.presets import preset_for
 from engine.representation.architectures import ARCHITECTURES
 from engine.representation.pretraining import TASKS, PretrainResult, pretrain
 from engine.support.errors import InputError, Interrupted
-from engine.support.files import check_output, locked
+from engine.support.files import check_output, expanded, locked
 from engine.training.job import job
 from engine.training.precision import AMP_DTYPES
 from engine.training.ranks import Ranks
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--preset", choices=tuple(_PRESETS), help="data set and settings (default: photos with --data, else digits)")
-    add("--out", type=Path, required=True, metavar="FILE", help="the weights, safetensors")
+    add("--out", type=expanded, required=True, metavar="FILE", help="the weights, safetensors")
     add("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
     section = parser.add_argument_group("pretraining", "Defaults are the preset's.")
     add = section.add_argument

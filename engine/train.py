@@ -275,7 +275,9 @@ def _is_finished(run: RunFolder, checkpoint: Checkpoint, steps: int, ranks: Rank
         return True
     if not run.loss_plot.exists():
         _plot(run)
-    log.info("%s is finished, all %d steps; to train longer: %s --steps N", run.path, steps, resume_command(run.path))
+    falls = Config.load(run.config).updates.lr_schedule != "constant"  # to an end that was fixed from the start
+    longer = "" if falls else f"; to train longer: {resume_command(run.path)} --steps N"
+    log.info("%s is finished, all %d steps%s", run.path, steps, longer)
     return True
 
 

@@ -86,13 +86,14 @@ def arguments_as(**names: str) -> Iterator[None]:
 def output_file(text: str) -> Path:
     """For argparse: the path of a file to come; refused at once where none could be written."""
     # Here, because it imports PyTorch, and `engine.env` works without.
-    from engine.support.files import check_output
+    from engine.support.files import check_output, expanded
 
+    path = expanded(text)
     try:
-        check_output(text, "")
+        check_output(path, "")
     except InputError as error:
         raise argparse.ArgumentTypeError(error.message) from None
-    return Path(text)
+    return path
 
 
 def check_two_files(arguments: argparse.Namespace, first: str, second: str) -> None:

@@ -21,6 +21,7 @@ from engine.configuration.groups import (
     OutputConfig,
     TrainingConfig,
     ValidationConfig,
+    default_of,
     field_names,
     group_of,
     names_with,
@@ -300,6 +301,15 @@ def check_owners(given: Mapping[str, Any], method: str) -> None:
         require(not of or method in of, name, f"belongs to {named(of)}, and this is --method {method}")
 
 
+_NUMBERS = {
+    "penalty": ("penalty_weight",),
+    "kernel": ("kernel_bandwidths",),
+    "mmd_kernel": ("mmd_bandwidths", "mmd_degree"),
+    "population": ("population_decay", "population_images"),
+}
+"""Settings that mean nothing, or something else, with another value of the one."""
+
+
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that were given, checked one by one; files and folders by their whole path, so that a run can be resumed
     from anywhere."""
@@ -320,15 +330,21 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """What `given` settings make of others among `values`, unless those are given too.
 
-    Another penalty or kernel has its own numbers, not those that there were for the one. `scaled` is short for a
-    penalty, and takes the place of those that there were. Another data set has its own files, and their crop; files
-    beside the digits, which have none, are pictures.
+    Another penalty, kernel or population has its own numbers, not those that there were for the one; so has a constant
+    rate, and an optimizer without decay of weights. `scaled` is short for a penalty, and takes the place of those that
+    there were. Another data set has its own files, and their crop; files beside the digits, which have none, are
+    pictures.
     """
     short = bool(given.get("scaled")) and not values.get("scaled")
     found: dict[str, Any] = {"penalty": ("none",)} if short else {}
-    numbers = {"penalty": "penalty_weight", "kernel": "kernel_bandwidths"}
-    changed = {name for name in numbers if name in given and given[name] != values.get(name)} | found.keys()
-    found |= {of: () for name, of in numbers.items() if name in changed}
+    changed = {name for name, value in given.items() if value != values.get(name)} | found.keys()
+    for name in changed & _NUMBERS.keys():
+        found |= {of: default_of(of) for of in _NUMBERS[name]}
+    if "lr_schedule" in changed and given["lr_schedule"] == "constant":
+        found["lr_final"] = default_of("lr_final")
+    critic = given.get("critic_optimizer", values.get("critic_optimizer"))
+    if "optimizer" in changed and "adamw" not in (given["optimizer"], critic):
+        found["weight_decay"] = default_of("weight_decay")
     dataset = values.get("dataset", "digits")
     if given.get("data") is not None and dataset == "digits":
         found["dataset"] = "images"

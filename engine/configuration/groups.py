@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from engine.configuration.adversarial import CriticConfig, GameConfig
 from engine.configuration.autoencoding import AutoencoderConfig
@@ -354,6 +355,11 @@ def group_of(name: str) -> type:
         if name in field_names(group):
             return group
     raise InputError(name, f"there is no setting {name!r}")
+
+
+def default_of(name: str) -> Any:
+    """What the field `name` is where nobody says otherwise."""
+    return next(entry.default for entry in dataclasses.fields(group_of(name)) if entry.name == name)
 
 
 def owners(name: str) -> tuple[str, ...]:

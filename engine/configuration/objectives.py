@@ -129,7 +129,7 @@ def _gmmn(config: Config, real: Tensor, backend: str | ModuleType) -> Discrepanc
     """√(MMD² + ε): ε keeps the gradient of the root finite where the two sets are alike."""
     share = real.shape[1] / _GMMN_PIXELS
     distance = MMD(real, kernels.gaussian([math.sqrt(width * share) for width in config.gmmn.gmmn_bandwidths]))
-    return lambda x: (distance(x) + _GMMN_FLOOR).sqrt()
+    return lambda x: (distance(x).clamp_min(0) + _GMMN_FLOOR).sqrt()  # rounding may leave a sum of kernels below 0
 
 
 def _on_bank(bound: Bound, *, scaled: bool = True) -> Make:
@@ -172,8 +172,12 @@ def _frechet(config: Config, extractor: Extractor, known: Any, options: dict[str
     assert isinstance(known, FeatureBank | FeatureCovariance)
     options = dict(options)
     scales = options.pop("scales", None)
-    scales = (known.scales() if scales is None else scales).to(extractor.device)
     parts = _parts(config, extractor, known.sizes)
+    if scales is None:
+        scales = known.scales()
+        if not all(bool((scales[part] > 0).any()) for part in parts):
+            raise InputError("data", "the method needs real images that differ, and these are the same")
+    scales = scales.to(extractor.device)
     distances = [_of_population(config, _bound_frechet(known, part, scales[part]), scales[part]) for part in parts]
     # Which have the scales: another copy of the features, scaled, would be a tenth of a step's memory.
     distance = OfNetworks(distances, parts, None)

@@ -257,6 +257,8 @@ def print_plans(config: Config, device: torch.device, ranks: Ranks = ALONE) -> N
         included += f", and what must be free beside it for libraries ({shown_bytes(beside)}), samples and evaluations"
     if config.method.method in WITH_TABLE:
         included += f", but for the codes of the real images ({12 * networks.nz} bytes each, with their moments)"
+    if device.type == "cuda" and not config.needs.features and config.data.loader != "dali":
+        included += ", but for a data set of arrays where the torch loader delivers it, which keeps it there whole"
     print(
         f"{networks.extractor if frozen else config.method.method} "
         f"at {config.data.image_size}×{config.data.image_size}, {networks.generator} generator, "

@@ -229,7 +229,7 @@ class _MinibatchPass(torch.autograd.Function):
     def forward(ctx, images: Tensor, feature_pass: FeaturePass, criterion: Criterion, ranks: Ranks, keep: bool):
         ctx.feature_pass, ctx.criterion, ctx.kept = feature_pass, criterion, None
         parts = list(feature_pass.chunks(len(images)))
-        if not keep or len(parts) > 1:
+        if not keep or len(parts) != 1:
             feature_pass.collect(images, criterion)
         else:
             chunk = Chunk(parts[0], criterion)

@@ -102,11 +102,15 @@ class CudaImageLane(ImageLane):
         return torch.cuda.is_current_stream_capturing()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Share:
-    """This rank's rows of a minibatch, whose place in the stream is `place` (`ImageStream.state_dict`)."""
+    """This rank's rows of a minibatch, whose place in the stream is `place` (`ImageStream.state_dict`).
 
-    batch: Batch
+    Without slots the step alone holds what it has taken, so that one that takes hundreds of minibatches can let go of
+    them one by one; `batch` is None then.
+    """
+
+    batch: Batch | None
     place: dict[str, Tensor]
 
 
@@ -166,7 +170,11 @@ class Delivery:
                 raise RuntimeError("the step takes more minibatches of real images than the step before")
             self._put(index)
         self._taken += 1
-        return self._read[index].batch if slots is None else slots[index]
+        if slots is not None:
+            return slots[index]
+        batch, self._read[index].batch = self._read[index].batch, None
+        assert batch is not None
+        return batch
 
     def end(self) -> None:
         self._inside = False
@@ -177,7 +185,9 @@ class Delivery:
         """Read the minibatch number `index` of a step, and with slots put it into its own."""
         while index >= len(self._read):
             self._read_on()
-        images, indices = self._read[index].batch
+        batch = self._read[index].batch
+        assert batch is not None
+        images, indices = batch
         self.lane.arrive(images)
         if self._slots is None:
             return

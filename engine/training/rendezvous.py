@@ -87,10 +87,11 @@ def _place() -> tuple[int, int]:
     return rank, size
 
 
-def _connect(rank: int, size: int, seconds: float) -> dist.TCPStore:
+def _connect(rank: int, size: int, seconds: float) -> dist.Store:
     """The store at MASTER_ADDR and MASTER_PORT. The launcher serves it, or else rank 0, which then waits for nobody.
 
-    InputError if it is not reached within `seconds`.
+    A launcher's store outlives the processes that it starts again after a failure (torchrun --max-restarts), so that
+    each attempt has its own keys there. InputError if it is not reached within `seconds`.
     """
     from torch.distributed.constants import default_pg_timeout  # here, because not every PyTorch has it
 
@@ -110,7 +111,7 @@ def _connect(rank: int, size: int, seconds: float) -> dist.TCPStore:
             "", f"process {rank} of {size} cannot {act} the job's store at {host}:{port} ({one_line(error)})"
         ) from None
     store.set_timeout(default_pg_timeout)
-    return store
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _reach(host: str, port: int, seconds: float, who: str, server: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from engine.support.errors import InputError, reason
-from engine.support.files import leftovers, locked, read_tensors, write_atomically
+from engine.support.files import expanded, leftovers, locked, read_tensors, write_atomically
 from engine.training.checkpoint import Checkpoint
 
 COLUMNS = 8
@@ -36,7 +36,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = expanded(path)
         self.lock = self.path / ".lock"
         self.config = self.path / "config.json"
         self.extractor = self.path / "extractor"
@@ -236,6 +236,11 @@ class RunFolder:
     def is_complete(self, step: int) -> bool:
         """Whether the generator and the samples of the last step `step` are there."""
         return saved_step(self.generator) == step and self.final_samples.exists()
+
+    def drop_pictures(self) -> None:
+        """Drop the samples and the plot of an earlier end, so that `is_complete` waits for those of the new one."""
+        _discard(self.final_samples)
+        _discard(self.loss_plot)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """See the function `read_metrics`."""

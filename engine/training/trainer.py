@@ -149,6 +149,8 @@ class Trainer:
                     "profile", f"{profiled} steps after {profiler.warmup} of warm-up are more than {total}"
                 )
             profiler = StepProfiler(None, self.run.profile)  # a resumed run has no room for it any more
+        if not self.writes:
+            profiler = StepProfiler(None, self.run.profile)
         clock, clock_step = time.perf_counter(), self.step
         logbook = Logbook(self.run.metrics, self.run.tensorboard, self.step, total) if self.writes else NoLogbook()
         reset_peak_memory(self.device)
@@ -225,6 +227,8 @@ class Trainer:
     def save_generator(self) -> None:
         """Write the generator alone."""
         if self.writes:
+            if self.step == self.schedule.steps:
+                self.run.drop_pictures()
             self._save_sampler(self.run.generator)
 
     def _save_best(self) -> None:

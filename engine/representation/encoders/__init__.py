@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.representation.architectures import ARCHITECTURES, find_architecture
 from engine.representation.critics import build_critic
+from engine.representation.critics.convolutional import ResNetCritic
 from engine.support.errors import InputError
 
 _RESNET, _DCGAN = "resnet", "dcgan-encoder"
@@ -67,7 +68,7 @@ def build_encoder(name: str, *, image_size: int, nz: int, gaussian: bool = False
     """An encoder of image_size × image_size images, in channels_last, initialised from torch's default random state.
 
     "dcgan" and "resnet" have the layers and widths of the generators of these names in the other direction, and
-    BatchNorm as those have: the encoder that extractors are pretrained with, and the residual critic. The others are
+    BatchNorm as those have: the encoder that extractors are pretrained with, and `ResNetEncoder`. The others are
     extractors' architectures.
 
     Args:
@@ -82,13 +83,35 @@ def build_encoder(name: str, *, image_size: int, nz: int, gaussian: bool = False
     outputs = 2 * nz if gaussian else nz
     try:
         if name == _RESNET:
-            network: nn.Module = build_critic(name, image_size=image_size, outputs=outputs, norm="batch")
+            network: nn.Module = ResNetEncoder(image_size, outputs)
         else:
             network = find_architecture(_DCGAN if name == "dcgan" else name, image_size).make(outputs, image_size)
     except InputError as error:
         raise InputError("encoder", error.message) from None
     network = network.to(memory_format=torch.channels_last)
     return Encoder(network, nz, gaussian=gaussian, bounded=bounded, name=name)
+
+
+class ResNetEncoder(nn.Module):
+    """The residual blocks of SN-GAN's critic with BatchNorm; then BatchNorm, ReLU, the mean over positions, and a
+    linear layer. (The critic sums over positions, and its outputs start in the tens: codes that tanh makes ±1, and log
+    variances whose exponential overflows.) Its initialisation: Xavier, with gain √2 for 3×3 convolutions.
+
+    Args:
+        image_size: 32, 64 or 128.
+        outputs: for each image.
+    """
+
+    def __init__(self, image_size: int, outputs: int):
+        super().__init__()
+        critic = build_critic(_RESNET, image_size=image_size, outputs=outputs, norm="batch")
+        assert isinstance(critic, ResNetCritic)
+        self.blocks, self.last = critic.blocks, critic.last
+        self.bn = nn.BatchNorm2d(critic.last.in_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to [N, outputs]."""
+        return self.last(torch.relu(self.bn(self.blocks(images))).mean(dim=(2, 3)))
 
 
 class CodeCritic(nn.Sequential):

@@ -132,7 +132,7 @@ def _make_task(architecture: str, dataset: ImageDataset, recipe: Recipe) -> Task
 
 def _check_alike(ranks: Ranks, digest: int) -> None:
     """InputError unless all ranks have the same settings and images."""
-    first, *others = ranks.counts(digest)
+    first, *others = ranks.meet("alike", digest)  # which waits for images that others download or digest only now
     for rank, other in enumerate(others, start=1):
         if other != first:
             raise InputError("dataset", f"process {rank} has other images or settings than process 0")

@@ -175,7 +175,8 @@ def tap_network(
                 _Shapes(traced).run(example)
         except Exception as error:  # a network's own way to say that a size is wrong
             raise WrongSize(f"{prefix}: cannot take images {list(example.shape)} ({one_line(error)})") from error
-    found = [node for node in traced.graph.nodes if _activation_of(node, modules) and _may_be_feature_map(node)]
+    count = None if example is None else len(example)
+    found = [node for node in traced.graph.nodes if _activation_of(node, modules) and _may_be_feature_map(node, count)]
     if not found:
         raise ValueError(f"{prefix}: the network has no feature maps behind ReLU, ReLU6, SiLU or GELU to tap")
     names = _names(found, prefix)
@@ -224,10 +225,13 @@ def _calls(node: fx.Node, kinds: tuple[type, ...], modules: dict[str, nn.Module]
     return node.op == "call_module" and isinstance(modules[str(node.target)], kinds)
 
 
-def _may_be_feature_map(node: fx.Node) -> bool:
-    """Whether the node's value is [N, C, H, W], or unknown because there was no example."""
+def _may_be_feature_map(node: fx.Node, count: int | None) -> bool:
+    """Whether the node's value is [N, C, H, W], of N = `count` images, or unknown because there was no example.
+
+    Another N has what is made of weights alone, such as Swin V2's table of biases.
+    """
     seen = node.meta.get("shape")
-    return seen is None or len(seen) == 4
+    return seen is None or (len(seen) == 4 and seen[0] == count)
 
 
 def _channels_come_last(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,6 +38,18 @@ def acting(self):
         {act}
     return taken
 Trainer.train_step = acting
+"""
+RESTARTED = """
+import os
+from engine.support.errors import InputError
+from engine.training.job import job
+with job() as ranks:
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if attempt == "0" and ranks.rank == 1:
+        raise InputError("", "this attempt fails")
+    for _ in range(3):
+        assert ranks.meet("here", f"{attempt} {ranks.rank}") == [f"{attempt} 0", f"{attempt} 1"]
+    print(f"attempt{attempt}rank{ranks.rank}", flush=True)
 """
 # What happens → (on which rank, after which step, how, what the line says).
 FAULTS = {
@@ -91,6 +106,18 @@ def test_a_signal_to_the_launcher_of_one_machine_stops_both(whole: Path, tmp_pat
     assert len(said) == 1, found
     stopped = max(int(path.stem.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
     assert f"stopped at step {stopped} of 100000" in said[0]
+
+
+@pytest.mark.slow
+def test_a_restarted_job_begins_anew(tmp_path: Path) -> None:
+    """The launcher's store outlives the attempt that failed, and what that has written there."""
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED)
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, *agent], env=environment, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr
+    assert sorted(found.stdout.split()) == ["attempt1rank0", "attempt1rank1"]
 
 
 @pytest.mark.slow

@@ -74,6 +74,34 @@ def test_the_same_penalty_and_kernel_keep_their_numbers() -> None:
     assert Config.build("wgan", {"penalty": ["clip"]}).critic.penalty_weight == (0.01,)
 
 
+@pytest.mark.parametrize(
+    ("given", "change", "kept"),
+    [
+        ({"method": "mmd", "mmd_kernel": "gaussian", "mmd_bandwidths": [1]}, {"mmd_kernel": "linear"}, {}),
+        (
+            {"method": "mmd", "mmd_kernel": "polynomial", "mmd_degree": 4},
+            {"mmd_kernel": "imq", "mmd_bandwidths": [2]},
+            {"mmd_degree": 3, "mmd_bandwidths": (2.0,)},
+        ),
+        ({"population": "ema", "population_decay": 0.5}, {"population": "none"}, {"population_decay": 0.9}),
+        ({"population": "queue", "population_images": 128}, {"population": "ema"}, {"population_images": 640}),
+        ({"lr_schedule": "cosine", "lr_final": 1e-5}, {"lr_schedule": "constant"}, {"lr_final": 0.0}),
+        ({"lr_schedule": "cosine", "lr_final": 1e-5}, {"lr_schedule": "linear"}, {"lr_final": 1e-5}),
+        ({"optimizer": "adamw", "weight_decay": 0.1}, {"optimizer": "adam"}, {"weight_decay": None}),
+        (
+            {"method": "gan", "optimizer": "adamw", "critic_optimizer": "adamw", "weight_decay": 0.1},
+            {"optimizer": "adam"},
+            {"weight_decay": 0.1},
+        ),
+    ],
+    ids=str,
+)
+def test_another_choice_has_its_own_numbers(given, change, kept) -> None:
+    """A run's config.json has those of the one, and no flag could take them away."""
+    flat = Config.build("digits", given).replaced(change).flat()
+    assert {name: flat[name] for name in kept} == kept
+
+
 def test_another_run_s_chunk_and_queue_are_no_hindrance() -> None:
     """Its config.json has them, and no flag of these methods could take them away."""
     queue = {"population": "queue", "population_images": 64}

@@ -20,6 +20,7 @@ from engine.configuration.config import Config
 from engine.configuration.objectives import make_averager, make_objective
 from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
+from engine.support.errors import InputError
 
 M, N = 30, 6
 
@@ -118,6 +119,31 @@ def test_gmmn_s_bandwidths_grow_with_the_number_of_features(extractor: Extractor
     expected = (squared_mmd(gaussians(*widths), x[M:], x[:M]) + 1e-8) ** 0.5
     config = configured("gmmn", gmmn_bandwidths=(0.5, 2.0))
     assert loss(extractor, images, config) == pytest.approx(expected, rel=1e-3)
+
+
+def test_gmmn_of_images_that_coincide_is_finite() -> None:
+    """Rounding leaves the sum of their kernels below 0, of which there is no root."""
+    pixels = build_extractor("pixels", image_size=32)
+    drawn = torch.Generator().manual_seed(2)
+    alike = torch.rand(1, 3, 32, 32, generator=drawn) + 2e-4 * torch.randn(320, 3, 32, 32, generator=drawn)
+    bank = FeatureBank(pixels.features(alike[:256]), torch.arange(256), [3072])
+    images = alike[256:].requires_grad_()
+    config = Config.build("digits", {"method": "gmmn", "kernels": "reference", "batch_size": 64})
+    loss = make_objective(config, pixels, bank, None)(images)
+    assert loss.item() == pytest.approx(0, abs=2e-3)
+    (gradient,) = torch.autograd.grad(loss, images)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "frechet"}, {"method": "frechet", "population": "ema"}, {"method": "mmd"}]
+)
+def test_real_images_that_are_all_the_same_are_refused(
+    given: dict[str, Any], extractor: Extractor, images: Tensor
+) -> None:
+    with pytest.raises(InputError, match="needs real images that differ") as error:
+        loss(extractor, images[:1].expand(M + N, -1, -1, -1), configured(**given))
+    assert error.value.argument == "data"
 
 
 def test_averagers_have_the_numbers_that_are_given() -> None:

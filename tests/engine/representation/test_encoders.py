@@ -24,6 +24,22 @@ def test_shapes(name: str, gaussian: bool) -> None:
         assert not torch.equal(mean, log_variance)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, 32) for name in ENCODERS), *((name, size) for name in ("dcgan", "resnet") for size in (64, 128))],
+)
+def test_codes_start_small(name: str, size: int, trained: bool) -> None:
+    """So that tanh has a slope, and the variances of a Gaussian are of the order of 1."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name, image_size=size, nz=20, gaussian=True).train(trained)
+    images = nn.functional.interpolate(torch.rand(8, 3, 8, 8) * 2 - 1, size=(size, size), mode="bilinear")
+    with torch.no_grad():
+        mean, log_variance = encoder.law(images)
+    assert 0.002 < mean.std() < 1
+    assert log_variance.abs().max() < 4
+
+
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_dcgans_widths_are_those_of_the_generator(image_size: int) -> None:
     def widths(network: nn.Module) -> list[int]:

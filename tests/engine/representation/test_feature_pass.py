@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.criteria import Weighted
 from helpers.pass_networks import NETWORKS, Chain, IdentityShortcut, Relu6Chain, SmoothActivations
 from oracle import Features, hooked_features, in_float64, relative_error, tapped
 from torch import Tensor
@@ -284,3 +285,11 @@ class TestMemory:
         kept = self.kept_bytes(extractor, draw_images(IMAGES, torch.float32))
         pooled = IMAGES * 6 * 4 * 4
         assert kept == 4 * IMAGES * extractor.num_features + 8 * pooled
+
+
+def test_a_rank_without_images(tiny_extractor) -> None:
+    """Its pass has no chunk, and its gradient no row; the others wait for it in `finish`."""
+    images = torch.zeros(0, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.zeros(0, tiny_extractor.num_features, dtype=torch.float64)
+    FeaturePass(tiny_extractor).loss(images, Weighted(tiny_extractor, weights)).backward()
+    assert images.grad.shape == images.shape

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from helpers.visiting import enliven, run
 from torch import nn
 from torchvision.models import convnext_tiny
+from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlockV2
 
 from engine.representation.tracing.tap import NoMatch, tap_network
 
@@ -185,6 +186,16 @@ def test_convnext_is_tapped_as_its_activations_return():
     assert len(taps) == 18
     for tap, value in zip(taps.values(), expected, strict=True):
         torch.testing.assert_close(tap, value)
+
+
+def test_what_is_made_of_weights_alone_is_no_feature_map():
+    """Swin V2's table of biases is [1, H, W, C] behind a ReLU, and says nothing of an image."""
+    network = SwinTransformer([4, 4], 12, [2], [2], [4, 4], block=SwinTransformerBlockV2, num_classes=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert any("cpb_mlp" in name for name, module in network.named_modules() if isinstance(module, nn.ReLU))
+    graph, sites = tap_network(network, prefix="net", example=images)
+    taps = run(graph, sites, images)
+    assert [tuple(tap.shape) for tap in taps.values()] == [(2, 48, 8, 8)] * 2
 
 
 class Shared(nn.Module):

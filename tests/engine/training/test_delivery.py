@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,15 @@ def test_the_nth_minibatch_of_every_step_lies_in_one_place(arrays: ImageDataset,
             assert torch.equal(take(resumed, 1)[0].indices, batch.indices)
         delivery.end()
         assert delivery.state_dict() == plain.state_dict()
+
+
+def test_a_step_without_slots_lets_go_of_its_minibatches(arrays: ImageDataset) -> None:
+    """One that takes hundreds holds as many as it wants to."""
+    delivery = Delivery(loader(arrays, "torch"))
+    delivery.begin()
+    images = [weakref.ref(next(delivery.batches).images) for _ in range(7)]
+    assert sum(image() is not None for image in images) <= 1
+    delivery.end()
 
 
 def test_a_replay_finds_the_next_ones_in_the_slots(arrays: ImageDataset) -> None:

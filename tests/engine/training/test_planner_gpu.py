@@ -203,6 +203,10 @@ def test_planning_for_a_gpu_that_is_elsewhere(monkeypatch, capsys, tmp_path: Pat
     assert "budget: 80.00 GiB\n" in text
     assert f"libraries ({LIBRARIES / MIB:.1f} MiB), samples and evaluations" in text
     assert "to launch its kernels" in text
+    assert "torch loader" not in text
+    plan = "--plan --method gan --batch-size 4 --device cuda --memory-budget 80GiB --loader torch"
+    train.main(plan.split())
+    assert "but for a data set of arrays where the torch loader delivers it" in capsys.readouterr().out
     code, errors = command(train.main, [word for word in argv if word != "--plan"], capsys)
     assert "--device: cuda is not available here" in errors
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine.support.errors import InputError
 from engine.training import rendezvous
@@ -51,6 +52,19 @@ def test_nobody_at_the_address(launcher: bool, told) -> None:
     server = "the launcher" if launcher else "process 0"
     with pytest.raises(InputError, match=f"process 1 of 2 waited 0.5 s for {server} at 127.0.0.1:{port}.*refused"):
         rendezvous.join()
+
+
+def test_a_second_attempt_knows_nothing_of_the_first(told) -> None:
+    """Under `torchrun --max-restarts` the launcher serves one store to all attempts."""
+    port = free_port()
+    served = dist.TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
+    told(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="True")
+    for attempt in ("0", "1"):
+        told(TORCHELASTIC_RESTART_COUNT=attempt)
+        store = rendezvous._connect(0, 2, 5.0)
+        assert store.add("failures", 1) == 1
+        assert store.clone().get("failures") == b"1"
+    assert served.num_keys() >= 2
 
 
 def test_a_port_that_is_taken(told) -> None:
