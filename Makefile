@@ -14,7 +14,7 @@ help:
 	@echo "make audit      compile the Triton kernels for three GPUs and check the machine code; needs no GPU (5 to 9 minutes)"
 	@echo "make docs       build the documentation as a site, build/site/index.html; fails on a broken link"
 	@echo "make check      lint and type-check; edits nothing (.pre-commit-config.yaml runs the same)"
-	@echo "make gpu        on a CUDA device: its tests and all benchmarks in ten minutes, into one file of bench/results/"
+	@echo "make gpu        on a CUDA device: its tests and the benchmarks of a step in ten minutes, into one file of bench/results/"
 	@echo "make clean      remove the virtual environment and caches; runs/ stays"
 
 .venv/.installed: pyproject.toml setup.py constraints.txt

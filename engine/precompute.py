@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m engine.precompute",
         description="Stream a dataset once through the extractor and write the moments of every feature "
         "(or what else the method compares with), for engine.train --target FILE. Takes the flags of engine.train, of "
-        "which those on training change nothing. After Ctrl-C or a kill the same command resumes from its last saved "
+        "which those on steps, rates, output and evaluation change nothing; precision (--amp, --amp-dtype, --float32) "
+        "has to be that of the training. After Ctrl-C or a kill the same command resumes from its last saved "
         "state, at most 30 seconds old. "
         "Several processes: torchrun --nproc-per-node N -m engine.precompute ...",
     )

@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         "--nproc-per-node N -m engine.pretrain ...",
     )
     add = parser.add_argument
-    add("--preset", choices=tuple(_PRESETS), help="data set and settings (default: photos with --data, else digits)")
+    add(
+        "--preset",
+        choices=tuple(_PRESETS),
+        help="data set and settings (default: photos with --data, else digits); those named after sets of photographs "
+        "mirror images",
+    )
     add("--out", type=expanded, required=True, metavar="FILE", help="the weights, safetensors")
     add("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
     section = parser.add_argument_group("pretraining", "Defaults are the preset's.")
@@ -76,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=unset,
         metavar="N",
-        help="images in a batch (default: 64; presets of photographs by name: 128)",
+        help="images in a batch (default: 64; presets named after sets of photographs: 128)",
     )
     add("--lr", type=float, default=unset, metavar="X", help="peak rate (default: 0.1; autoencode: 0.001 with Adam)")
     add("--momentum", type=float, default=unset, metavar="X", help="of SGD (default: 0.9; autoencode: none)")

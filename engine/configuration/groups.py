@@ -69,9 +69,18 @@ class DataConfig(Settings):
 
     dataset: str = option("digits", "kind of data set", choices=tuple(DATASETS))
     data: str | None = option(
-        None, "folder of images (or an archive of arrays), where the data set needs one", metavar="PATH", resumable=True
+        None,
+        "the real images: a folder, .zip, .parquet, .npy, .npz or one picture; or where the data set's files are",
+        metavar="PATH",
+        resumable=True,
     )
-    image_size: int = option(32, "side of the images in pixels", at_least=8, at_most=4096, metavar="PIXELS")
+    image_size: int = option(
+        32,
+        "side of the images in pixels; generators draw 32, 64 or 128",
+        at_least=8,
+        at_most=4096,
+        metavar="PIXELS",
+    )
     center_crop: int | None = option(
         None, "cut this square out of the middle before resizing", at_least=1, metavar="PIXELS"
     )

@@ -90,7 +90,7 @@ def _place() -> tuple[int, int]:
 def _connect(rank: int, size: int, seconds: float) -> dist.Store:
     """The store at MASTER_ADDR and MASTER_PORT. The launcher serves it, or else rank 0, which then waits for nobody.
 
-    A launcher's store outlives the processes that it starts again after a failure (torchrun --max-restarts), so that
+    A launcher's store outlives the processes that it starts again after a failure (max_restarts of torchrun), so that
     each attempt has its own keys there. InputError if it is not reached within `seconds`.
     """
     from torch.distributed.constants import default_pg_timeout  # here, because not every PyTorch has it
