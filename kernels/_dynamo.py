@@ -14,6 +14,9 @@ a trick is removed:
   test_slices_of_one_buffer_compile_nothing_again. A tensor from dlpack has the same memory and offset 0.
 - *`mark_dynamic` for the number of images.* `dynamic=True` alone ties it to another size that it happens to equal:
   test_one_compilation_for_all_shapes.
+- *The width of vectors among the options.* Inductor's cache of graphs knows no CPU: code for AVX-512 from a folder that
+  several machines share, or from before a virtual machine moved, is compiled for AVX2 then, and passes over every
+  second vector. With the width among its options it is a part of the key: tests/kernels/test_cached_code.py.
 - *No import of `torch._dynamo` before the first call.* It takes seconds, and it imports Triton, whose interpreter has
   to be chosen before that: tests/kernels/test_public.py.
 """
@@ -66,7 +69,7 @@ class Kernel:
             dynamic=True,
             fullgraph=True,
             recompile_limit=64,
-            options={**threads, "guard_filter_fn": _keep_sizes},
+            options={**threads, **vector_options(), "guard_filter_fn": _keep_sizes},
         )
         return compiled
 
@@ -80,6 +83,12 @@ def _keep_sizes(guards: Sequence[Any]) -> list[bool]:
 def dynamo() -> types.ModuleType:
     """`torch._dynamo`, imported at the first call."""
     return importlib.import_module("torch._dynamo")
+
+
+@functools.cache
+def vector_options() -> dict[str, int]:
+    """Inductor's options that say how wide this CPU's vectors are, in bits; 0 if it has none that Inductor knows."""
+    return {"cpp.simdlen": importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa().bit_width()}
 
 
 def _as_example(x: Tensor) -> Tensor:

@@ -46,17 +46,26 @@ __all__ = [
 
 
 def works(dtype: torch.dtype) -> str | None:
-    """None if torch.compile can build code here, else the reason in one line.
+    """None if torch.compile can build code here that computes the right numbers, else the reason in one line.
 
     The trial is the forward operation itself, so that what it compiles is not wasted.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) on the PATH"
-    failures = (importlib.import_module("torch._inductor.exc").InductorError, dynamo().exc.TorchDynamoException)
     try:
-        mean = torch.zeros(GRAIN // 16, dtype=accumulation_dtype(dtype))
-        relu_moments(torch.zeros(16, GRAIN // 16, 1, 1, dtype=dtype), mean, mean.clone(), 0)
-    except failures as error:
+        failures = (importlib.import_module("torch._inductor.exc").InductorError, dynamo().exc.TorchDynamoException)
+    except OSError as error:  # their modules make Inductor's cache folder
+        return f"Inductor's cache folder cannot be used ({error})"
+    features = GRAIN // 16
+    x = (torch.arange(16 * features) * 7 % 61 - 30).reshape(16, features, 1, 1).to(dtype) / 8
+    variance, expected = torch.var_mean(x.double().relu().flatten(1), dim=0, correction=0)
+    mean = torch.zeros(features, dtype=accumulation_dtype(dtype))
+    m2 = mean.clone()
+    try:
+        relu_moments(x, mean, m2, 0)
+    except (*failures, OSError) as error:
         return f"{compiler} cannot build Inductor's code ({str(error).strip().splitlines()[0]})"
+    if not (torch.allclose(mean.double(), expected, 1e-4) and torch.allclose(m2.double() / 16, variance, 1e-3)):
+        return "Inductor's code computes wrong numbers"  # such as code for another CPU, from a cache
     return None

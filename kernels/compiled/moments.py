@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import plain
-from kernels._dynamo import MAX_ROWS, Kernel
+from kernels._dynamo import MAX_ROWS, Kernel, vector_options
 from kernels.layout import feature_rows, is_channels_last
 from kernels.operators import operator
 
@@ -172,7 +172,9 @@ def dataset_moments(
 @functools.cache
 def _streaming_kernel() -> Callable[..., None]:
     """`_merge_streams`, compiled at the first call (see `kernels._dynamo` on why not before)."""
-    return torch.compile(_merge_streams, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
+    return torch.compile(
+        _merge_streams, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True, **vector_options()}
+    )
 
 
 def _merge_streams(rows: list[Tensor], mean: Tensor, m2: Tensor, count: Tensor, activation: str) -> None:
