@@ -8,7 +8,6 @@ first frame is used. docs/pictures.md has the whole table.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
 import struct
@@ -22,16 +21,13 @@ from PIL import ExifTags, Image, ImageOps
 
 from pipelines.dataset import EncodedDataset
 from pipelines.decoding import jpeg
+from pipelines.decoding.formats import formats
 from pipelines.decoding.preprocessing import MAX_PIXELS
 from pipelines.errors import BadImage, DataError, one_line
 
 # PIL warns of what `decode` refuses or repairs. `warnings.catch_warnings` is of no use in threads.
 for _category in (UserWarning, Image.DecompressionBombWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
-
-# Pillow has no HEIC of its own.
-with contextlib.suppress(ImportError, OSError):
-    importlib.import_module("pillow_heif").register_heif_opener()
 
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_IN_32_BITS = ("PNG", "PPM")  # whose 16-bit grey has mode "I"
@@ -142,7 +138,7 @@ def look(data: bytes) -> Look:
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise DataError("the file is empty")
-    picture = Image.open(io.BytesIO(data))
+    picture = Image.open(io.BytesIO(data), formats=formats())
     if picture.width * picture.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     return picture
@@ -247,7 +243,7 @@ def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
 
 def _is_upright(data: bytes) -> bool:
     try:
-        return orientation(Image.open(io.BytesIO(data))) == 1
+        return orientation(Image.open(io.BytesIO(data), formats=formats())) == 1
     except Exception:  # PIL's plugins raise whatever a damaged file makes them stumble over
         return False
 

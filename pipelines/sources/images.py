@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.dataset import EncodedDataset, ImageDataset
+from pipelines.decoding.formats import suffixes
 from pipelines.decoding.preprocessing import Preprocessing
 from pipelines.digests import printable
 from pipelines.errors import DataError
 from pipelines.sources.arrays import ARRAY_SUFFIXES, open_array_file
 from pipelines.sources.folder import ImageFiles, open_folder
-from pipelines.sources.listing import list_pictures, picture_suffixes
+from pipelines.sources.listing import list_pictures
 from pipelines.sources.parquet import PARQUET_SUFFIX, open_parquet
 from pipelines.sources.paths import check_readable, existing_path, is_file, is_folder
 from pipelines.sources.zip_archive import ZIP_SUFFIX, open_zip
@@ -42,7 +43,7 @@ def open_images(
         return open_zip(name, path, preprocessing, skip_bad_images=skip_bad_images)
     if suffix == PARQUET_SUFFIX:
         return open_parquet(name, path.parent, [path.name], preprocessing, skip_bad_images=skip_bad_images)
-    if suffix in picture_suffixes():
+    if suffix in suffixes():
         return EncodedDataset(
             name, preprocessing, ImageFiles(path.parent, [path.name]), skip_bad_images=skip_bad_images
         )

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from PIL import Image
-
+from pipelines.decoding.formats import suffixes
 from pipelines.digests import printable
 from pipelines.errors import BadImage, one_line
 from pipelines.sources.labels import LABEL_FILE
@@ -31,8 +30,6 @@ JUNK = frozenset(
     )
 )
 """Names, in lower case, of what systems leave behind. Hidden files and folders (`._x.png`, `.git`) count with them."""
-_NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"))
-"""What Pillow names but only writes, only recognises, or hands to a program outside."""
 _NAMED = 4
 log = logging.getLogger("gfmn")
 
@@ -51,12 +48,6 @@ class Listing(NamedTuple):
     unread: tuple[BadImage, ...]
 
 
-def picture_suffixes() -> tuple[str, ...]:
-    """How names of picture files end, in lower case: everything that Pillow and its plugins can open."""
-    Image.init()
-    return tuple(sorted(suffix for suffix, form in Image.EXTENSION.items() if form not in _NOT_DECODED))
-
-
 def is_junk(name: str) -> bool:
     """Whether a file or folder of this name (without the folders above it) is never data."""
     return name.startswith(".") or name.lower() in JUNK
@@ -64,12 +55,12 @@ def is_junk(name: str) -> bool:
 
 def sort_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Names with "/" between folders → (pictures, others), sorted, without junk."""
-    suffixes = picture_suffixes()
+    known = suffixes()
     pictures: list[str] = []
     others: list[str] = []
     for name in sorted(names):
         if not any(map(is_junk, name.split("/"))):
-            (pictures if name.lower().endswith(suffixes) else others).append(name)
+            (pictures if name.lower().endswith(known) else others).append(name)
     return pictures, others
 
 

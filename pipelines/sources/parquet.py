@@ -86,15 +86,16 @@ def open_parquet(
     label = _label_column(where, schema, features)
     columns = [column] if label is None else [column, label]
     found: dict[str, list[Any]] = {name: [] for name in columns}
-    size = 0
+    size, rows = 0, []
     for file in files:
         with _opened(root / file) as opened:
             _check_columns(root / file, schema, opened.schema_arrow, columns)
             size += _unpacked_bytes(opened.metadata)
             check_memory(size, where)
-            table = opened.read(columns=columns, use_threads=False)
-            for part, chunks in found.items():
-                chunks.append(table.column(part))
+            rows.append(opened.metadata.num_rows)
+            for table in _groups(opened, columns):
+                for part, chunks in found.items():
+                    chunks.append(table.column(part))
     pictures = _only_bytes(_joined(found[column]))
     if not len(pictures):
         raise DataError(f"{where}: holds no images")
@@ -105,11 +106,19 @@ def open_parquet(
     return EncodedDataset(
         name,
         preprocessing,
-        ParquetImages(root, files, [len(part) for part in found[column]], column, pictures),
+        ParquetImages(root, files, rows, column, pictures),
         labels=None if classes is None else classes.labels,
         num_classes=None if classes is None else classes.number,
         skip_bad_images=skip_bad_images,
     )
+
+
+def _groups(opened: Any, columns: list[str]) -> Iterator[Any]:
+    """Columns of the file, a group of rows at a time: pyarrow reads no more than 2 GiB of structs at once."""
+    if not opened.num_row_groups:
+        yield opened.read(columns=columns, use_threads=False)
+    for group in range(opened.num_row_groups):
+        yield opened.read_row_group(group, columns=columns, use_threads=False)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 from helpers.picture_kinds import png, png_chunk
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from pipelines import DataError
 from pipelines.decoding.pil import decode, size_if_plain
@@ -185,3 +185,16 @@ def test_the_geometry_is_torchvisions(photo: np.ndarray, crop: int | None, size:
         reference = v2.Compose(([v2.CenterCrop(crop)] if crop else []) + steps)(picture)
         result = Preprocessing(image_size=size, center_crop=crop).fit(picture)
         assert np.array_equal(result, reference)
+
+
+def test_no_other_program_decodes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand PostScript to Ghostscript, whatever the file is called."""
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n0 0 8 8 rectfill\nshowpage\n%%EOF\n"
+    with pytest.raises(DataError, match="not an image that can be read"):
+        decode(drawing)
+    assert not (tmp_path / "called").exists()

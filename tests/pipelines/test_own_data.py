@@ -238,6 +238,23 @@ def test_a_folder_of_a_celeba_archive(tmp_path: Path, photos: list[np.ndarray]) 
         assert torch.equal(a.images, b.images)
 
 
+@pytest.mark.slow
+def test_a_parquet_file_of_more_than_two_gib(tmp_path: Path) -> None:
+    """Of the hub's structs pyarrow reads no more at once; a repeated picture takes little of the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"bytes": bytes(2**20), "path": None}] * 100
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    group = pa.table({"image": pa.array(rows, kind)})
+    with pq.ParquetWriter(tmp_path / "big.parquet", group.schema) as writer:
+        for _ in range(21):
+            writer.write_table(group)
+    dataset = open_dataset("images", tmp_path / "big.parquet")
+    assert len(dataset) == 2100
+    assert len(dataset.files.read(2099)) == 2**20
+
+
 def test_parquet_without_pyarrow_is_one_line(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     path = as_parquet(tmp_path, files)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
