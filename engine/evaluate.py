@@ -43,11 +43,12 @@ from engine.evaluation.metrics import (
 )
 from engine.generation.saved import SavedSampler
 from engine.support.errors import InputError
-from engine.support.files import expanded, total_memory, write_atomically
+from engine.support.files import expanded, write_atomically
 from engine.training.job import job
 from engine.training.run_folder import RunFolder
 from pipelines import DataError, ImageDataset, open_dataset, read_pixels
 from pipelines.dataset import EncodedDataset
+from pipelines.memory import memory_limit
 from pipelines.sources.arrays import ARRAY_SUFFIXES, read_pictures
 from pipelines.sources.paths import is_file, is_folder
 
@@ -284,7 +285,7 @@ def _check(arguments: Any) -> None:
 def _check_room(samples: int | None, network: EvaluationNetwork) -> None:
     """InputError on `samples` if their features alone are more than this machine holds."""
     size = (samples or 0) * network.num_features * 4
-    if size > total_memory() / 2:
+    if size > memory_limit() / 2:
         raise InputError("samples", f"the features of {samples} take {size / 2**30:.0f} GiB; take fewer")
 
 
@@ -346,7 +347,7 @@ def _pixels(dataset: ImageDataset, backend: str, limit: int | None, seed: int) -
     """The images of `dataset`, uint8 [N, 3, H, W]; only `limit` of them, at random, if there are more."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     size = count * 3 * dataset.image_size**2
-    if size > total_memory() / 3:
+    if size > memory_limit() / 3:
         raise InputError("real_samples", f"{count} images of {dataset.name} take {size / 2**30:.1f} GiB; take fewer")
     return read_pixels(dataset, limit=limit, seed=seed, backend=backend)
 

@@ -23,11 +23,11 @@ from engine.support.errors import InputError
 from engine.training.planner import (
     Footprint,
     available_memory,
-    memory_limit,
     num_bytes,
     shown_bytes,
 )
 from engine.training.ranks import ALONE, Ranks
+from pipelines.memory import memory_limit
 
 log = logging.getLogger("gfmn")
 

@@ -29,6 +29,7 @@ from engine.training.schedule import Schedule
 from kernels import reference as reference_kernels
 from pipelines import ImageDataset, ImageLoader, read_pixels
 from pipelines.dataset import ArrayDataset
+from pipelines.memory import memory_limit
 
 if TYPE_CHECKING:
     from engine.training.validation import Validation
@@ -179,6 +180,13 @@ def make_validation(config: Config, device: torch.device, ranks: Ranks = ALONE) 
                 judge.label,
             )
     dataset = open_data(config.replaced({"horizontal_flip": False}))
+    size = len(dataset) * (3 * dataset.image_size**2 + 4 * sum(judge.num_features for judge in judges))
+    if size > memory_limit() / 2:
+        raise InputError(
+            "evaluate_every",
+            f"the {len(dataset)} real images and their features take {size / 2**30:.1f} GiB, more than half of the "
+            "memory; leave it out, and judge by engine.evaluate, whose --real-samples takes fewer",
+        )
     return Validation(
         judges,
         read_pixels(dataset, backend=config.data.loader, shard=ranks.rank, num_shards=ranks.size),

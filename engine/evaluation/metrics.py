@@ -24,8 +24,8 @@ from engine.evaluation.fidelity import fidelity
 from engine.evaluation.image_set import ImageSet, shown_size
 from engine.evaluation.judges import VGG16, EvaluationNetwork, download_judges
 from engine.support.errors import InputError
-from engine.support.files import total_memory
 from pipelines.errors import DataError
+from pipelines.memory import memory_limit
 
 log = logging.getLogger("gfmn")
 
@@ -227,4 +227,4 @@ def _warn_of_bias(images: int, num_features: int) -> None:
 
 def _distances_fit(count: int) -> bool:
     """Whether all distances between as many images, as precision and recall need them, fit into half of the memory."""
-    return 4 * 4 * count**2 < total_memory() / 2
+    return 4 * 4 * count**2 < memory_limit() / 2

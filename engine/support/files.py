@@ -193,7 +193,11 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
     """
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checked = {**metadata, _CHECKSUM: _checksum(dense, metadata)}
-    write_atomically(path, _with_sorted_metadata(safetensors.torch.save(dense, checked)))
+    data = memoryview(safetensors.torch.save(dense, checked))
+    end, header = _sorted_header(data)
+    with atomic_file(path) as file:
+        file.write(header)
+        file.write(data[end:])  # in place: a copy of the tensors is enough
 
 
 def read_safetensors(
@@ -240,23 +244,19 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
             yield tensors
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """A safetensors file with its metadata in order: the library writes them in another order every time.
+def _sorted_header(data: memoryview) -> tuple[int, bytes]:
+    """Where the header of a safetensors file ends, and one with its metadata in order in its place: the library writes
+    them in another order every time.
 
     The format is an 8-byte little-endian length, a JSON header of that length padded with spaces, and the data.
     """
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
+    header = json.loads(bytes(data[8:end]))
     if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
-
-
-def total_memory() -> int:
-    """Bytes of RAM in this machine, used and free."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return end, len(text).to_bytes(8, "little") + text
 
 
 def _umask() -> int:

@@ -25,11 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from engine.support.errors import InputError
-from engine.support.files import total_memory
 from engine.training.ranks import ALONE, Ranks
-from pipelines import release_pools
-
-_GROUP = Path("/sys/fs/cgroup")
+from pipelines import memory, release_pools
 
 GPU_LIBRARIES = {
     # cuBLAS's documented size for Hopper (4 MiB before): one for the stream of the step, one for that of its capture.
@@ -235,17 +232,10 @@ def release_memory(device: torch.device) -> None:
         release_pools()
 
 
-def memory_limit() -> int:
-    """Bytes of RAM that a process may have: the control group's limit, or all that there is."""
-    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-        return min(total_memory(), int((_GROUP / "memory.max").read_text()))
-    return total_memory()
-
-
 def available_memory() -> int:
     """Bytes of RAM that are free without swapping: Linux's MemAvailable within the control group's limit, elsewhere
     free pages or half of all."""
-    limit, used = (_GROUP / name for name in ("memory.max", "memory.current"))
+    limit, used = (memory.GROUP / name for name in ("memory.max", "memory.current"))
     with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
         return min(_available(), int(limit.read_text()) - int(used.read_text()) + _file_cache())
     return _available()
@@ -254,7 +244,7 @@ def available_memory() -> int:
 def _file_cache() -> int:
     """Bytes of files in memory that count as the control group's, and that it gives back when it needs them."""
     with contextlib.suppress(OSError, ValueError):
-        entries = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        entries = dict(line.split() for line in (memory.GROUP / "memory.stat").read_text().splitlines())
         return int(entries.get("inactive_file", 0))
     return 0
 
@@ -268,7 +258,7 @@ def _available() -> int:
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if "SC_PHYS_PAGES" in os.sysconf_names:
-        return total_memory() // 2
+        return memory.memory_limit() // 2
     raise InputError("memory_budget", "this system does not tell how much memory is free; give a size")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipelines.digests import printable
 from pipelines.errors import DataError, one_line
+from pipelines.memory import memory_limit
 
 
 def existing_path(name: str, path: Path | None) -> Path:
@@ -50,7 +51,7 @@ def unusable(path: str | os.PathLike[str], error: Exception) -> DataError:
 
 def check_memory(size: int, where: str) -> None:
     """Refuse `size` bytes that cannot fit this machine before they take the machine down."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = memory_limit()
     if size > total:
         raise DataError(f"{where}: needs {size / 2**30:.1f} GiB of memory, this machine has {total / 2**30:.1f} GiB")
 

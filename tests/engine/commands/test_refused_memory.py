@@ -16,7 +16,7 @@ from helpers.runs import command, same_run, untrained
 from torch import nn
 
 from engine import evaluate, precompute, pretrain, report, sample, train
-from engine.configuration import planning
+from engine.configuration import planning, running
 from engine.configuration.command import Parser, run_command
 from engine.configuration.inputs import choose_device, most_threads
 from engine.generation.sampling import Sampler
@@ -24,6 +24,7 @@ from engine.representation.architectures import ARCHITECTURES
 from engine.support.errors import InputError, out_of_memory
 from engine.training import planner
 from engine.training.trainer import Trainer
+from pipelines import DataError, memory, open_dataset
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -232,11 +233,29 @@ def test_a_report_of_a_run_with_more_threads_than_there_are(data: Path, tmp_path
 
 
 def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(planner, "_GROUP", tmp_path)
-    whole = planner.memory_limit()
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    whole = memory.memory_limit()
     for text, limit in (("max\n", whole), ("1000000\n", 1_000_000), (f"{2**62}\n", whole)):
         (tmp_path / "memory.max").write_text(text)
-        assert planner.memory_limit() == limit
+        assert memory.memory_limit() == limit
+
+
+def test_data_that_no_container_holds_are_refused(data: Path, tmp_path: Path, monkeypatch) -> None:
+    """By the control group's limit, where the machine itself would have room."""
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000\n")
+    with pytest.raises(DataError, match=r"images.npy: needs 0.0 GiB of memory, this machine has 0.0 GiB"):
+        open_dataset("images", data / "images.npy")
+
+
+def test_real_images_that_do_not_fit_beside_training(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(data)
+    monkeypatch.setattr(running, "memory_limit", lambda: 2**16)
+    judge = ["--evaluate-every", "1", "--evaluate-extractor", "vgg-small", "--evaluate-weights", "judge.pth"]
+    argv = [*TRAIN.split(), *judge, "--steps", "1", "--out", str(tmp_path / "run")]
+    code, errors = command(train.main, argv, capsys)
+    assert code == 2
+    assert "--evaluate-every: the 40 real images and their features take" in errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("memory", "fits"), [(2**30, True), (2**24, False)])
@@ -259,7 +278,7 @@ def test_a_step_that_cannot_fit_a_machine_is_refused(
 
 def test_files_in_memory_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control group counts what it has read of files as used, until somebody else needs the room."""
-    monkeypatch.setattr(planner, "_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
     monkeypatch.setattr(planner, "_available", lambda: 10_000)
     assert planner.available_memory() == 10_000
     (tmp_path / "memory.max").write_text("5000\n")
