@@ -279,7 +279,7 @@ def _check(arguments: Any) -> None:
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= most:
             raise InputError(name, f"must be from 1 to {most}, got {value}")
-    check_seed(arguments.seed, 2**32 - 1)
+    check_seed(arguments.seed)
 
 
 def _check_room(samples: int | None, network: EvaluationNetwork) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from engine import __version__
 from engine.configuration.config import Config
+from engine.configuration.options import MOST_SEED
 from engine.configuration.train_command import resume_command
 from engine.generation.saved import SavedSampler, load_sampler
 from engine.representation.encoders import build_encoder
@@ -35,10 +36,10 @@ def most_threads() -> int:
     return _THREADS_PER_CORE * (os.cpu_count() or 1)
 
 
-def check_seed(seed: int, most: int = 2**63 - 1) -> None:
-    """InputError unless `seed` is one that every source of random numbers takes: 0 to `most`."""
-    if not 0 <= seed <= most:
-        raise InputError("seed", f"must be from 0 to {most}, got {seed}")
+def check_seed(seed: int) -> None:
+    """InputError unless `seed` is one that every source of random numbers takes, and tells from others."""
+    if not 0 <= seed <= MOST_SEED:
+        raise InputError("seed", f"must be from 0 to {MOST_SEED}, got {seed}")
 
 
 def choose_device(name: str, threads: int | None = None, float32: str = "tf32") -> torch.device:

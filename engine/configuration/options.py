@@ -21,6 +21,8 @@ _LARGEST = 2**31 - 1
 MOST_IMAGES = 1_000_000
 """More than anybody trains with at once: what is larger is a slip, and would be allocated before anything else refused
 it."""
+MOST_SEED = 2**32 - 1
+"""PyTorch's generator on a CPU drops the bits above, so that larger seeds repeat smaller ones."""
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 

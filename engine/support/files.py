@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import glob
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ log = logging.getLogger("gfmn")
 _CHECKSUM = "crc32"
 _POLL = 0.2
 _RANDOM = 8  # characters that `tempfile` puts into a name
+_LOCKED_BY_THEN = 10.0  # seconds after a draft was made or written to
 
 
 def what_is(path: str | Path) -> str | None:
@@ -83,8 +85,9 @@ def _unreadable(path: str | Path, error: OSError) -> InputError:
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write in pieces: at the end of the block it is at `path`, whole; after an error nothing has changed.
 
-    A reader, or a kill at any moment, sees the old file or the new one. A symbolic link stays, and its target is
-    replaced. What is no plain file (a device, a pipe, this process's own output) is written through.
+    A reader, or a kill at any moment, sees the old file or the new one; the draft that a kill leaves beside it is
+    removed by the next write. A symbolic link stays, and its target is replaced. What is no plain file (a device, a
+    pipe, this process's own output) is written through.
 
     Raises WriteError with one line if the disk is full, a quota or limit is reached, `path` is a folder, or its folder
     cannot be written to; the old file stays.
@@ -99,8 +102,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         old = "; what was there before is untouched"
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
+        _drop_dead_drafts(target)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -115,6 +121,17 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def _drop_dead_drafts(target: Path) -> None:
+    """Remove drafts of `target` whose writers were killed: nobody holds their locks."""
+    for draft in leftovers(target.parent, glob.escape(target.name)):
+        with contextlib.suppress(OSError):
+            if time.time() - draft.stat().st_mtime < _LOCKED_BY_THEN:
+                continue
+            with open(draft, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                draft.unlink()
 
 
 def leftovers(folder: Path, *names: str) -> Iterator[Path]:

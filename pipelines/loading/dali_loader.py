@@ -145,7 +145,7 @@ class OutputCollector:
             return shared
         images = shared.clone()
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(shared.device))  # which cloned it
         self._held.append((event, output))
         self._release(PREFETCH)
         return images

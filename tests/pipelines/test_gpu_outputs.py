@@ -26,7 +26,8 @@ class Event:
         self.recorded = self.waited_for = False
         self.made.append(self)
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "of cpu"  # of the device that copies, and not of the current one
         self.recorded = True
 
     def synchronize(self) -> None:
@@ -39,6 +40,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """The events that are made in the test, in order."""
     Event.made = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
     return Event.made
 
 

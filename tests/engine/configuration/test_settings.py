@@ -64,7 +64,7 @@ NONSENSE: list[tuple[str, str, Any]] = [
     ("updates", "max_skipped", None),
     ("updates", "sample_ema", 1),
     ("training", "seed", -1),
-    ("training", "seed", 2**63),
+    ("training", "seed", 2**32),
     ("training", "batch_size", 1),
     ("training", "batch_size", 10**9),
     ("training", "threads", 0),

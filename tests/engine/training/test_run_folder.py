@@ -335,6 +335,25 @@ OTHERS = (
 )
 
 
+def test_a_draft_of_a_killed_write_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Unless somebody still writes it, or another file: samples[1].npy is no pattern."""
+    path = tmp_path / "samples[1].npy"
+    names = [f".{name}.tmp" for name in ("samples[1].npy.dead_abc", "samples[1].npy.lockedab", "samples1.npy.otherone")]
+    names.append(".samples[1].npy.freshabc.tmp")
+    for name in names:
+        (tmp_path / name).write_text("half")
+        if "fresh" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    with open(tmp_path / names[1], "r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        files.write_atomically(path, b"whole")
+        with files.atomic_file(path) as file:
+            file.write(b"again")
+            files.write_atomically(path, b"between")
+    assert path.read_bytes() == b"again"
+    assert sorted(contents(tmp_path)) == sorted([path.name, *names[1:]])
+
+
 def add_drafts(out: Path, *names: str) -> None:
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
