@@ -186,12 +186,16 @@ def peak_memory(call: Callable[[], object], device: torch.device | str) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
+    return int(max(np.cumsum([0, *memory_changes(call)])))
+
+
+def memory_changes(call: Callable[[], object]) -> list[int]:
+    """Bytes of a CPU that `call` allocates, and with a minus those that it frees, one after the other."""
     quiet_profiler()
     with profile(profile_memory=True) as events:
         call()
     kineto = events.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in kineto if event.name() == "[memory]"]
-    return int(max(np.cumsum([0, *changes])))
+    return [event.nbytes() for event in kineto if event.name() == "[memory]"]
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -165,19 +165,20 @@ class TestUpstream:
 
     @pytest.mark.parametrize("chunk", [None, 4])
     @pytest.mark.parametrize(
-        ("amp_dtype", "least"), [(torch.bfloat16, 0.999), (torch.float16, 0.9999)], ids=["bf16", "fp16"]
+        ("amp_dtype", "most"), [(torch.bfloat16, 0.04), (torch.float16, 0.01)], ids=["bf16", "fp16"]
     )
-    def test_low_precision_points_the_same_way(self, amp_dtype, least, chunk, tiny_extractor, draw_images):
+    def test_low_precision_is_close(self, amp_dtype, most, chunk, tiny_extractor, draw_images):
         make, _ = make_pair(tiny_extractor, draw_images, "none", kernels="reference", chunk_size=chunk)
         images = draw_images(MINIBATCH, torch.float32)
-        _, full = run_step(make(), images)
+        full_loss, full = run_step(make(), images)
         low = make(amp_dtype=amp_dtype)
         images.requires_grad_()
         loss = low(images)
         loss.backward()
         assert loss.dtype == images.grad.dtype == torch.float32
         assert low.accumulation_dtype == low.target.mean.dtype == torch.float32
-        assert float(torch.cosine_similarity(images.grad.flatten(), full.flatten(), dim=0)) >= least
+        assert relative_error(loss.detach(), full_loss) <= most
+        assert relative_error(images.grad, full) <= most
         assert relative_error(images.grad, full) >= 1e-5, "the arithmetic was not in the low dtype"
 
     def test_loss_scale_reaches_the_coefficients_before_float16(self, tiny_extractor, draw_images):

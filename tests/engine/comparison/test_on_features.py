@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.objectives import run_step
 from helpers.rank_worker import DISTANCES
 from oracle import in_float64, relative_error
@@ -167,14 +166,15 @@ def test_every_distance_for_every_chunk(name, tiny_extractor, draw_images):
         assert relative_error(found, gradient) <= 1e-9
 
 
-def test_low_precision_points_the_same_way(tiny_extractor, draw_images):
+def test_low_precision_is_close(tiny_extractor, draw_images):
     real = pooled(tiny_extractor, draw_images(6, torch.float32), "grid4").detach()
     images = draw_images(IMAGES, torch.float32)
-    gradients = [
-        run_step(OnFeatures(tiny_extractor, MMD(real, KERNELS["imq"]), pool="grid4", amp_dtype=dtype), images)[1]
+    (full_loss, full), (loss, gradient) = (
+        run_step(OnFeatures(tiny_extractor, MMD(real, KERNELS["imq"]), pool="grid4", amp_dtype=dtype), images)
         for dtype in (None, torch.bfloat16)
-    ]
-    assert float(F.cosine_similarity(*(gradient.double().flatten() for gradient in gradients), dim=0)) > 0.98
+    )
+    assert 1e-5 <= relative_error(gradient, full) <= 0.05
+    assert relative_error(loss, full_loss) <= 0.05
 
 
 def test_without_gradient(tiny_extractor, draw_images):

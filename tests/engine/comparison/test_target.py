@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.comparison.distances.moments import Moments
 from engine.comparison.reference import cache, statistics_pass
 from engine.comparison.reference.target import MomentsKind
+from engine.representation.build import build_extractor
 from engine.representation.extractor import Extractor
 from engine.representation.feature_pass import FeaturePass
 from engine.representation.protocols import TapInput
@@ -102,6 +103,21 @@ def test_agrees_with_two_passes_in_float64(tiny_extractor, dataset, kernels: str
     target = compute_target(tiny_extractor, ImageLoader(dataset, batch_size), kernels=kernels)
     assert target.count == COUNT
     assert_agrees(target, *two_pass(tiny_extractor, [batch.images for batch in ImageLoader(dataset, batch_size)]))
+
+
+def test_batch_statistics_are_of_shuffled_minibatches(dataset) -> None:
+    """As in training, so that a target of sorted images is not of minibatches of one class; the seed decides which."""
+    torch.manual_seed(0)
+    extractor = build_extractor("resnet18", image_size=8, bn="batch", layers=3).double()
+
+    def target(seed: int) -> Moments:
+        return compute_target(extractor, statistics_pass.reference_loader(extractor, dataset, batch_size=13, seed=seed))
+
+    shuffled = ImageLoader(dataset, 13, shuffle=True, seed=5)
+    found = target(5)
+    assert_agrees(found, *two_pass(extractor, [batch.images.double() for batch in shuffled]), rtol=1e-10)
+    assert same_bits(found, target(5))
+    assert not torch.allclose(found.mean, target(6).mean, rtol=1e-4)
 
 
 def test_neither_batch_size_nor_order_nor_shards_matter(tiny_extractor, dataset) -> None:

@@ -156,21 +156,21 @@ def test_the_network_that_evaluates_may_move_and_not_change(flags, judge: Path, 
 def test_samples_that_do_not_change_lower_the_rate(finished: Path) -> None:
     """At a rate of 1e-12 nothing moves: the reference, then three evaluations that are no closer."""
     rates = {entry["step"]: entry["lr"] for entry in logged(finished) if "evaluation" in entry}
-    assert rates == pytest.approx({2: 1e-12, 4: 1e-12, 6: 1e-12, 8: FACTOR * 1e-12})
+    assert rates == {2: 1e-12, 4: 1e-12, 6: 1e-12, 8: FACTOR * 1e-12}
 
 
 def test_the_critic_s_rate_is_lowered_as_well(flags: list[str], tmp_path: Path) -> None:
-    """As Bińkowski et al. 2018 train MMD-GANs."""
+    """As Bińkowski et al. 2018 train MMD-GANs. Running statistics would move at any rate, and the samples with them."""
     judged = flags[flags.index("--evaluate-every") :]
     text = f"""--method mmd-gan --lr 1e-12 --critic-lr 2e-12 --generator dcgan --batch-size 4 --nz 8 --steps 8
-        --loader torch --threads 1 --lr-adapt kid --out {tmp_path}"""
+        --loader torch --threads 1 --lr-adapt kid --sample-bn batch --out {tmp_path}"""
     train.main([*flags[: flags.index("--weights")], *text.split(), *judged])
     rates = {entry["step"]: entry["lr"] for entry in logged(tmp_path) if "evaluation" in entry}
-    assert rates == pytest.approx({2: 1e-12, 4: 1e-12, 6: 1e-12, 8: FACTOR * 1e-12})
+    assert rates == {2: 1e-12, 4: 1e-12, 6: 1e-12, 8: FACTOR * 1e-12}
     checkpoint = RunFolder(tmp_path).newest_checkpoint()
     assert checkpoint is not None
     kept = {name: float(rate) for name, rate in checkpoint.parts["rates"].items()}
-    assert kept == pytest.approx({"generator": FACTOR * 1e-12, "critic": FACTOR * 2e-12})
+    assert kept == {"generator": FACTOR * 1e-12, "critic": FACTOR * 2e-12}
 
 
 @pytest.mark.parametrize("stop", [slow(3), 4, slow(7)])

@@ -84,7 +84,8 @@ def test_the_root_is_smooth_where_the_sets_are_alike(name: str) -> None:
         real = (torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(dtype) + 3).requires_grad_()
         fake = real.detach().flip(0).requires_grad_()
         loss = game.generator_loss(real, fake)
-        assert loss.item() == pytest.approx(1e-3, abs=1e-2 if dtype == torch.float32 else 1e-8)  # √ of the floor
+        low, high = (0.999e-3, 6e-3) if dtype == torch.float32 else (1e-3 - 1e-8, 1e-3 + 1e-8)
+        assert low <= loss.item() <= high  # √ of the floor
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (real, fake)))
 
 
