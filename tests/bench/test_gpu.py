@@ -162,7 +162,16 @@ class TestAllJobs:
         arguments = [*job.arguments, "--collect-only", "--numprocesses", "0"]
         done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
         found = {line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("tests/")}
-        needed = {"operations", "operators", "dataset_moments", "public", "triton", "triton_training", "watch"}
+        needed = {
+            "operations",
+            "operators",
+            "dataset_moments",
+            "pairwise",
+            "public",
+            "triton",
+            "triton_training",
+            "watch",
+        }
         assert found >= {f"tests/kernels/test_{name}.py" for name in needed}
 
     def test_every_other_test_that_requires_a_device_runs(self) -> None:
