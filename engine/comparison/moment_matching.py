@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.comparison.averagers import Averager, BatchMoments, Direction, TargetMoments
 from engine.comparison.distances.moments import Moments, check_fingerprint
 from engine.representation.extractor import Extractor, feature_fingerprint
-from engine.representation.feature_pass import FeaturePass
+from engine.representation.feature_pass import FeaturePass, check_whole
 from engine.representation.memory_order import FeatureOrder
 from engine.representation.protocols import Affine, Ranks, TapInput
 from engine.support.errors import InputError
@@ -198,6 +198,7 @@ class MomentMatching(nn.Module):
             )
         if weights is not None and weights.shape != (extractor.num_features,):
             raise InputError("weights", f"must be [{extractor.num_features}], got {list(weights.shape)}")
+        check_whole(extractor, ranks)
         if target.fingerprint is not None:
             check_fingerprint(feature_fingerprint(extractor, amp_dtype), target.fingerprint, "target")
         self.averager = averager

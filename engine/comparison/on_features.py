@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.comparison.pooling import Pool, make_pool, sizes
 from engine.representation.extractor import Extractor
-from engine.representation.feature_pass import FeaturePass
+from engine.representation.feature_pass import FeaturePass, check_whole
 from engine.representation.protocols import PerImage, Ranks, TapInput
 from engine.support.errors import InputError
 from engine.training.ranks import ALONE
@@ -129,6 +129,7 @@ class OnFeatures(nn.Module):
         max_chunks: int | None = None,
     ):
         super().__init__()
+        check_whole(extractor, ranks)
         self.pool = make_pool(pool) if isinstance(pool, str) else pool
         self.discrepancy = discrepancy
         self.ranks = ranks

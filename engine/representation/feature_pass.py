@@ -212,6 +212,12 @@ def _tape(part: nn.Module, extractor: Extractor) -> Tape:
     return Tape(graph, extractor.sites, normalisation)
 
 
+def check_whole(extractor: Extractor, ranks: Ranks) -> None:
+    """InputError on `ranks` if minibatches are shared, but the extractor's batch statistics are of whole ones."""
+    if extractor.batch_statistics and ranks.size > 1:
+        raise InputError("ranks", 'batch statistics (bn="batch") need the whole minibatch in one process')
+
+
 def chosen_backend(kernels: str | ModuleType, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend of that name, or which is given; InputError if it cannot run here (see `kernels.select`)."""
     if not isinstance(kernels, str):

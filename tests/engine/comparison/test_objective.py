@@ -21,8 +21,11 @@ from torch import nn
 from engine.comparison.averagers import AMA, MovingAverage, NoAverage
 from engine.comparison.distances.moments import Moments
 from engine.comparison.moment_matching import MomentMatching
+from engine.comparison.on_features import OnFeatures
+from engine.representation.build import build_extractor
 from engine.representation.extractor import feature_fingerprint
 from engine.support.errors import InputError
+from engine.training.ranks import Ranks
 
 
 class TestBackward:
@@ -286,6 +289,18 @@ class TestArguments:
     def test_target_of_another_size(self, tiny_extractor):
         with pytest.raises(ValueError, match=f"target: .*5 features.*{tiny_extractor.num_features}"):
             MomentMatching(tiny_extractor, Moments(3, torch.zeros(5), torch.ones(5)), NoAverage())
+
+    def test_batch_statistics_and_several_ranks(self):
+        """Each rank's would be of its own share, which trains another run than one process does."""
+        extractor = build_extractor("resnet18", image_size=8, bn="batch", layers=1)
+        ones, two = torch.ones(extractor.num_features), Ranks(0, 2, None)
+        for make in (
+            lambda: MomentMatching(extractor, Moments(3, ones, ones), NoAverage(), kernels="reference", ranks=two),
+            lambda: OnFeatures(extractor, torch.sum, kernels="reference", ranks=two),
+        ):
+            with pytest.raises(InputError, match="whole minibatch in one process") as refused:
+                make()
+            assert refused.value.argument == "ranks"
 
     def test_target_of_one_image(self, tiny_extractor):
         features = tiny_extractor.num_features
