@@ -158,7 +158,7 @@ def build(
     method = make_method(config, generator, extractor, reference, ranks, networks=networks, **known)
     # A checkpoint knows its settings: somebody may have changed config.json.
     fingerprint = {**entries, **config.fixed()}
-    validation = make_validation(config, device, ranks)
+    validation = make_validation(config, device, ranks, started=checkpoint is not None)
     machinery = make_machinery(config, device)
     if method.reads == "images":
         captured = machinery["graphs"] is not None and method.capturable

@@ -36,6 +36,8 @@ from engine.configuration.command import Parser, check_two_files, output_file, r
 from engine.support.errors import InputError
 from engine.support.files import locked, write_atomically
 
+_NOTHING_TO_DRAW = "--figure: --runs has no run of these rows, so nothing to draw"
+
 
 def parser() -> Parser:
     """The flags of `python -m bench.paper`."""
@@ -126,7 +128,7 @@ def _methods(arguments: argparse.Namespace, plan: ExperimentPlan) -> None:
         if comparison.draw(figure, plan):
             print(f"\nfigure: {figure}")
         elif arguments.figure is not None:
-            failures.append("--figure: --runs has no run of these rows, so nothing to draw")
+            failures.append(_NOTHING_TO_DRAW)
     _check(failures)
 
 
@@ -157,11 +159,12 @@ def _experiment(experiment: Experiment, arguments: argparse.Namespace, plan: Exp
             print(f"{row.setting}, seed {row.seed}: {numbers}  ({row.seconds:.0f} s)", flush=True)
             _write(arguments.json, found)
     if all_rows := found():
-        _tell(experiment, plan, all_rows, arguments.figure)
+        failures += _tell(experiment, plan, all_rows, arguments.figure)
     _check(failures)
 
 
-def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], figure: Path | None) -> None:
+def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], figure: Path | None) -> list[str]:
+    """Print the table and the findings, and draw the figure; what could not be done."""
     print(f"\n{results_table(rows)}\n")
     if plan.smoke:
         print("--smoke: these numbers mean nothing")
@@ -172,9 +175,10 @@ def _tell(experiment: Experiment, plan: ExperimentPlan, rows: Sequence[RunRow], 
     rows = [row for row in rows if row.setting in settings]  # a figure for each part of the experiment that is run
     folders = {name: run_folder(experiment, settings[name], plan, plan.seeds[0]) for name in settings_of(rows)}
     shown = {name: folder for name, folder in folders.items() if (folder / "row.json").exists()}
-    if shown or asked:
+    if shown:
         draw(figure, rows, shown)
         print(f"\nfigure: {figure}")
+    return [_NOTHING_TO_DRAW] if asked and not shown else []
 
 
 def _kept_rows(file: Path | None, experiment: Experiment, plan: ExperimentPlan) -> Rows:

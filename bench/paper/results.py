@@ -70,6 +70,8 @@ def of_setting(rows: Sequence[RunRow], setting: str, metric: str) -> list[float]
 
 def settings_of(rows: Sequence[RunRow]) -> list[str]:
     """Settings in the order of the experiment, whichever seeds they have."""
+    if not rows:
+        return []
     order = [setting.name for setting in EXPERIMENTS[rows[0].experiment].settings(SCALES[rows[0].scale])]
     return sorted(dict.fromkeys(row.setting for row in rows), key=lambda name: (*order, name).index(name))
 

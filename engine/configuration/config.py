@@ -49,7 +49,7 @@ from engine.configuration.methods import (
     named,
 )
 from engine.configuration.moment_nets import DenoisingConfig, MomentsConfig
-from engine.configuration.options import checked, require
+from engine.configuration.options import MOST_SEED, checked, require
 from engine.configuration.presets import PRESETS, preset_for, preset_method, preset_values
 from engine.configuration.updates import UpdatesConfig, all_of
 from engine.representation.zoo import has_tokens
@@ -307,7 +307,7 @@ _NUMBERS = {
     "mmd_kernel": ("mmd_bandwidths", "mmd_degree"),
     "population": ("population_decay", "population_images"),
 }
-"""Settings that mean nothing, or something else, with another value of the one."""
+"""Setting → the numbers that belong to its present value, and go back to their defaults when it changes."""
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,6 +316,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in values.items():
         result |= checked(group_of(name), {name: value})
+    require(result.get("seed", 0) <= MOST_SEED, "seed", f"must be at most {MOST_SEED}; larger ones repeat smaller ones")
     for name in ("data", "target"):
         if result.get(name) is not None:
             result[name] = str(expanded(result[name]).absolute())
@@ -330,10 +331,10 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """What `given` settings make of others among `values`, unless those are given too.
 
-    Another penalty, kernel or population has its own numbers, not those that there were for the one; so has a constant
-    rate, and an optimizer without decay of weights. `scaled` is short for a penalty, and takes the place of those that
-    there were. Another data set has its own files, and their crop; files beside the digits, which have none, are
-    pictures.
+    Another penalty, kernel or population has its own numbers, not those that there were for the one. A constant rate
+    drops `lr_final`, and optimizers without weight decay drop `weight_decay`. `scaled` is short for a penalty, and
+    takes the place of those that there were. Another data set has its own files, and their crop; files beside the
+    digits, which have none, are pictures.
     """
     short = bool(given.get("scaled")) and not values.get("scaled")
     found: dict[str, Any] = {"penalty": ("none",)} if short else {}
@@ -342,8 +343,8 @@ def dropped(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
         found |= {of: default_of(of) for of in _NUMBERS[name]}
     if "lr_schedule" in changed and given["lr_schedule"] == "constant":
         found["lr_final"] = default_of("lr_final")
-    critic = given.get("critic_optimizer", values.get("critic_optimizer"))
-    if "optimizer" in changed and "adamw" not in (given["optimizer"], critic):
+    optimizers = {name: given.get(name, values.get(name)) for name in ("optimizer", "critic_optimizer")}
+    if changed & optimizers.keys() and "adamw" not in optimizers.values():
         found["weight_decay"] = default_of("weight_decay")
     dataset = values.get("dataset", "digits")
     if given.get("data") is not None and dataset == "digits":

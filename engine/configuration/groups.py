@@ -29,7 +29,7 @@ from engine.configuration.methods import (
     SinkhornConfig,
 )
 from engine.configuration.moment_nets import DenoisingConfig, MomentsConfig
-from engine.configuration.options import MOST_IMAGES, MOST_SEED, Settings, option, require
+from engine.configuration.options import MOST_IMAGES, Settings, option, require
 from engine.configuration.updates import UpdatesConfig, one_or_several, read_decays
 from engine.generation.networks import UPSAMPLINGS
 from engine.generation.priors import MAX_NZ, PRIORS
@@ -250,7 +250,7 @@ class TrainingConfig(Settings):
         resumable=True,
         since="0.2",
     )
-    seed: int = option(0, "of everything random", at_least=0, at_most=MOST_SEED, metavar="N")
+    seed: int = option(0, "of everything random", at_least=0, at_most=2**63 - 1, metavar="N")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda"), resumable=True)
     threads: int | None = option(None, "CPU threads, all cores by default", at_least=1, metavar="N", resumable=True)
 

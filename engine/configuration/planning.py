@@ -258,7 +258,7 @@ def print_plans(config: Config, device: torch.device, ranks: Ranks = ALONE) -> N
     if config.method.method in WITH_TABLE:
         included += f", but for the codes of the real images ({12 * networks.nz} bytes each, with their moments)"
     if device.type == "cuda" and not config.needs.features and config.data.loader != "dali":
-        included += ", but for a data set of arrays where the torch loader delivers it, which keeps it there whole"
+        included += "; not included: a data set of arrays, which the torch loader keeps whole on the GPU"
     print(
         f"{networks.extractor if frozen else config.method.method} "
         f"at {config.data.image_size}×{config.data.image_size}, {networks.generator} generator, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,11 +151,14 @@ def _check_different(asked: ValidationConfig) -> None:
             raise InputError(asked.named_in, f"{name} and {other} are two names of one network; give one of them")
 
 
-def make_validation(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Validation | None:
+def make_validation(
+    config: Config, device: torch.device, ranks: Ranks = ALONE, *, started: bool = False
+) -> Validation | None:
     """Evaluation during training: against all images of the run's data set, none of them mirrored; None for none.
 
     The ranks share the images; all of them have to come. Warns of a network by whose features the run learns.
-    InputError if one is unavailable, or there twice under two names.
+    InputError if one is unavailable, or there twice under two names; or, unless the run was `started` before, if the
+    real images would not fit.
     """
     asked = config.validation
     if asked.evaluate_every is None:
@@ -180,13 +184,15 @@ def make_validation(config: Config, device: torch.device, ranks: Ranks = ALONE) 
                 judge.label,
             )
     dataset = open_data(config.replaced({"horizontal_flip": False}))
-    size = len(dataset) * (3 * dataset.image_size**2 + 4 * sum(judge.num_features for judge in judges))
+    here = min(1.0, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)) / ranks.size)  # of processes, so of pixels
+    size = len(dataset) * (3 * dataset.image_size**2 * here + 4 * sum(judge.num_features for judge in judges))
     if size > memory_limit() / 2:
-        raise InputError(
-            "evaluate_every",
-            f"the {len(dataset)} real images and their features take {size / 2**30:.1f} GiB, more than half of the "
-            "memory; leave it out, and judge by engine.evaluate, whose --real-samples takes fewer",
-        )
+        problem = f"the {len(dataset)} real images and their features take {size / 2**30:.1f} GiB, more than half of "
+        problem += "the memory"
+        if not started:
+            advice = "leave it out, and judge by engine.evaluate, whose --real-samples takes fewer"
+            raise InputError("evaluate_every", f"{problem}; {advice}")
+        log.warning("warning: --evaluate-every: %s", problem)
     return Validation(
         judges,
         read_pixels(dataset, backend=config.data.loader, shard=ranks.rank, num_shards=ranks.size),

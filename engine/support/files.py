@@ -31,7 +31,7 @@ log = logging.getLogger("gfmn")
 _CHECKSUM = "crc32"
 _POLL = 0.2
 _RANDOM = 8  # characters that `tempfile` puts into a name
-_LOCKED_BY_THEN = 10.0  # seconds after a draft was made or written to
+_LOCKED_BY_THEN = 10.0  # seconds: a younger draft may not be locked yet
 
 
 def what_is(path: str | Path) -> str | None:
@@ -110,9 +110,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-        temporary = None
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)  # while it is locked
+            temporary = None
     except BrokenPipeError:
         raise
     except OSError as error:

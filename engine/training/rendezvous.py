@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
+import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -35,32 +37,58 @@ def join() -> tuple[int, int, dist.Store | None]:
 
 
 def _meet(rank: int, size: int, seconds: float) -> dist.Store:
-    """The store, when all processes have come to it."""
-    end = time.monotonic() + seconds
+    """The store, when all processes have come to it.
+
+    A launcher's store outlives the processes, which it starts again after a failure (max_restarts of torchrun), and the
+    launchers of several machines count these attempts differently. So every process brings a word of its own; an
+    attempt is the list of all words, which rank 0 publishes, and its keys have a place of their own.
+    """
+    end, word = time.monotonic() + seconds, uuid.uuid4().hex
     store = _connect(rank, size, seconds)
     keys = [f"joined {rank}" for rank in range(size)]
     try:
-        store.set(keys[rank], "")
-        while not store.check(keys):
-            if store.add("late", 0):
+        late = store.add("late", 0)  # in earlier attempts
+        store.set(keys[rank], word)
+        while (attempt := _attempt(store, keys, rank, word)) is None:
+            if store.add("late", 0) > late:
                 raise EndedElsewhere
             if time.monotonic() >= end:
-                _give_up(store, keys, rank, seconds)
+                _give_up(store, keys, rank, seconds, late)
             time.sleep(_POLL)
     except RuntimeError:
         raise InputError("", f"process {rank} of {size} lost the job's store while it waited for the others") from None
-    return store
+    return dist.PrefixStore(attempt, store)
 
 
-def _give_up(store: dist.Store, keys: Sequence[str], rank: int, seconds: float) -> None:
-    if store.add("late", 1) > 1:
+def _attempt(store: dist.Store, keys: Sequence[str], rank: int, word: str) -> str | None:
+    """A name for this attempt, when all processes know its words; a word of an earlier attempt may be among those that
+    rank 0 finds first."""
+    if not store.check(list(keys)):
+        return None
+    if rank == 0:
+        store.set("words", " ".join(store.get(key).decode() for key in keys))
+    elif not store.check(["words"]):
+        return None
+    published = store.get("words").decode()
+    words = published.split(" ")
+    if words[rank : rank + 1] != [word]:
+        return None
+    attempt = f"attempt {words[0]} {zlib.crc32(published.encode()):08x}"
+    seen = [f"{attempt} {key}" for key in keys]
+    store.set(seen[rank], "")
+    return attempt if store.check(seen) else None
+
+
+def _give_up(store: dist.Store, keys: Sequence[str], rank: int, seconds: float, late: int) -> None:
+    if store.add("late", 1) > late + 1:
         raise EndedElsewhere
-    missing = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+    missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
+    who = f"process {missing}" if missing else "processes to be started again,"  # which came to an earlier attempt
     time.sleep(3 * _POLL)  # the store may live in this process: let the others see that
     raise InputError(
         "",
-        f"process {rank} waited {seconds:g} s for process {', '.join(missing)} of {len(keys)} (WORLD_SIZE), which did "
-        f"not come; start all of them, or set {LIMIT} to more seconds",
+        f"process {rank} waited {seconds:g} s for {who} of {len(keys)} (WORLD_SIZE), which did not come; "
+        f"start all of them, or set {LIMIT} to more seconds",
     )
 
 
@@ -87,11 +115,10 @@ def _place() -> tuple[int, int]:
     return rank, size
 
 
-def _connect(rank: int, size: int, seconds: float) -> dist.Store:
+def _connect(rank: int, size: int, seconds: float) -> dist.TCPStore:
     """The store at MASTER_ADDR and MASTER_PORT. The launcher serves it, or else rank 0, which then waits for nobody.
 
-    A launcher's store outlives the processes that it starts again after a failure (max_restarts of torchrun), so that
-    each attempt has its own keys there. InputError if it is not reached within `seconds`.
+    InputError if it is not reached within `seconds`.
     """
     from torch.distributed.constants import default_pg_timeout  # here, because not every PyTorch has it
 
@@ -111,7 +138,7 @@ def _connect(rank: int, size: int, seconds: float) -> dist.Store:
             "", f"process {rank} of {size} cannot {act} the job's store at {host}:{port} ({one_line(error)})"
         ) from None
     store.set_timeout(default_pg_timeout)
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
 
 
 def _reach(host: str, port: int, seconds: float, who: str, server: str) -> None:

@@ -54,7 +54,8 @@ def works(dtype: torch.dtype) -> str | None:
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) on the PATH"
     try:
-        failures = (importlib.import_module("torch._inductor.exc").InductorError, dynamo().exc.TorchDynamoException)
+        inductor = importlib.import_module("torch._inductor.exc")
+        failures = (inductor.InductorError, inductor.InvalidCxxCompiler, dynamo().exc.TorchDynamoException)
     except OSError as error:  # their modules make Inductor's cache folder
         return f"Inductor's cache folder cannot be used ({error})"
     features = GRAIN // 16

@@ -199,6 +199,7 @@ def test_a_setting_without_the_first_seed_keeps_its_place() -> None:
             for count in (1, 2, 4, 6) for seed in (0, 1) if (count, seed) != (1, 0)]  # fmt: skip
     rows.sort(key=lambda entry: entry.seed)
     assert settings_of(rows) == ["1 layer", "2 layers", "4 layers", "6 layers"]
+    assert settings_of([]) == []
     assert trend(rows).startswith("rank correlation of the number of layers with the mean kernel distance: -1.00")
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels._dynamo import Kernel
+
 ROOT = Path(__file__).parents[2]
+SELECT = "import torch, kernels\nprint(kernels.select('auto', torch.device('cpu'), torch.float32).__name__)\n"
 WIDTH = "from kernels._dynamo import vector_options\nprint(vector_options()['cpp.simdlen'])\n"
 MOMENTS = """
 import torch
@@ -33,10 +36,19 @@ def python(text: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU's vectors are unknown")
-def test_the_width_of_vectors_is_a_part_of_the_key() -> None:
-    from kernels._dynamo import vector_options
+def test_the_width_of_vectors_is_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is among the options of every compilation, and another one for another width."""
+    from kernels import compiled
 
-    assert vector_options()["cpp.simdlen"] in (128, 256, 512)
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda *_, options, **__: asked.append(options) or (lambda *_: None))
+    compiled.moments._streaming_kernel.cache_clear()
+    try:
+        compiled.moments._streaming_kernel()
+    finally:
+        compiled.moments._streaming_kernel.cache_clear()
+    Kernel(lambda x: x)._compile(serial=True)
+    assert [options["cpp.simdlen"] in (128, 256, 512) for options in asked] == [True, True]
     assert int(python(WIDTH, ATEN_CPU_CAPABILITY="default").stdout) == 0
 
 
@@ -59,9 +71,17 @@ def test_code_that_computes_wrong_numbers_is_refused(monkeypatch: pytest.MonkeyP
     assert compiled.works(torch.float32) == "Inductor's code computes wrong numbers"
 
 
+def test_a_compiler_that_does_not_start(tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'g++: error while loading shared libraries' >&2\nexit 127\n")
+    compiler.chmod(0o755)
+    done = python(SELECT, CXX=str(compiler), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.stdout.strip() == "kernels.reference", done.stderr
+    assert "cannot build Inductor's code" in done.stderr
+
+
 def test_a_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    text = "import torch, kernels\nprint(kernels.select('auto', torch.device('cpu'), torch.float32).__name__)\n"
-    done = python(text, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    done = python(SELECT, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
     assert done.stdout.strip() == "kernels.reference", done.stderr
     assert "Inductor's cache folder cannot be used" in done.stderr

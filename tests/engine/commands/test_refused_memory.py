@@ -248,7 +248,7 @@ def test_data_that_no_container_holds_are_refused(data: Path, tmp_path: Path, mo
         open_dataset("images", data / "images.npy")
 
 
-def test_real_images_that_do_not_fit_beside_training(data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_real_images_that_do_not_fit_beside_training(data: Path, tmp_path: Path, monkeypatch, capsys, caplog) -> None:
     monkeypatch.chdir(data)
     monkeypatch.setattr(running, "memory_limit", lambda: 2**16)
     judge = ["--evaluate-every", "1", "--evaluate-extractor", "vgg-small", "--evaluate-weights", "judge.pth"]
@@ -256,6 +256,13 @@ def test_real_images_that_do_not_fit_beside_training(data: Path, tmp_path: Path,
     code, errors = command(train.main, argv, capsys)
     assert code == 2
     assert "--evaluate-every: the 40 real images and their features take" in errors.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    train.main(argv)
+    monkeypatch.setattr(running, "memory_limit", lambda: 2**16)
+    train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])  # whose flags cannot be taken away
+    assert "warning: --evaluate-every: the 40 real images" in caplog.text
 
 
 @pytest.mark.parametrize(("memory", "fits"), [(2**30, True), (2**24, False)])

@@ -93,6 +93,11 @@ def test_the_same_penalty_and_kernel_keep_their_numbers() -> None:
             {"optimizer": "adam"},
             {"weight_decay": 0.1},
         ),
+        (
+            {"method": "gan", "optimizer": "adam", "critic_optimizer": "adamw", "weight_decay": 0.1},
+            {"critic_optimizer": "adam"},
+            {"weight_decay": None},
+        ),
     ],
     ids=str,
 )

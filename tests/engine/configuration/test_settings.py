@@ -64,7 +64,7 @@ NONSENSE: list[tuple[str, str, Any]] = [
     ("updates", "max_skipped", None),
     ("updates", "sample_ema", 1),
     ("training", "seed", -1),
-    ("training", "seed", 2**32),
+    ("training", "seed", 2**63),
     ("training", "batch_size", 1),
     ("training", "batch_size", 10**9),
     ("training", "threads", 0),
@@ -337,3 +337,14 @@ def test_help_names_what_it_speaks_of(group: str) -> None:
 def test_help_tells_the_network_of_noise_from_other_networks() -> None:
     texts = {entry.name: entry.metadata["help"] for entry in fields(GROUPS["autoencoder"])}
     assert [name for name, text in texts.items() if "noise" in text] == ["code_noise", "code_width", "mapping_lr"]
+
+
+def test_a_seed_that_pytorch_would_cut(tmp_path) -> None:
+    """Nobody may give one any more; a run of an earlier version that has one can be read."""
+    config = Config.build("digits", {})
+    text = config.to_json().replace('"seed": 0', f'"seed": {2**40}')
+    (tmp_path / "config.json").write_text(text)
+    assert Config.load(tmp_path / "config.json").training.seed == 2**40
+    with pytest.raises(InputError, match="must be at most 4294967295") as refused:
+        Config.build("digits", {"seed": 2**32})
+    assert refused.value.argument == "seed"

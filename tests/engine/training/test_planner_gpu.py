@@ -206,7 +206,7 @@ def test_planning_for_a_gpu_that_is_elsewhere(monkeypatch, capsys, tmp_path: Pat
     assert "torch loader" not in text
     plan = "--plan --method gan --batch-size 4 --device cuda --memory-budget 80GiB --loader torch"
     train.main(plan.split())
-    assert "but for a data set of arrays where the torch loader delivers it" in capsys.readouterr().out
+    assert "; not included: a data set of arrays, which the torch loader keeps whole" in capsys.readouterr().out
     code, errors = command(train.main, [word for word in argv if word != "--plan"], capsys)
     assert "--device: cuda is not available here" in errors
 
