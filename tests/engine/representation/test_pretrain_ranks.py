@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,9 @@ class Told(Ranks):
 
     def counts(self, own: int) -> list[int]:
         return [own, 7]
+
+    def meet(self, name: str, message: Any, give_up: Callable[[], bool] = lambda: False) -> list[Any]:
+        return [message, 7]
 
 
 def test_other_images_or_another_checkpoint_are_refused(folder: Path) -> None:
