@@ -239,8 +239,9 @@ class RunFolder:
 
     def drop_pictures(self) -> None:
         """Drop the samples and the plot of an earlier end, so that `is_complete` waits for those of the new one."""
-        _discard(self.final_samples)
-        _discard(self.loss_plot)
+        for path in (self.final_samples, self.loss_plot):
+            if not path.is_symlink():  # which stays, and is written through
+                _discard(path)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """See the function `read_metrics`."""
