@@ -251,7 +251,16 @@ def test_data_that_no_container_holds_are_refused(data: Path, tmp_path: Path, mo
 def test_real_images_that_do_not_fit_beside_training(data: Path, tmp_path: Path, monkeypatch, capsys, caplog) -> None:
     monkeypatch.chdir(data)
     monkeypatch.setattr(running, "memory_limit", lambda: 2**16)
-    judge = ["--evaluate-every", "1", "--evaluate-extractor", "vgg-small", "--evaluate-weights", "judge.pth"]
+    judge = [
+        "--evaluate-every",
+        "1",
+        "--evaluate-extractor",
+        "vgg-small",
+        "--evaluate-weights",
+        "judge.pth",
+        "--evaluate-samples",
+        "40",
+    ]
     argv = [*TRAIN.split(), *judge, "--steps", "1", "--out", str(tmp_path / "run")]
     code, errors = command(train.main, argv, capsys)
     assert code == 2
