@@ -36,6 +36,11 @@ def most_threads() -> int:
     return _THREADS_PER_CORE * (os.cpu_count() or 1)
 
 
+def neighbours(size: int) -> int:
+    """Ranks of a job of `size` that share this machine's memory, as `torchrun` says: all, if it doesn't."""
+    return min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+
 def check_seed(seed: int) -> None:
     """InputError unless `seed` is one that every source of random numbers takes, and tells from others."""
     if not 0 <= seed <= MOST_SEED:

@@ -6,7 +6,6 @@ import functools
 import itertools
 import logging
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from engine.configuration.autoencoding import needs_perceptual
 from engine.configuration.build import Networks, bare_extractor, make_generator, make_networks
 from engine.configuration.config import Config
 from engine.configuration.groups import memory_bytes
-from engine.configuration.inputs import amp_dtype, choose_device
+from engine.configuration.inputs import amp_dtype, choose_device, neighbours
 from engine.configuration.methods import ADVERSARIAL, WITH_TABLE
 from engine.configuration.modelling import CPU, is_captured, libraries, predict
 from engine.representation.feature_pass import RECOMPUTE
@@ -202,7 +201,7 @@ def _check_machine(config: Config, size: int) -> None:
     if training.batch_size * 3 * config.data.image_size**2 * 4 < memory / _NOTICEABLE:
         return
     own = Planner(config, size=size).configured(_own_chunk(config)).footprint.total
-    needed = _neighbours(size) * own
+    needed = neighbours(size) * own
     if needed > memory:
         raise InputError(
             "batch_size",
@@ -212,18 +211,13 @@ def _check_machine(config: Config, size: int) -> None:
         )
 
 
-def _neighbours(size: int) -> int:
-    """Ranks of a job of `size` that share this machine's memory, as `torchrun` says: all, if it doesn't."""
-    return min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-
-
 def budget_bytes(config: Config, device: torch.device, size: int = 1) -> int:
     """`--memory-budget` in bytes, or else most of what is free on `device` for one of `size` ranks."""
     if config.matching.memory_budget is not None:
         return memory_bytes(config.matching.memory_budget)
     if device.type == "cuda":
         return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
-    return int(_SHARE_OF_FREE * available_memory() / _neighbours(size))
+    return int(_SHARE_OF_FREE * available_memory() / neighbours(size))
 
 
 def planned_device(config: Config) -> torch.device:

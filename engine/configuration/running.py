@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from engine.comparison.reference.statistics_pass import check_same_features, dat
 from engine.configuration.command import arguments_as
 from engine.configuration.config import Config
 from engine.configuration.groups import ValidationConfig
-from engine.configuration.inputs import amp_dtype, open_data
+from engine.configuration.inputs import amp_dtype, neighbours, open_data
 from engine.configuration.targets import check_target
 from engine.configuration.updates import all_of
 from engine.generation.drawn_ahead import CudaLane, DrawnAhead
@@ -184,7 +183,7 @@ def make_validation(
                 judge.label,
             )
     dataset = open_data(config.replaced({"horizontal_flip": False}))
-    here = min(1.0, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)) / ranks.size)  # of processes, so of pixels
+    here = neighbours(ranks.size) / ranks.size  # of processes, so of pixels
     size = len(dataset) * (3 * dataset.image_size**2 * here + 4 * sum(judge.num_features for judge in judges))
     if size > memory_limit() / 2:
         problem = f"the {len(dataset)} real images and their features take {size / 2**30:.1f} GiB, more than half of "
